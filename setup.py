@@ -1,0 +1,34 @@
+"""Installation: `pip install .`, or `pip install -e .[dev]` to work on it."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="slotfast",
+    version="0.1.0",
+    description="Test-time logit adaptation of small language models: fast Triton kernels, honest scores",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["slotfast*"]),
+    package_data={"slotfast": ["demo/*"], "slotfast.kernels": ["README.md"]},
+    install_requires=[
+        "torch>=2.6,<2.14",
+        "triton>=3.2; platform_system == 'Linux'",
+        "numpy>=1.26",
+        "sentencepiece>=0.2.0",
+        "brotli>=1.2",
+        "zstandard>=0.22",
+        "pydantic>=2.7",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "plot": ["matplotlib>=3.8"],
+        "flash": ["flash-attn>=2.6"],
+        "safetensors": ["safetensors>=0.4"],
+        "bench": ["pytest-benchmark>=5.0", "liger-kernel>=0.5"],
+        "dev": ["pytest>=8.0", "pytest-benchmark>=5.0", "hypothesis>=6.100", "ruff>=0.6", "safetensors>=0.4"],
+    },
+)

@@ -1,0 +1,1 @@
+"""slotfast: test-time logit adaptation of small language models, fast and provably honest."""

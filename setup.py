@@ -1,14 +1,18 @@
 """Installation: `pip install .`, or `pip install -e .[dev]` to work on it."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "slotfast/__init__.py").read_text("utf-8"), re.M).group(1)
+
 setup(
     name="slotfast",
-    version="0.1.0",
+    version=VERSION,
     description="Test-time logit adaptation of small language models: fast Triton kernels, honest scores",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",

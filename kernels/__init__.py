@@ -1,4 +1,4 @@
-"""Triton kernels for fitting and scoring logit biases; needs torch and triton, nothing else. See README.md beside this file."""
+"""Triton kernels for fitting and scoring logit biases; need torch and triton, nothing else (README.md beside this)."""
 
 from .spec import Case, Compilation, KernelSpec, specs
 

@@ -66,7 +66,8 @@ class KernelSpec:
         cases: what to check.
         differentiable: names of the arguments that `fn` propagates gradients to.
         compilations: `compilations(**shape)` -> the launches behind `fn` for a production shape.
-        bytes_moved: `bytes_moved(**shape, itemsize=...)` -> fewest bytes through device memory, inputs once and outputs once.
+        bytes_moved: `bytes_moved(**shape, itemsize=...)` -> fewest bytes through device memory: inputs and
+            outputs once.
         flops: `flops(**shape)` -> floating-point operations.
         atol: absolute slack on top of "at most twice the error of plain torch in the same dtype against float64".
     """

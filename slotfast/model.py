@@ -1,0 +1,301 @@
+"""The contest's GPT, every part of it a setting: tokens -> hidden states -> logits of the positions that are asked for.
+
+The architecture and its names are those of PR #1019 of openai/parameter-golf, so that tensors can be exchanged with
+community artifacts. `hidden` and `head` are apart: an evaluation needs the logits of few positions, and adaptations of
+the hidden state go through `head` alone.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+
+class GPTConfig(BaseModel):
+    """Shape and parts of a model; the defaults are PR #1019's.
+
+    Raises:
+        pydantic.ValidationError: sizes that do not fit together.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    vocab_size: int = Field(1024, ge=2, le=65536)
+    seq_len: int = Field(2048, ge=1, le=1 << 20)
+    layers: int = Field(11, ge=1, le=256)
+    width: int = Field(512, ge=4, le=16384)
+    heads: int = Field(8, ge=1, le=256)
+    kv_heads: int = Field(4, ge=1, le=256)
+    mlp_width: int = Field(1536, ge=1, le=65536)
+    mlp_slope: float = Field(0.5, description="slope of the leaky ReLU that is then squared")
+    rope_dims: int = Field(16, ge=0, description="leading dimensions of each head that are rotated; the rest are not")
+    rope_base: float = Field(10_000.0, gt=1)
+    rope_length: int = Field(1024, ge=1, description="longer inputs stretch the base")
+    qk_gain: float = Field(1.5, description="initial gain of the normalised queries, learned per head")
+    xsa_layers: int = Field(11, ge=0, description="last layers whose attention output drops its own value's direction")
+    ln_scale: bool = Field(True, description="divide the normalised input of layer i by sqrt(i + 1)")
+    unet: bool = Field(True, description="skips from the first half of the layers to the second, last in first out")
+    smear: bool = Field(True, description="mix each embedding with the one before by a learned gate")
+    bigram_buckets: int = Field(2048, ge=0, le=1 << 20, description="rows of the hashed bigram table; 0: none")
+    bigram_width: int = Field(128, ge=1, le=4096)
+    value_width: int = Field(128, ge=0, le=4096, description="width of the table added to the values; 0: none")
+    value_layers: tuple[int, ...] = Field((9, 10), description="layers whose values get it")
+    softcap: float = Field(30.0, ge=0, description="logits are cap * tanh(logits / cap); 0: no cap")
+    tied: bool = Field(True, description="the embedding is the output matrix")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "GPTConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.rope_dims % 2 or self.rope_dims > self.head_width:
+            raise ValueError(f"rope_dims {self.rope_dims}: expected an even number up to {self.head_width}")
+        if self.bigram_buckets == 1:
+            raise ValueError("bigram_buckets 1: expected 0 or at least 2")
+        if self.value_width and any(not 0 <= layer < self.layers for layer in self.value_layers):
+            raise ValueError(f"value_layers {self.value_layers}: expected layers 0..{self.layers - 1}")
+        return self
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def kv_width(self) -> int:
+        return self.kv_heads * self.head_width
+
+    @property
+    def skips(self) -> int:
+        return self.layers // 2 if self.unet else 0
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / rms(x) over the last dimension; no gain, the dtype's epsilon."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """cap * tanh(logits / cap), or the logits where cap is 0."""
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+class Linear(nn.Linear):
+    """A bias-free linear layer whose weight is cast to the input's dtype; orthogonal initialisation."""
+
+    def __init__(self, n_in: int, n_out: int, zero: bool = False):
+        self.zero = zero
+        super().__init__(n_in, n_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        if self.zero:
+            nn.init.zeros_(self.weight)
+        else:
+            nn.init.orthogonal_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class BigramHash(nn.Module):
+    """A learned vector for a hash of each token and the one before it."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.buckets = config.bigram_buckets
+        self.embed = nn.Embedding(config.bigram_buckets, config.bigram_width)
+        nn.init.zeros_(self.embed.weight)
+        self.proj = Linear(config.bigram_width, config.width)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def index(self, tokens: Tensor) -> Tensor:
+        """Bucket of each position; the first one has no predecessor and takes the last bucket."""
+        tokens = tokens.to(torch.int64)
+        last = self.buckets - 1
+        hashed = ((36313 * tokens[:, 1:]) ^ (27191 * tokens[:, :-1])) % last
+        return torch.cat([torch.full_like(tokens[:, :1], last), hashed], dim=1)
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.proj(self.embed(self.index(tokens)).to(dtype)) * self.scale.to(dtype)
+
+
+class SmearGate(nn.Module):
+    """(1 - g) * x_i + g * x_(i-1) with a gate g per channel; position 0 mixes with zeros."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(config.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.gate).to(x.dtype)
+        return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+
+
+class ValueEmbedding(nn.Module):
+    """A second token embedding that some layers add to their attention values."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.embed = nn.Embedding(config.vocab_size, config.value_width)
+        nn.init.normal_(self.embed.weight, std=0.01)
+        self.proj = Linear(config.value_width, config.kv_width)
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.proj(self.embed(tokens).to(dtype)) * self.scale.to(dtype)
+
+
+def rotary_table(length: int, config: GPTConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, each float64 [length, rope_dims / 2]; inputs beyond `rope_length` stretch the base."""
+    dims, base = config.rope_dims, config.rope_base
+    if length > config.rope_length and dims > 2:
+        base = base * (length / config.rope_length) ** (dims / (dims - 2))
+    frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float64) / max(dims, 1))
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the leading dimensions of x [B, T, heads, head_width] pairwise, first half against second half."""
+    half = cos.size(-1)
+    if not half:
+        return x
+    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with normalised queries and keys, query gain, partial RoPE and XSA."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_heads, config.head_width
+        self.xsa = layer >= config.layers - config.xsa_layers
+        self.c_q = Linear(config.width, config.width)
+        self.c_k = Linear(config.width, config.kv_width)
+        self.c_v = Linear(config.width, config.kv_width)
+        self.proj = Linear(config.width, config.width, zero=True)
+        self.q_gain = nn.Parameter(torch.full((config.heads,), config.qk_gain))
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
+        batch, length, _ = x.shape
+        q = self.c_q(x).view(batch, length, self.heads, self.head_width)
+        k = self.c_k(x).view(batch, length, self.kv_heads, self.head_width)
+        v = self.c_v(x)
+        v = (v if value is None else v + value).view(batch, length, self.kv_heads, self.head_width)
+        q = rotate(rms_norm(q), *rope) * self.q_gain.to(x.dtype)[:, None]
+        k = rotate(rms_norm(k), *rope)
+        group = self.heads // self.kv_heads
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2).repeat_interleave(group, 1),
+            v.transpose(1, 2).repeat_interleave(group, 1),
+            is_causal=True,
+        ).transpose(1, 2)
+        if self.xsa:
+            # What a position attends to beyond itself: drop the direction of its own value from every head.
+            own = F.normalize(v, dim=-1)[:, :, :, None, :]  # (batch, length, kv_heads, 1, head_width)
+            y = y.reshape(batch, length, self.kv_heads, group, self.head_width)
+            y = y - (y * own).sum(-1, keepdim=True) * own
+        return self.proj(y.reshape(batch, length, -1))
+
+
+class MLP(nn.Module):
+    """Two linear layers around a squared leaky ReLU."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.slope = config.mlp_slope
+        self.fc = Linear(config.width, config.mlp_width)
+        self.proj = Linear(config.mlp_width, config.width, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+
+
+class Block(nn.Module):
+    """Mix in the embedding, attend, transform; learned scales per channel."""
+
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.attn_scale = nn.Parameter(torch.ones(config.width))
+        self.mlp_scale = nn.Parameter(torch.ones(config.width))
+        self.resid_mix = nn.Parameter(torch.stack([torch.ones(config.width), torch.zeros(config.width)]))
+        self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
+
+    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, rope, value)
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+
+
+class GPT(nn.Module):
+    """The whole model.
+
+    Args:
+        config: shape and parts.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.vocab_size, config.width)
+        nn.init.normal_(self.tok_emb.weight, std=0.005)
+        self.bigram = BigramHash(config) if config.bigram_buckets else None
+        self.smear = SmearGate(config) if config.smear else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.skip_weights = nn.Parameter(torch.ones(config.skips, config.width)) if config.skips else None
+        has_values = config.value_width and config.value_layers
+        self.ve_shared = ValueEmbedding(config) if has_values else None
+        scales = config.value_layers if has_values else ()
+        self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in scales)
+        self.lm_head = None if config.tied else Linear(config.width, config.vocab_size)
+
+    def hidden(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Normalised states before the output matrix.
+
+        Args:
+            tokens: int [B, T].
+            dtype: of the computation; the embedding's where None.
+
+        Returns:
+            [B, T, width] in that dtype.
+        """
+        dtype = dtype or self.tok_emb.weight.dtype
+        x = self.tok_emb(tokens).to(dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens, dtype)
+        x = rms_norm(x)
+        if self.smear is not None:
+            x = self.smear(x)
+        x0, skips = x, []
+        rope = rotary_table(tokens.size(1), self.config, x.device)
+        value = self.ve_shared(tokens, dtype) if self.ve_shared is not None else None
+        first_decoder = self.config.layers // 2
+        for layer, block in enumerate(self.blocks):
+            if skips and layer >= first_decoder:
+                x = x + self.skip_weights[self.config.skips - len(skips)].to(dtype) * skips.pop()
+            own_value = None
+            if value is not None and layer in self.config.value_layers:
+                own_value = value * self.ve_layer_scales[self.config.value_layers.index(layer)].to(dtype)
+            x = block(x, x0, rope, own_value)
+            if layer < self.config.skips:
+                skips.append(x)
+        return rms_norm(x)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states [..., width], soft-capped, float32 (float64 for float64) [..., vocab_size]."""
+        matrix = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        logits = F.linear(hidden, matrix.to(hidden.dtype))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return softcap(logits, self.config.softcap)
+
+    def forward(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Mean cross-entropy in nats; tokens and targets int [B, T]."""
+        return F.cross_entropy(self.head(self.hidden(tokens, dtype)).flatten(0, 1), targets.flatten())

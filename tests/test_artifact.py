@@ -1,0 +1,180 @@
+"""The artifact: what goes in comes out, and a damaged or hostile file ends in one clear line."""
+
+import hashlib
+import json
+import lzma
+import math
+import struct
+import tracemalloc
+
+import brotli
+import pytest
+import torch
+
+from slotfast.artifact import _PREFIX, MAGIC, Artifact, _lzma_filters, read_artifact, write_artifact
+from slotfast.errors import InputError
+from slotfast.quantize import QuantizedMatrix, quantize_rows
+
+
+@pytest.fixture
+def artifact(tiny_model):
+    return Artifact.from_model(tiny_model, {"seed": 7}, torch.rand(64))
+
+
+def test_round_trip(artifact, tmp_path):
+    path = tmp_path / "a.slotfast"
+    size = write_artifact(path, artifact)
+    back = read_artifact(path)
+    assert size == path.stat().st_size and [p.name for p in tmp_path.iterdir()] == ["a.slotfast"]
+    assert (
+        back.config == artifact.config and back.metadata == {"seed": 7} and torch.equal(back.unigram, artifact.unigram)
+    )
+    kinds = set()
+    for name, tensor in artifact.tensors.items():
+        other = back.tensors[name]
+        if isinstance(tensor, QuantizedMatrix):
+            kinds.add(tensor.bits)
+            assert torch.equal(tensor.codes, other.codes) and torch.equal(tensor.scale, other.scale)
+            assert tensor.bits == other.bits and int(tensor.codes.abs().max()) <= 2 ** (tensor.bits - 1) - 1
+        else:
+            assert torch.equal(tensor, other)
+    assert kinds == {6, 8}
+    tokens = torch.arange(32)[None]
+    assert torch.equal(artifact.model().hidden(tokens), back.model().hidden(tokens))
+
+
+@pytest.mark.parametrize("bits", [6, 8])
+def test_rounding_is_within_half_a_step_or_clipped(bits):
+    weight = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 1, 50)[:, None]
+    matrix = quantize_rows(weight, bits)
+    step = matrix.scale.float()[:, None]
+    limit = 2 ** (bits - 1) - 1
+    error = (matrix.dequantize() - weight).abs()
+    assert bool((error <= 0.5001 * step).logical_or(matrix.codes.abs() == limit).all())
+    whole = (weight.abs().amax(1) / limit).half().float()[:, None]
+    unclipped = ((weight / whole).round().clamp(-limit, limit) * whole - weight).square().sum(1)
+    assert bool((error.square().sum(1) <= unclipped * 1.0001).all())  # the search never does worse than no clipping
+
+
+def test_rows_of_zeros_and_of_one_value():
+    matrix = quantize_rows(torch.tensor([[0.0, 0.0], [3.0, 3.0], [1e-9, 0.0]]), 6)
+    assert torch.equal(matrix.dequantize()[0], torch.zeros(2))
+    assert (matrix.dequantize()[1] - 3).abs().max() < 3e-3
+
+
+def _rewritten(path, change_header=lambda header: None, payload=None):
+    """The file with its header changed and its hash made right again: what an attacker would write."""
+    raw = path.read_bytes()
+    _, version, header_bytes, _ = _PREFIX.unpack(raw[: _PREFIX.size])
+    start = _PREFIX.size + 32
+    header = json.loads(raw[start : start + header_bytes])
+    payload = raw[start + header_bytes :] if payload is None else payload
+    header = change_header(header) or header
+    data = json.dumps(header).encode()
+    prefix = _PREFIX.pack(MAGIC, version, len(data), len(payload))
+    path.write_bytes(prefix + hashlib.sha256(prefix + data + payload).digest() + data + payload)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda raw: b"", "not a slotfast artifact"),
+        (lambda raw: b"PK\3\4" + raw, "not a slotfast artifact"),
+        (lambda raw: raw[:20], "truncated inside the first 24"),
+        (lambda raw: raw[:8] + struct.pack("<I", 9) + raw[12:], "version 9, this slotfast reads 1"),
+        (lambda raw: raw[:-1], "truncated or damaged"),
+        (lambda raw: raw + b"x", "truncated or damaged"),
+        (lambda raw: raw[:16] + struct.pack("<Q", 1 << 60) + raw[24:], "truncated or damaged"),
+        (lambda raw: raw[:200] + bytes([raw[200] ^ 1]) + raw[201:], "SHA-256 does not match"),
+        (lambda raw: raw[:-5] + bytes([raw[-5] ^ 1]) + raw[-4:], "SHA-256 does not match"),
+    ],
+)
+def test_damaged_files(artifact, tmp_path, spoil, message):
+    path = tmp_path / "a"
+    write_artifact(path, artifact)
+    path.write_bytes(spoil(path.read_bytes()))
+    with pytest.raises(InputError, match=message) as caught:
+        read_artifact(path)
+    assert "\n" not in str(caught.value)
+
+
+def _set(*keys, value):
+    def change(header):
+        place = header
+        for key in keys[:-1]:
+            place = place[key]
+        place[keys[-1]] = value
+
+    return change
+
+
+HOSTILE = {
+    "no header object": (lambda header: [1], "does not describe an artifact"),
+    "a header of other types": (_set("tensors", value=3), "does not describe an artifact"),
+    "an impossible model": (_set("config", "heads", value=3), "heads 3"),
+    "a model of unknown parts": (_set("config", "surprise", value=1), "surprise: Extra inputs are not permitted"),
+    "a model far larger than the file": (_set("config", "width", value=8192), "too many for a file of this size"),
+    "an unknown tensor": (_set("tensors", 0, "name", value="x"), "this model has no such"),
+    "another shape": (_set("tensors", 0, "shape", value=[1 << 40]), "this model has"),
+    "an unknown type": (_set("tensors", 0, "type", value="int4"), "of type 'int4'"),
+    "an unknown codec": (_set("tensors", 0, "codec", value="pickle"), "codec 'pickle'"),
+    "a negative length": (_set("tensors", 0, "bytes", value=-1), "-1 bytes"),
+    "a length past the end": (_set("tensors", 0, "bytes", value=1 << 50), "bytes at 0 of a payload"),
+    "a length of another type": (_set("tensors", 0, "bytes", value="9"), "9 bytes at 0"),
+    "a tensor less": (lambda header: header["tensors"].pop() and None, "belong to no tensor"),
+    "no metadata": (lambda header: header.pop("metadata") and None, "does not describe an artifact"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_headers(artifact, tmp_path, change, message):
+    path = tmp_path / "a"
+    write_artifact(path, artifact)
+    _rewritten(path, change)
+    with pytest.raises(InputError, match=message) as caught:
+        read_artifact(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("codec", ["brotli", "lzma", "raw"])
+def test_a_bomb_is_not_unpacked(artifact, tmp_path, codec):
+    path = tmp_path / "a"
+    write_artifact(path, artifact)
+    raw = bytes(1 << 26)
+    bomb = {
+        "brotli": lambda: brotli.compress(raw),
+        "lzma": lambda: lzma.compress(raw, lzma.FORMAT_RAW, filters=_lzma_filters(len(raw))),
+        "raw": lambda: raw[: 1 << 22],
+    }[codec]()
+
+    def change(header):
+        header["tensors"][0] |= {"codec": codec, "bytes": len(bomb)}
+
+    _rewritten(path, change, bomb)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="does not decode to the|is damaged"):
+        read_artifact(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * len(bomb) + (1 << 20)
+
+
+def test_nan_weights_are_refused(artifact, tmp_path):
+    artifact.tensors["smear.gate"][3] = math.nan
+    write_artifact(tmp_path / "a", artifact)
+    with pytest.raises(InputError, match=r"'smear\.gate' holds NaN"):
+        read_artifact(tmp_path / "a")
+
+
+def test_a_failed_write_leaves_the_old_file(artifact, tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    write_artifact(path, artifact)
+    before = path.read_bytes()
+
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(InputError, match="No space left on device"):
+        write_artifact(path, artifact)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,248 @@
+"""The command: results, files, exit codes, and one clear line for every kind of wrong input."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+
+from slotfast.artifact import Artifact, write_artifact
+from slotfast.data import Tokenizer, write_shard
+from slotfast.errors import InputError
+from slotfast.eval.__main__ import main
+from slotfast.model import GPT, GPTConfig
+
+DEMO = resources.files("slotfast") / "demo"
+TEXT = "The quick brown fox — naïve, 日本 — jumps.\n" * 12
+KEYS = (
+    "preset resolved_preset causal compliance tokens bytes windows base adapted presets seconds windows_per_second "
+    "projected_seconds_8gpu peak_memory_bytes artifact_bytes backend device config versions"
+).split()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a tiny random model of the demo tokenizer, and a text of three documents."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(str(DEMO / "demo.model"))
+    config = GPTConfig(
+        seq_len=64,
+        layers=2,
+        width=16,
+        heads=2,
+        kv_heads=1,
+        mlp_width=16,
+        rope_dims=4,
+        bigram_buckets=0,
+        value_width=0,
+        vocab_size=tokenizer.vocab_size,
+    )
+    write_artifact(folder / "m", Artifact.from_model(GPT(config), {"tokenizer_sha256": tokenizer.sha256}))
+    lines = [json.dumps({"text": TEXT + str(number)}) for number in range(3)]
+    (folder / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def _args(small, *more):
+    return ["--artifact", str(small / "m"), "--text", str(small / "t.jsonl"), "--stride", "16", *more]
+
+
+def test_json_has_the_stable_keys(small, capsys):
+    main(_args(small, "--preset", "none", "causal", "pr1350", "--allow-noncausal", "--json", "-", "--budget", "600"))
+    found = json.loads(capsys.readouterr().out)
+    assert set(KEYS) <= set(found)
+    assert [row["preset"] for row in found["presets"]] == ["none", "causal", "pr1350"]
+    assert [row["causal"] for row in found["presets"]] == [True, True, False]
+    assert found["preset"] == "causal" and found["adapted"]["bpb"] == found["presets"][1]["adapted"]["bpb"]
+    assert found["compliance"] == {"c1": True, "c2": True, "c3": True, "c4": True}
+    assert found["bytes"] == 3 * len((TEXT + "0").encode()) == found["text"]["raw"] and found["text"]["exact"]
+    assert found["base"]["bpb"] == pytest.approx(found["base"]["nats"] / math.log(2) / found["bytes"])
+    assert found["resolved_preset"]["scale"] == 0.7 and found["calibrated"] is False
+    assert set(found["seconds"]) == {"load", "forward", "adapt", "score", "total"}
+    assert found["projected_seconds_8gpu"] is None or found["device"] != "cpu"
+    assert found["budget"]["within"] is True
+
+
+def test_table_says_what_leaks_and_what_is_uncalibrated(small, capsys):
+    main(_args(small, "--preset", "pr1350:clamp=3", "causal", "--allow-noncausal"))
+    out = capsys.readouterr().out
+    assert "pr1350:clamp=3" in out and "NO: 32 windows share one parameter" in out and "uncalibrated" in out
+
+
+def test_per_token_rows_add_up(small, tmp_path, capsys):
+    path = tmp_path / "t.npz"
+    main(_args(small, "--preset", "causal", "causal-window", "--per-token", str(path), "--json", str(tmp_path / "j")))
+    found, rows = json.loads((tmp_path / "j").read_text()), np.load(path)
+    assert rows["base_nll"].dtype == rows["adapted_nll"].dtype == np.float32
+    np.testing.assert_array_equal(rows["position"], np.arange(1, found["tokens"] + 1))
+    assert rows["bytes"].sum() == found["bytes"]
+    assert rows["base_nll"].sum(dtype=np.float64) == pytest.approx(found["base"]["nats"], rel=1e-9)
+    assert rows["adapted_nll"].sum(dtype=np.float64) == pytest.approx(found["adapted"]["nats"], rel=1e-9)
+    last = found["presets"][2]["adapted"]["nats"]
+    assert rows["adapted_nll:causal-window"].sum(dtype=np.float64) == pytest.approx(last, rel=1e-9)
+    assert {p.name for p in tmp_path.iterdir()} == {"t.npz", "j"}
+
+
+def test_shards_score_like_their_text(small, tmp_path, capsys):
+    tokenizer = Tokenizer(str(DEMO / "demo.model"))
+    tokens, _ = tokenizer.encode_documents([TEXT + str(number) for number in range(3)])
+    for number, part in enumerate(np.array_split(tokens, 3)):
+        write_shard(tmp_path / f"fineweb_val_{number:06}.bin", part)
+    main(_args(small, "--json", "-", "--preset", "none"))
+    text = json.loads(capsys.readouterr().out)
+    shards = ["--artifact", str(small / "m"), "--stride", "16", "--preset", "none", "--json", "-"]
+    main([*shards, "--tokens", str(tmp_path / "fineweb_val_*.bin")])
+    found = json.loads(capsys.readouterr().out)
+    assert found["base"] == text["base"] and found["bytes"] == text["bytes"]
+    assert found["text"]["sha256"] == text["text"]["sha256"]
+
+
+def test_data_path_variable_names_the_shards(small, tmp_path, capsys, monkeypatch):
+    write_shard(tmp_path / "fineweb_val_000000.bin", [1, 400, 401, 402])
+    monkeypatch.setenv("DATA_PATH", str(tmp_path))
+    main(["--artifact", str(small / "m"), "--stride", "16", "--preset", "none", "--json", "-"])
+    assert json.loads(capsys.readouterr().out)["tokens"] == 3
+
+
+def test_slot_enabled_leaves_plain_windows(small, capsys, monkeypatch):
+    monkeypatch.setenv("SLOT_ENABLED", "0")
+    main(_args(small, "--json", "-"))
+    assert [row["preset"] for row in json.loads(capsys.readouterr().out)["presets"]] == ["none"]
+
+
+def test_lists(capsys):
+    main(["--list-presets"])
+    assert "pr1350-window" in capsys.readouterr().out
+    main(["--show-preset", "pr1350:ridge=2"])
+    out = capsys.readouterr().out
+    assert "NOT causal (fails C1, C3): 32 windows share" in out and "ridge           2.0" in out
+    main(["--show-config"])
+    assert "--stride" in capsys.readouterr().out
+
+
+def _broken_artifact(small, tmp_path):
+    (tmp_path / "m").write_bytes((small / "m").read_bytes()[:-3])
+    return ["--artifact", str(tmp_path / "m")]
+
+
+def _foreign_tokens(small, tmp_path):
+    write_shard(tmp_path / "a.bin", [1, 2, 5000])
+    return ["--artifact", str(small / "m"), "--tokens", str(tmp_path / "a.bin")]
+
+
+WRONG = {
+    "a leaking preset": (
+        lambda s, t: _args(s, "--preset", "pr1350"),
+        "not causal: 32 windows share .* --allow-noncausal",
+    ),
+    "an unknown preset": (lambda s, t: _args(s, "--preset", "casual"), "the nearest is 'causal'"),
+    "a preset twice": (lambda s, t: _args(s, "--preset", "causal", "causal"), "given twice"),
+    "a misspelt flag": (lambda s, t: _args(s, "--per-tokens", "x"), "the nearest is --per-token"),
+    "no such text": (lambda s, t: ["--text", str(t / "no.txt")], "no such file"),
+    "no such shards": (lambda s, t: ["--tokens", str(t / "*.bin")], "no such file"),
+    "text and shards": (lambda s, t: _args(s, "--tokens", "x"), "give one of them"),
+    "no such artifact": (lambda s, t: ["--artifact", str(t / "no")], "cannot be read: No such file"),
+    "a truncated artifact": (_broken_artifact, "truncated or damaged"),
+    "tokens of another vocabulary": (_foreign_tokens, "token id 5000 at position 2"),
+    "a stride beyond the window": (lambda s, t: _args(s, "--stride", "65"), "stride 65: expected 1 to"),
+    "a batch that splits a preset's": (
+        lambda s, t: _args(s, "--preset", "pr1350", "--allow-noncausal", "--batch-windows", "31"),
+        "expected a multiple of 32",
+    ),
+    "an unknown device": (lambda s, t: _args(s, "--device", "abacus"), "--device abacus"),
+    "nowhere to write": (
+        lambda s, t: _args(s, "--json", str(t / "no" / "x.json")),
+        "does not exist or cannot be written",
+    ),
+    "nothing to score": (lambda s, t: ["--text", os.devnull], "0 tokens|1 tokens"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_input_is_one_clear_line(small, tmp_path, arguments, message):
+    with pytest.raises(InputError, match=message) as caught:
+        main(arguments(small, tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_triton_without_a_gpu_is_refused_not_replaced(small):
+    with pytest.raises(InputError, match="--backend triton: needs a GPU"):
+        main(_args(small, "--backend", "triton", "--device", "cpu"))
+
+
+def test_another_tokenizer_is_refused(small, tmp_path):
+    from slotfast.train import train_tokenizer
+
+    train_tokenizer([TEXT * 20], 300, tmp_path / "t.model")
+    with pytest.raises(InputError, match="300 pieces.*the model needs 1024 pieces.*--tokenizer"):
+        main(_args(small, "--tokenizer", str(tmp_path / "t.model")))
+
+
+def test_exit_codes_and_no_traceback(small, tmp_path):
+    def command(*argv):
+        return subprocess.run(
+            [sys.executable, "-m", "slotfast.eval", *argv], capture_output=True, text=True, cwd=tmp_path, env=ENV
+        )
+
+    good = command(*_args(small, "--preset", "none", "--json", "-"))
+    assert good.returncode == 0 and json.loads(good.stdout)
+    bad = command(*_args(small, "--preset", "pr1350", "--json", "r.json"))
+    assert bad.returncode == 2 and bad.stdout == "" and list(tmp_path.iterdir()) == []
+    assert bad.stderr.startswith("error: preset 'pr1350' is not causal") and bad.stderr.count("\n") == 1
+
+
+ENV = {**os.environ, "PYTHONPATH": str(resources.files("slotfast").joinpath(".."))}
+
+
+def test_torchrun_sums_equal_one_process(small, tmp_path):
+    arguments = _args(
+        small, "--batch-windows", "4", "--preset", "none", "causal", "--json", "r.json", "--per-token", "t.npz"
+    )
+    results = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launcher = (
+            ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+        )
+        command = [sys.executable, *launcher, "-m", "slotfast.eval", *arguments]
+        subprocess.run(command, check=True, cwd=folder, env={**ENV, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        results.append((json.loads((folder / "r.json").read_text()), np.load(folder / "t.npz")))
+    (one, one_rows), (two, two_rows) = results
+    for key in ("tokens", "bytes", "windows"):
+        assert one[key] == two[key]
+    for row in (0, 1):
+        assert two["presets"][row]["adapted"]["nats"] == pytest.approx(one["presets"][row]["adapted"]["nats"], rel=1e-9)
+    np.testing.assert_array_equal(one_rows["position"], two_rows["position"])
+    np.testing.assert_allclose(one_rows["adapted_nll"], two_rows["adapted_nll"], atol=1e-5)
+
+
+def test_memory_does_not_grow_with_the_stream(small, tmp_path):
+    """Peak of a run over 12 times the tokens; shards are memory-mapped, so only the page cache may grow."""
+    tokens = np.random.default_rng(0).integers(4, 1024, 120_000)
+    tokens[::900] = 1
+    peaks = []
+    for count in (10_000, 120_000):
+        write_shard(tmp_path / "a.bin", tokens[:count])
+        arguments = ["--artifact", str(small / "m"), "--tokens", str(tmp_path / "a.bin"), "--json", "-"]
+        command = [
+            sys.executable,
+            "-m",
+            "slotfast.eval",
+            *arguments,
+            "--preset",
+            "causal",
+            "--stride",
+            "64",
+            "--batch-windows",
+            "32",
+        ]
+        done = subprocess.run(command, check=True, capture_output=True, env=ENV)
+        peaks.append(json.loads(done.stdout)["peak_memory_bytes"])
+    assert peaks[1] - peaks[0] < 40 << 20

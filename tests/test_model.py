@@ -1,0 +1,179 @@
+"""The forward pass against a deliberately naive one: loops over positions and heads, float64, nothing shared."""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from slotfast.model import GPT, GPTConfig
+
+SMALL = {
+    "vocab_size": 37,
+    "seq_len": 12,
+    "layers": 5,
+    "width": 24,
+    "heads": 4,
+    "kv_heads": 2,
+    "mlp_width": 20,
+    "rope_dims": 4,
+    "rope_length": 8,
+    "xsa_layers": 3,
+    "bigram_buckets": 11,
+    "bigram_width": 6,
+    "value_width": 5,
+    "value_layers": (1, 4),
+    "softcap": 3.0,
+    "qk_gain": 1.7,
+}
+VARIANTS = {
+    "every part": {},
+    "plain GPT": {
+        "xsa_layers": 0,
+        "bigram_buckets": 0,
+        "smear": False,
+        "value_width": 0,
+        "ln_scale": False,
+        "unet": False,
+        "softcap": 0.0,
+        "rope_dims": 0,
+    },
+    "untied, one head group": {"tied": False, "kv_heads": 4, "layers": 4, "value_layers": (0,)},
+    "short of the rope length": {"rope_length": 64, "layers": 1, "value_layers": (0,)},
+}
+
+
+def _random_model(**changes) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **changes})).double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # zero-initialised parts would hide their mistakes
+            parameter.normal_(0, 0.4)
+    return model
+
+
+def _naive(model: GPT, tokens: list[int]) -> torch.Tensor:
+    """Logits [T, V] position by position, from the written description of the architecture."""
+    c, w = model.config, {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+    def norm(v):
+        return v / torch.sqrt((v * v).mean() + torch.finfo(torch.float64).eps)
+
+    rows = []
+    for i, token in enumerate(tokens):
+        row = w["tok_emb.weight"][token].clone()
+        if c.bigram_buckets:
+            last = c.bigram_buckets - 1
+            bucket = last if i == 0 else ((36313 * token) ^ (27191 * tokens[i - 1])) % last
+            row += w["bigram.scale"] * (w["bigram.proj.weight"] @ w["bigram.embed.weight"][bucket])
+        rows.append(norm(row))
+    if c.smear:
+        gate = 1 / (1 + torch.exp(-w["smear.gate"]))
+        rows = [(1 - gate) * rows[i] + gate * (rows[i - 1] if i else 0 * rows[0]) for i in range(len(rows))]
+    x0, x, stack = rows, rows, []
+    base = c.rope_base
+    if len(tokens) > c.rope_length and c.rope_dims:
+        base *= (len(tokens) / c.rope_length) ** (c.rope_dims / (c.rope_dims - 2))
+    d = c.width // c.heads
+
+    def turn(v, position):
+        out, half = v.clone(), c.rope_dims // 2
+        for j in range(half):
+            angle = position * base ** (-2 * j / c.rope_dims)
+            out[j] = v[j] * math.cos(angle) + v[half + j] * math.sin(angle)
+            out[half + j] = v[half + j] * math.cos(angle) - v[j] * math.sin(angle)
+        return out
+
+    for layer in range(c.layers):
+        p = f"blocks.{layer}."
+        shrink = 1 / math.sqrt(layer + 1) if c.ln_scale else 1
+        if c.unet and layer >= c.layers // 2 and stack:
+            weight = w["skip_weights"][layer - c.layers // 2]
+            skip = stack.pop()
+            x = [a + weight * b for a, b in zip(x, skip, strict=True)]
+        x = [w[p + "resid_mix"][0] * a + w[p + "resid_mix"][1] * b for a, b in zip(x, x0, strict=True)]
+        h = [norm(a) * shrink for a in x]
+        q, k, v = ([w[f"{p}attn.c_{n}.weight"] @ a for a in h] for n in "qkv")
+        if c.value_width and layer in c.value_layers:
+            which = c.value_layers.index(layer)
+            for i, token in enumerate(tokens):
+                extra = w["ve_shared.proj.weight"] @ w["ve_shared.embed.weight"][token] * w["ve_shared.scale"]
+                v[i] = v[i] + extra * w[f"ve_layer_scales.{which}"]
+        attended = []
+        for i in range(len(tokens)):
+            heads = []
+            for head in range(c.heads):
+                group = head // (c.heads // c.kv_heads)
+                mine, theirs = slice(head * d, (head + 1) * d), slice(group * d, (group + 1) * d)
+                query = turn(norm(q[i][mine]), i) * w[p + "attn.q_gain"][head]
+                scores = torch.stack([query @ turn(norm(k[j][theirs]), j) for j in range(i + 1)]) / math.sqrt(d)
+                share = torch.exp(scores - scores.max())
+                share = share / share.sum()
+                y = sum(share[j] * v[j][theirs] for j in range(i + 1))
+                if layer >= c.layers - c.xsa_layers:
+                    own = v[i][theirs] / v[i][theirs].norm()
+                    y = y - (y @ own) * own
+                heads.append(y)
+            attended.append(w[p + "attn.proj.weight"] @ torch.cat(heads))
+        x = [a + w[p + "attn_scale"] * b for a, b in zip(x, attended, strict=True)]
+        out = []
+        for a in x:
+            up = w[p + "mlp.fc.weight"] @ (norm(a) * shrink)
+            up = torch.where(up > 0, up, 0.5 * up) ** 2
+            out.append(a + w[p + "mlp_scale"] * (w[p + "mlp.proj.weight"] @ up))
+        x = out
+        if c.unet and layer < c.layers // 2:
+            stack.append(x)
+    matrix = w["tok_emb.weight"] if c.tied else w["lm_head.weight"]
+    logits = torch.stack([matrix @ norm(a) for a in x])
+    return c.softcap * torch.tanh(logits / c.softcap) if c.softcap else logits
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_forward_equals_the_naive_one(changes):
+    model = _random_model(**changes)
+    tokens = torch.randint(0, 37, (2, 12), generator=torch.Generator().manual_seed(1))
+    logits = model.head(model.hidden(tokens))
+    for row in range(2):
+        expected = _naive(model, tokens[row].tolist())
+        assert (logits[row] - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+def test_head_of_some_positions_is_part_of_the_whole():
+    model = _random_model()
+    hidden = model.hidden(torch.arange(12)[None])
+    assert torch.equal(model.head(hidden[:, 7:]), model.head(hidden)[:, 7:])
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_no_position_sees_a_later_token(changes):
+    model = _random_model(**changes)
+    tokens = torch.randint(0, 37, (1, 12), generator=torch.Generator().manual_seed(2))
+    for position in range(12):
+        other = tokens.clone()
+        other[0, position] = (other[0, position] + 1) % 37
+        before, after = model.hidden(tokens), model.hidden(other)
+        assert torch.equal(before[:, :position], after[:, :position])
+        assert not torch.equal(before[:, position:], after[:, position:])
+
+
+@pytest.mark.parametrize(("bigram", "count"), [((2048, 128), 26_993_756), ((3072, 112), 27_067_484)])
+def test_published_parameter_counts(bigram, count):
+    with torch.device("meta"):
+        model = GPT(GPTConfig(bigram_buckets=bigram[0], bigram_width=bigram[1]))
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": 5}, "width 24 is not a multiple of heads 5"),
+        ({"kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
+        ({"rope_dims": 8}, "rope_dims 8: expected an even number up to 6"),
+        ({"value_layers": (5,)}, "expected layers 0..4"),
+        ({"bigram_buckets": 1}, "expected 0 or at least 2"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        GPTConfig(**{**SMALL, **changes})

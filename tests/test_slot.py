@@ -1,0 +1,218 @@
+"""Adaptation: rows and their verdicts, the closed form against a slow one, and independence from the batch."""
+
+import math
+
+import pytest
+import torch
+
+import slotfast
+from slotfast.errors import InputError
+from slotfast.slot import PRESETS, Adapter, Calibration, WindowBatch, from_environment, parse_preset
+
+LEAKY = {"pr1350"}
+CARRIES = {"causal"}  # state from window to window: order matters, batch limits must not
+V, L, STRIDE, BOS = 50, 24, 6, 1
+
+
+def _stream(windows, seed=0, dtype=torch.float32):
+    """Logits of consecutive windows of one stream, targets, context and scored ends; the last window is short."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, V, (L + STRIDE * windows,), generator=generator)
+    tokens[torch.randint(0, len(tokens), (3,), generator=generator)] = BOS
+    table = 2 * torch.randn(V, V, generator=generator, dtype=dtype)
+    starts = STRIDE * torch.arange(windows)
+    index = starts[:, None] + torch.arange(L)
+    logits = table[tokens[index]] + 0.3 * torch.randn(windows, L, V, generator=generator, dtype=dtype)
+    context = torch.where(starts > 0, L - STRIDE, 0)
+    scored = torch.full((windows,), L)
+    scored[-1] = L - 2
+    return logits, tokens[index + 1], context, scored
+
+
+def _run(name, stream, sizes, padded=False):
+    """NLLs [W, L], NaN where not scored, with the stream cut into batches of the given sizes."""
+    logits, targets, context, scored = stream
+    state, out, first = None, [], 0
+    for size in sizes:
+        part = [x[first : first + size] for x in (logits, targets, context, scored)]
+        if padded:
+            part = [torch.cat([x, torch.zeros_like(x[:1]).expand(3, *x.shape[1:])]) for x in part]
+        result = slotfast.adapt(*part, preset=name, state=state, bos_id=BOS, allow_noncausal=True)
+        state = result.state
+        out.append(result.nll[:size])
+        first += size
+    assert first == len(logits)
+    return torch.cat(out)
+
+
+def _equal(a, b):
+    return torch.equal(a.nan_to_num(-1), b.nan_to_num(-1))
+
+
+CAUSAL = sorted(set(PRESETS) - LEAKY)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_the_batch_does_not_matter(name):
+    stream = _stream(13)
+    whole = _run(name, stream, [13])
+    assert _equal(whole, _run(name, stream, [1] * 13))
+    assert _equal(whole, _run(name, stream, [5, 1, 7]))
+    assert _equal(whole, _run(name, stream, [5, 1, 7], padded=True))
+    assert bool(whole[1:, : L - STRIDE].isnan().all()) and not bool(whole[0].isnan().any())
+    assert int(whole.isnan().logical_not().sum()) == L + 12 * STRIDE - 2
+
+
+@pytest.mark.parametrize("name", sorted(set(CAUSAL) - CARRIES))
+def test_the_order_does_not_matter(name):
+    stream = _stream(13)
+    order = torch.randperm(13, generator=torch.Generator().manual_seed(3))
+    assert _equal(_run(name, stream, [13])[order], _run(name, tuple(x[order] for x in stream), [13]))
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_the_verdict_is_what_changing_the_future_shows(name):
+    """With every target changed from some window on, causal rows score what came before alike, leaky ones do not."""
+    logits, targets, context, scored = _stream(13)
+    changed = 7  # windows from here on see and score other tokens
+    border = changed * STRIDE + L - STRIDE
+    position = STRIDE * torch.arange(13)[:, None] + torch.arange(L)
+    future = torch.where(position >= border, (targets + 1) % V, targets)
+    before = _run(name, (logits, targets, context, scored), [13])[:changed]
+    after = _run(name, (logits, future, context, scored), [13])[:changed]
+    assert _equal(before, after) == PRESETS[name].compliance.causal
+
+
+def test_compliance_follows_from_the_choices():
+    assert [name for name, row in PRESETS.items() if not row.compliance.causal] == sorted(LEAKY)
+    assert not parse_preset("pr1350-window:positions=scored").compliance.c3
+    assert parse_preset("pr1350:batch=1").compliance.causal
+    assert not parse_preset("causal-lbfgs:scope=batch").compliance.c1
+
+
+def _slow_rates(nll_logits, targets, context, scored, row, k, per_window):
+    """The closed form from its definition: a sum over all earlier tokens, each decayed by what came after it."""
+    seen, out = [], torch.full(targets.shape, math.nan, dtype=torch.float64)
+    for w in range(len(targets)):
+        if per_window:
+            seen = [(nll_logits[w, t].softmax(-1), int(targets[w, t])) for t in range(int(context[w]))]
+        counts, expected = torch.zeros(V, dtype=torch.float64), torch.zeros(V, dtype=torch.float64)
+        weight = 1.0
+        for probability, target in reversed(seen):
+            counts[target] += weight
+            expected += weight * probability
+            weight *= row.decay * (row.document_decay if target == BOS else 1)
+        bias = (row.scale * ((counts + k) / (expected + k)).log()).clamp(-row.clamp, row.clamp)
+        for t in range(int(context[w]), int(scored[w])):
+            out[w, t] = -(nll_logits[w, t] + bias).log_softmax(-1)[targets[w, t]]
+            if not per_window:
+                seen.append((nll_logits[w, t].softmax(-1), int(targets[w, t])))
+    return out
+
+
+@pytest.mark.parametrize("preset", ["causal:scale=0.8", "causal-window:scale=0.8,decay=0.9"])
+def test_rates_agree_with_their_definition(preset):
+    stream = _stream(6, dtype=torch.float64)
+    row, frequency = parse_preset(preset), torch.rand(V, generator=torch.Generator().manual_seed(0)) / V
+    k = (2 * (1024 * frequency.double()).sqrt()).clamp(min=0.2)
+    expected = _slow_rates(*stream, row, k, row.scope == "window")
+    got = slotfast.adapt(*stream, preset=preset, frequency=frequency, bos_id=BOS).nll
+    assert (got - expected).abs().nan_to_num().max() < 1e-10
+    assert torch.equal(got.isnan(), expected.isnan())
+
+
+def test_published_schedule():
+    """PR #1350: mean loss over [L - 128, L - stride) of every window but the stream's first, clamp, warm start."""
+    torch.manual_seed(0)
+    row = parse_preset("pr1350:focal=10,clamp=0.5,batch=4")
+    logits, targets, context, scored = _stream(8, dtype=torch.float64)
+    adapter, delta = Adapter(row), torch.zeros(V, dtype=torch.float64, requires_grad=True)
+    for first in (0, 4):
+        cut = slice(first, first + 4)
+        mask = torch.zeros(4, L, dtype=torch.bool)
+        mask[:, L - 10 : L - STRIDE] = True
+        mask[context[cut] == 0] = False
+        optimizer = torch.optim.LBFGS(
+            [delta], max_iter=25, history_size=20, line_search_fn="strong_wolfe", tolerance_change=1e-9
+        )
+
+        def closure(cut=cut, mask=mask, optimizer=optimizer):
+            optimizer.zero_grad()
+            nll = -(logits[cut] + delta).log_softmax(-1).gather(-1, targets[cut][..., None]).squeeze(-1)
+            loss = nll[mask].mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        with torch.no_grad():
+            delta.clamp_(-0.5, 0.5)
+        got = adapter.bias(WindowBatch(logits[cut], targets[cut], context[cut], scored[cut]))
+        assert (got - delta.detach()).abs().max() < 1e-6
+        assert float(got.abs().max()) == 0.5
+
+
+def test_nothing_fitted_to_nothing():
+    """The stream's first window has no context: every causal row leaves it as it is."""
+    logits, targets, context, scored = (x[:1] for x in _stream(2))
+    for name in CAUSAL:
+        result = slotfast.adapt(logits, targets, context, scored, preset=name)
+        assert torch.equal(result.nll, result.base_nll)
+
+
+def test_base_scores_are_cross_entropy():
+    logits, targets, context, scored = _stream(4)
+    result = slotfast.adapt(logits, targets, context, scored, preset="none")
+    expected = torch.nn.functional.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), reduction="none")
+    kept = ~result.base_nll.isnan()
+    assert (result.base_nll.double() - expected.view(4, L))[kept].abs().max() < 1e-5
+
+
+def test_options_and_their_errors():
+    row = parse_preset("pr1350-window:steps=7,ridge=2,clamp=3")
+    assert row.phases == ((7, 20),) and row.ridge == 2 and row.clamp == 3
+    assert parse_preset("pr1350:phases=5x10+18x20").phases == ((5, 10), (18, 20))
+    for text, message in {
+        "pr135": "no such preset; the nearest is 'pr1350'",
+        "causal:ridge=3": "'ridge' does nothing here",
+        "causal-lbfgs:rigde=3": "the nearest is 'ridge'",
+        "causal-lbfgs:ridge=-1": "ridge=-1: Input should be greater than or equal to 0",
+        "causal-lbfgs:steps=x": "invalid literal",
+        "causal-lbfgs:phases=3": "phases",
+        "causal-lbfgs:ridge": "not of the form key=value",
+        "causal:scope=batch": "'rates' needs",
+        "pr1350-window:warm_start=1": "warm_start needs scope 'batch'",
+        "none:clamp=3": "does nothing here",
+    }.items():
+        with pytest.raises(InputError, match=message) as caught:
+            parse_preset(text)
+        assert "\n" not in str(caught.value)
+
+
+def test_environment_changes_rows_but_not_what_is_said_explicitly(monkeypatch):
+    monkeypatch.setenv("SLOT_STEPS", "4")
+    monkeypatch.setenv("SLOT_FOCAL_CTX", "96")
+    monkeypatch.setenv("SLOT_WARMSTART", "0")
+    assert from_environment(parse_preset("pr1350"), "pr1350").phases == ((4, 20),)
+    changed = from_environment(parse_preset("pr1350:steps=9"), "pr1350:steps=9")
+    assert changed.phases == ((9, 20),) and changed.focal == 96 and not changed.warm_start
+    assert from_environment(parse_preset("causal"), "causal") == PRESETS["causal"]
+    monkeypatch.setenv("SLOT_STEPS", "many")
+    with pytest.raises(InputError, match="SLOT_STEPS"):
+        from_environment(parse_preset("pr1350"), "pr1350")
+
+
+def test_uncalibrated_is_weaker():
+    assert Calibration().resolve(PRESETS["causal"]).scale == 0.7
+    assert Calibration(torch.ones(V) / V).resolve(PRESETS["causal"]).scale == 1.0
+    assert Calibration(torch.ones(V) / V, scale=0.0).resolve(PRESETS["causal"]).scale == 0.0
+    assert set(Calibration().pseudo_counts(PRESETS["causal"], V).tolist()) == {2.0}
+
+
+def test_adapt_refuses_leaks_and_wrong_shapes():
+    logits, targets, context, scored = _stream(2)
+    with pytest.raises(InputError, match="'pr1350' is not causal: 32 windows share"):
+        slotfast.adapt(logits, targets, context, preset="pr1350")
+    with pytest.raises(InputError, match=r"expected \[W, T, V\] and \[W, T\]"):
+        slotfast.adapt(logits, targets[:, 1:], context)
+    with pytest.raises(InputError, match="0 <= context <= scored <= 24"):
+        slotfast.adapt(logits, targets, 25)

@@ -1,0 +1,175 @@
+"""The result of an evaluation: JSON with stable keys, a table for people, and every token's loss."""
+
+import importlib.metadata
+import math
+import platform
+import resource
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import __version__
+from ..config import EvalSettings
+from ..data import atomic_write
+from ..score import Score
+from ..slot import PRESETS, Adaptation, Adapter, parse_preset
+from ..windows import Plan
+from .inputs import Inputs
+from .loop import Pass, Scored
+
+_CONTEST_WINDOWS = 969_088  # what the published loops run on the contest's validation stream
+
+
+def report(
+    settings: EvalSettings,
+    inputs: Inputs,
+    plan: Plan,
+    adapters: Sequence[Adapter],
+    result: Pass,
+    seconds: dict[str, float],
+    device: str,
+) -> dict[str, Any]:
+    """The result as JSON-able keys; `adapted` is the first preset other than `none`."""
+    meter = result.meter
+    base, scores = meter.score(0), [meter.score(row + 1) for row in range(len(adapters))]
+    presets = [_preset(PRESETS["none"], base)]
+    presets += [_preset(adapter.row, score) for adapter, score in zip(adapters, scores, strict=True)]
+    first = presets[min(1, len(presets) - 1)]
+    passed = sum(result.seconds.values())
+    speed = len(plan) / passed if passed else math.nan
+    text = {"source": inputs.source, "sha256": inputs.stream.sha256(), "documents": len(meter.tokens)}
+    if inputs.text_bytes:
+        text |= asdict(inputs.text_bytes) | {"exact": inputs.text_bytes.exact}
+    found = {
+        "preset": first["preset"],
+        "resolved_preset": first["resolved_preset"],
+        "causal": first["causal"],
+        "compliance": first["compliance"],
+        "tokens": int(meter.tokens.sum()),
+        "bytes": int(meter.bytes.sum()),
+        "windows": len(plan),
+        "base": {"nats": base.nats, "bpb": base.bpb},
+        "adapted": first["adapted"],
+        "presets": presets,
+        "calibrated": inputs.artifact.unigram is not None,
+        "text": text,
+        "seconds": {key: round(value, 3) for key, value in seconds.items()},
+        "windows_per_second": speed,
+        "projected_seconds_8gpu": _CONTEST_WINDOWS / (8 * speed) if device != "cpu" else None,
+        "peak_memory_bytes": _peak_memory_bytes(device),
+        "artifact_bytes": inputs.artifact_bytes,
+        "model": inputs.artifact.config.model_dump() | {"metadata": dict(inputs.artifact.metadata)},
+        "backend": "torch",
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "config": settings.model_dump(by_alias=True),
+        "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
+        | {name: importlib.metadata.version(name) for name in ("numpy", "sentencepiece")},
+    }
+    if settings.budget is not None:
+        found["budget"] = {
+            "seconds": settings.budget,
+            "measured": round(seconds["total"], 3),
+            "within": seconds["total"] <= settings.budget,
+        }
+    return found
+
+
+def _preset(row: Adaptation, score: Score) -> dict[str, Any]:
+    compliance = asdict(row.compliance)
+    return {
+        "preset": row.name,
+        "resolved_preset": row.summary(),
+        "causal": row.compliance.causal,
+        "why": compliance.pop("why"),
+        "compliance": compliance,
+        "adapted": {"nats": score.nats, "bpb": score.bpb, "gain_bpb": score.gain_bpb, "gain_se": score.gain_se},
+    }
+
+
+def _peak_memory_bytes(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def table(found: dict[str, Any]) -> str:
+    """The result for people."""
+    text, speed = found["text"], found["windows_per_second"]
+    lines = [
+        f"text    {text['source']}: {text['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} "
+        f"tokens, SHA-256 {text['sha256'][:12]}",
+        f"model   {found['artifact_bytes']:,} bytes; {found['windows']:,} windows, {speed:.1f} a second, "
+        f"on {found['device']}",
+        "",
+        f"{'preset':<24}{'bpb':>9}{'gain':>10}{'± s.e.':>9}   causal",
+    ]
+    if text.get("exact") is False:
+        lines.insert(
+            1,
+            f"bytes   by the rule {text['rule']:,}, normalised {text['normalized']:,}, raw {text['raw']:,}; "
+            f"{text['unknown']:,} unknown pieces: the tokenizer changes the text, and bpb counts the rule's bytes",
+        )
+    for row in found["presets"]:
+        adapted = row["adapted"]
+        gain, error = "", ""
+        if row["resolved_preset"]["optimizer"] != "none":
+            gain = f"{adapted['gain_bpb']:+.4f}"
+            error = "n/a" if adapted["gain_se"] is None else f"{adapted['gain_se']:.4f}"
+        verdict = "yes" if row["causal"] else f"NO: {row['why']}"
+        lines.append(f"{row['preset']:<24}{adapted['bpb']:>9.4f}{gain:>10}{error:>9}   {verdict}")
+    if not found["calibrated"] and any(row["resolved_preset"]["optimizer"] == "rates" for row in found["presets"]):
+        lines.append("uncalibrated: the artifact holds no training frequencies, so k = 2 and scale 0.7 are used")
+    if "budget" in found:
+        budget = found["budget"]
+        verdict = "within" if budget["within"] else "OVER"
+        lines.append(f"budget  {budget['measured']:.1f} s of {budget['seconds']:g} s: {verdict}")
+    return "\n".join(lines)
+
+
+def list_presets() -> str:
+    """All presets as a table."""
+    heads = ("preset", "parameter", "positions", "scope", "optimizer", "causal", "")
+    rows = [
+        (r.name, r.parameter, r.positions, r.scope, r.optimizer, "yes" if r.compliance.causal else "NO", r.about)
+        for r in PRESETS.values()
+    ]
+    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def show_preset(text: str) -> str:
+    """One row, key by key, and its verdict with the reason."""
+    row = parse_preset(text)
+    conditions = asdict(row.compliance)
+    why = conditions.pop("why")
+    lines = [f"{key:<16}{value}" for key, value in row.summary().items()]
+    verdict = "causal" if row.compliance.causal else "NOT causal"
+    failed = ", ".join(name.upper() for name, holds in conditions.items() if not holds)
+    return "\n".join([*lines, f"{verdict}{' (fails ' + failed + ')' if failed else ''}: {why}"])
+
+
+class TokenRows:
+    """Collects every scored token for --per-token."""
+
+    def __init__(self) -> None:
+        self.parts: list[Scored] = []
+
+    def write(self, path: str, names: Sequence[str]) -> None:
+        """Write the .npz; under torchrun rank 0 writes for all."""
+        nll = [np.concatenate([part.nll[row] for part in self.parts]).astype(np.float32) for row in range(len(names))]
+        columns = {
+            "position": np.concatenate([part.position for part in self.parts]),
+            "token": np.concatenate([part.token for part in self.parts]).astype(np.int32),
+            "bytes": np.concatenate([part.n_bytes for part in self.parts]).astype(np.int32),
+            "base_nll": nll[0],
+            "adapted_nll": nll[min(1, len(nll) - 1)],
+            **{f"adapted_nll:{name}": values for name, values in zip(names[2:], nll[2:], strict=True)},
+        }
+        with atomic_write(path) as file:
+            np.savez(file, **columns)

@@ -1,0 +1,307 @@
+"""Running a row over consecutive windows of a stream: what it may see, what it keeps, what it adds to the logits."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..lbfgs import BiasObjective, minimize
+from .rows import Adaptation, parse_preset
+
+
+@dataclass(frozen=True)
+class WindowBatch:
+    """Consecutive windows, cut to the positions that anything needs.
+
+    Args:
+        logits: float [W, T, V], soft-capped; the last position is the window's last.
+        targets: int64 [W, T].
+        context_end: int64 [W]; positions before it were scored by earlier windows.
+        scored_end: int64 [W]; positions from context_end up to it are scored here; both 0 for padding.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    context_end: Tensor
+    scored_end: Tensor
+
+    @cached_property
+    def first_scored(self) -> int:
+        """First position that any window scores."""
+        real = self.scored_end > 0
+        return int(self.context_end[real].min()) if bool(real.any()) else self.logits.size(1)
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """Softmax of the logits, float32 (float64 for float64) [W, T, V]; shared by the rows that need it."""
+        return torch.softmax(self.logits, -1, torch.promote_types(self.logits.dtype, torch.float32))
+
+    def nll(self, bias: Tensor | None = None) -> Tensor:
+        """Negative log-likelihoods in nats of positions [first_scored, T) under logits + bias.
+
+        Args:
+            bias: [W, V], or None.
+
+        Returns:
+            float32 (float64 for float64) [W, T - first_scored]; meaningless outside a window's scored positions.
+        """
+        logits = self.logits[:, self.first_scored :]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if bias is not None:
+            logits = logits + bias[:, None, :].to(logits.dtype)
+        picked = logits.gather(-1, self.targets[:, self.first_scored :, None]).squeeze(-1)
+        return torch.logsumexp(logits, -1) - picked
+
+    def visible(self, row: Adaptation) -> tuple[Tensor, Tensor, Tensor]:
+        """All that a row may fit to: logits [W, N, V], targets [W, N] and weights [W, N] of its positions.
+
+        Other positions have weight 0 and target 0, so that a fit cannot depend on them.
+        """
+        length = self.logits.size(1)
+        position = torch.arange(length, device=self.logits.device)
+        if row.positions == "scored":
+            begin, end = self.context_end, self.scored_end
+        else:
+            begin = max(0, length - row.focal) if row.positions == "focal" else 0
+            end = self.context_end
+        seen = (position >= torch.as_tensor(begin, device=position.device).view(-1, 1)) & (position < end[:, None])
+        used = seen.any(0).nonzero()
+        cut = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
+        targets = torch.where(seen, self.targets, 0)
+        return self.logits[:, cut], targets[:, cut], seen[:, cut].to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the closed form takes from the model's training data.
+
+    Args:
+        frequency: float [V], how often each token came, or None where unknown.
+        scale: strength of the bias.
+    """
+
+    frequency: Tensor | None = None
+    scale: float | None = None
+
+    @property
+    def known(self) -> bool:
+        return self.frequency is not None
+
+    def resolve(self, row: Adaptation) -> Adaptation:
+        """The row with the scale that it will use."""
+        if row.optimizer != "rates" or row.scale is not None:
+            return row
+        # 0.7 is what strong models, which gain less, were found to want
+        default = 1.0 if self.known else 0.7
+        return row.model_copy(update={"scale": default if self.scale is None else self.scale})
+
+    def pseudo_counts(self, row: Adaptation, vocab_size: int) -> Tensor:
+        """k of each token, float64 [V]: rare tokens need less evidence than frequent ones."""
+        if row.k is not None or self.frequency is None:
+            return torch.full((vocab_size,), row.k or 2.0, dtype=torch.float64)
+        return (2 * (1024 * self.frequency.double()).sqrt()).clamp(min=0.2)
+
+
+class Rates:
+    """Decayed counts of what came and of what the model expected; float64 [V] each.
+
+    Args:
+        row: the adaptation, resolved.
+        pseudo_counts: float64 [V].
+        bos_id: the token that starts a document, or None.
+    """
+
+    def __init__(self, row: Adaptation, pseudo_counts: Tensor, bos_id: int | None):
+        self.row, self.k, self.bos_id = row, pseudo_counts, bos_id
+        self.counts = torch.zeros_like(pseudo_counts)
+        self.expected = torch.zeros_like(pseudo_counts)
+
+    def bias(self) -> Tensor:
+        """scale * log((C + k) / (E + k)), clamped; float64 [V]."""
+        ratio = ((self.counts + self.k) / (self.expected + self.k)).log()
+        return (self.row.scale * ratio).clamp(-self.row.clamp, self.row.clamp)
+
+    def update(self, probabilities: Tensor, targets: Tensor) -> None:
+        """Take in tokens that have been scored.
+
+        Args:
+            probabilities: [n, V], the unadapted model's.
+            targets: int64 [n].
+        """
+        if not len(targets):
+            return
+        keep = torch.full(targets.shape, self.row.decay, dtype=torch.float64, device=targets.device)
+        if self.bos_id is not None:
+            keep = torch.where(targets == self.bos_id, keep * self.row.document_decay, keep)
+        after = keep.flip(0).cumprod(0).flip(0)  # what each token, with all that follow it, leaves of the state
+        weight = torch.cat([after[1:], after.new_ones(1)])
+        self.counts = self.counts * after[0]
+        self.counts = self.counts.index_put((targets,), weight, accumulate=True)
+        # one product per window: its rounding does not depend on what else is in the batch
+        self.expected = self.expected * after[0] + (weight.to(probabilities.dtype) @ probabilities).double()
+
+
+class Adapter:
+    """Runs one row over the consecutive batches of a stream.
+
+    Args:
+        row: the adaptation.
+        calibration: training frequencies and scale, for the closed form.
+        bos_id: the token that starts a document, or None.
+    """
+
+    def __init__(self, row: Adaptation, calibration: Calibration | None = None, bos_id: int | None = None):
+        self.calibration = calibration or Calibration()
+        self.row = self.calibration.resolve(row)
+        self.bos_id = bos_id
+        self._stream: Rates | None = None  # scope prefix
+        self._last: Tensor | None = None  # scope batch: bias [V] of the batch before
+
+    def first_position(self, seq_len: int, stride: int) -> int:
+        """First position of a window, other than the stream's first, whose logits this row needs."""
+        if self.row.scope == "prefix" or self.row.positions in ("none", "scored"):
+            return seq_len - stride
+        return max(0, seq_len - max(self.row.focal, stride)) if self.row.positions == "focal" else 0
+
+    def burn_in(self, stride: int) -> int:
+        """Windows to replay before the first one that counts, so that what was cut off weighs less than 1e-12."""
+        if self.row.scope != "prefix":
+            return 0
+        if self.row.decay == 1:
+            return 1 << 62
+        return math.ceil(math.log(1e-12) / (stride * math.log(self.row.decay)))
+
+    def step(self, batch: WindowBatch) -> Tensor:
+        """Adapt to each window's past and score it; returns what `batch.nll` returns."""
+        return batch.nll(self.bias(batch))
+
+    def replay(self, batch: WindowBatch) -> None:
+        """Take in windows that another rank scores, where the state depends on them."""
+        if self.row.scope == "prefix":
+            self.bias(batch)
+
+    def bias(self, batch: WindowBatch) -> Tensor | None:
+        """The bias [W, V] each window is scored with; None for no bias. Advances the state."""
+        if self.row.optimizer == "none":
+            return None
+        if self.row.optimizer == "lbfgs":
+            return self._fit_shared(batch) if self.row.scope == "batch" else self._fit(*batch.visible(self.row))
+        return self._stream_rates(batch) if self.row.scope == "prefix" else self._window_rates(batch)
+
+    def _rates(self, batch: WindowBatch) -> Rates:
+        k = self.calibration.pseudo_counts(self.row, batch.logits.size(-1)).to(batch.logits.device)
+        return Rates(self.row, k, self.bos_id)
+
+    def _stream_rates(self, batch: WindowBatch) -> Tensor:
+        self._stream = self._stream or self._rates(batch)
+        biases = []
+        spans = zip(batch.context_end.tolist(), batch.scored_end.tolist(), strict=True)
+        for window, (begin, end) in enumerate(spans):
+            biases.append(self._stream.bias())  # before the window's own tokens go in
+            self._stream.update(batch.probabilities[window, begin:end], batch.targets[window, begin:end])
+        return torch.stack(biases)
+
+    def _window_rates(self, batch: WindowBatch) -> Tensor:
+        biases = []
+        for window, end in enumerate(batch.context_end.tolist()):
+            rates = self._rates(batch)
+            rates.update(batch.probabilities[window, :end], batch.targets[window, :end])
+            biases.append(rates.bias())
+        return torch.stack(biases)
+
+    def _fit(self, logits: Tensor, targets: Tensor, weights: Tensor, start: Tensor | None = None) -> Tensor:
+        """One bias [V] for each problem of [P, N] positions, clamped."""
+        if start is None:
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            start = torch.zeros(logits.size(0), logits.size(-1), dtype=dtype, device=logits.device)
+        if not logits.size(1):  # the stream's first window alone: nothing to fit to
+            return start
+        solution = minimize(
+            BiasObjective(logits, targets, weights, ridge=self.row.ridge), start, phases=self.row.phases
+        )
+        return solution.x.clamp(-self.row.clamp, self.row.clamp)
+
+    def _fit_shared(self, batch: WindowBatch) -> Tensor:
+        logits, targets, weights = batch.visible(self.row)
+        biases = []
+        for first in range(0, logits.size(0), self.row.batch):
+            group = slice(first, first + self.row.batch)
+            start = self._last[None] if self._last is not None and self.row.warm_start else None
+            rows = logits[group].reshape(1, -1, logits.size(-1))
+            bias = self._fit(rows, targets[group].reshape(1, -1), weights[group].reshape(1, -1), start)[0]
+            if bool(weights[group].any()):
+                self._last = bias
+            biases.append(bias.expand(logits[group].size(0), -1))
+        return torch.cat(biases)
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Scores of a batch of windows.
+
+    Args:
+        nll: float32 [W, T], adapted; NaN at positions that are not scored.
+        base_nll: the same without adaptation.
+        state: pass it to the next call of `adapt`.
+    """
+
+    nll: Tensor
+    base_nll: Tensor
+    state: Adapter
+
+
+def adapt(
+    logits: Tensor,
+    targets: Tensor,
+    context: int | Tensor,
+    scored: int | Tensor | None = None,
+    *,
+    preset: str = "causal",
+    state: Adapter | None = None,
+    frequency: Tensor | None = None,
+    bos_id: int | None = None,
+    allow_noncausal: bool = False,
+) -> Adapted:
+    """Score consecutive windows of any model with a test-time adaptation.
+
+    Args:
+        logits: float [W, T, V], of consecutive windows, as the model gives them.
+        targets: int64 [W, T], the token after each position, in 0..V-1.
+        context: positions of each window that earlier windows scored, one number or int64 [W].
+        scored: end of the positions to score, one number or int64 [W]; T by default.
+        preset: NAME or NAME:key=value,...
+        state: of the call before, for the presets that carry something from batch to batch.
+        frequency: float [V], how often each token comes in training text; improves `causal`.
+        bos_id: the token that starts a document, for `causal`.
+        allow_noncausal: needed for presets whose score has seen its own tokens.
+
+    Raises:
+        InputError: unknown preset, a preset that leaks, shapes that do not fit.
+    """
+    if logits.ndim != 3 or targets.shape != logits.shape[:2]:
+        raise InputError(f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}: expected [W, T, V] and [W, T]")
+    if state is None:
+        row = parse_preset(preset)
+        if not row.compliance.causal and not allow_noncausal:
+            raise InputError(f"preset {preset!r} is not causal: {row.compliance.why}")
+        state = Adapter(row, Calibration(frequency), bos_id)
+    windows, length, _ = logits.shape
+    ends = [
+        torch.as_tensor(length if end is None else end, dtype=torch.int64, device=logits.device).expand(windows)
+        for end in (context, scored)
+    ]
+    if not bool(((ends[0] >= 0) & (ends[0] <= ends[1]) & (ends[1] <= length)).all()):
+        raise InputError(f"context and scored: expected 0 <= context <= scored <= {length} in every window")
+    batch = WindowBatch(logits, targets, *ends)
+    position = torch.arange(length, device=logits.device)
+    outside = (position < ends[0][:, None]) | (position >= ends[1][:, None])
+
+    def full(nll: Tensor) -> Tensor:
+        result = torch.full((windows, length), math.nan, dtype=nll.dtype, device=nll.device)
+        result[:, batch.first_scored :] = nll
+        return result.masked_fill(outside, math.nan)
+
+    return Adapted(full(state.step(batch)), full(batch.nll()), state)

@@ -1,0 +1,88 @@
+"""Cross-entropy as a function of a logit bias, for `minimize`."""
+
+import copy
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from .rows import BLOCK_ROWS, block_sum, row_mixture, row_products, row_sum
+
+
+class BiasObjective:
+    """Cross-entropy of W windows as a function of one logit bias each, in P-form.
+
+        F(b) = (sum_t w_t (log sum_v exp(z_tv + b_v) - z_t,y_t - b_y_t) + (r / 2) |b - prior|^2) / sum_t w_t
+
+    With P = softmax(z), made once, and u = exp(b - max b): s = P u, log sum_v exp(z_tv + b_v) = log s + max b + lse z,
+    and the gradient is (u * P^T (w / s) - counts + r (b - prior)) / sum_t w_t. One evaluation is two passes over P and
+    V exponentials. Where s underflows (a bias spread over more than ~85 nats in float32, ~700 in float64) the loss is
+    not finite, and a line search steps back.
+
+    Args:
+        z: [W, T, V] logits, any float dtype; computed in float64 if they are, else in float32.
+        targets: [W, T] int64; one outside [0, V) with a positive weight makes its problem not finite.
+        weights: [W, T] >= 0; rows of weight 0 are never read. A window without weight has loss 0 and gradient 0.
+        ridge: r >= 0.
+        prior: [W, V] or None for zero.
+    """
+
+    def __init__(
+        self, z: Tensor, targets: Tensor, weights: Tensor, ridge: float = 0.0, prior: Tensor | None = None
+    ) -> None:
+        W, T, V = z.shape
+        if targets.shape != (W, T) or weights.shape != (W, T):
+            raise ValueError(
+                f"targets, weights: expected {[W, T]}, got {list(targets.shape)} and {list(weights.shape)}"
+            )
+        if not ridge >= 0:
+            raise ValueError(f"ridge: expected a number >= 0, got {ridge!r}")
+        if prior is not None and prior.shape != (W, V):
+            raise ValueError(f"prior: expected {[W, V]}, got {list(prior.shape)}")
+        dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+        if T == 0:
+            z, targets, weights = z.new_zeros(W, 1, V), targets.new_zeros(W, 1), weights.new_zeros(W, 1)
+
+        # rows in use first, in whole blocks: no sum then depends on padding, or on where it is
+        used = weights != 0
+        length = max(1, -(-int(used.sum(1).max() if W else 0) // BLOCK_ROWS)) * BLOCK_ROWS
+        padded = length != T or not bool(used.all())
+        if padded:
+            order = torch.argsort(used.byte(), dim=1, descending=True, stable=True)[:, :length]
+            order = torch.nn.functional.pad(order, (0, length - order.shape[1]))
+            used = torch.arange(length, device=z.device) < used.sum(1, keepdim=True)
+            z = z[torch.arange(W, device=z.device)[:, None], order]
+            targets, weights = targets.gather(1, order), weights.gather(1, order)
+        known = (targets >= 0) & (targets < V)
+        targets = torch.where(used & known, targets, 0)
+        self.weights = torch.where(used, weights.double(), 0.0)  # [W, length], as is p over V
+        self.p = torch.softmax(z, -1, dtype=dtype)
+        # the largest p is 1 / sum exp(z - max z): with it log-sum-exp costs no exponentials
+        lse = z.amax(-1).double() - self.p.amax(-1).double().log()
+        nll = torch.where(known, lse - z.gather(2, targets[:, :, None])[:, :, 0].double(), torch.nan)
+        if padded:
+            self.p.masked_fill_(~used[:, :, None], 1 / V)  # anything whose s is positive
+            nll = torch.where(used, nll, 0.0)
+        self.base, self.total = block_sum(self.weights * nll), block_sum(self.weights)
+        self.counts = self.weights.new_zeros(W, V).scatter_add_(1, targets, self.weights).to(dtype)
+        self.ridge, self.prior = ridge, None if prior is None else prior.to(dtype)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        largest = x.amax(-1, keepdim=True)
+        u = torch.exp(x - largest)
+        s = row_products(u[:, None], self.p)[:, 0]
+        loss = self.base + block_sum(self.weights * (s.double().log() + largest.double()))
+        pull, linear = self.counts, -self.counts * x
+        if self.ridge:
+            offset = x if self.prior is None else x - self.prior
+            pull, linear = pull - self.ridge * offset, torch.addcmul(linear, offset, offset, value=self.ridge / 2)
+        g = u * row_mixture(self.weights.to(s) / s, self.p) - pull
+        scale = torch.where(self.total > 0, 1.0 / self.total, 0.0)
+        return (loss + row_sum(linear, torch.float64)) * scale, g * scale.to(g)[:, None]
+
+    def take(self, index: Tensor) -> Self:
+        part = copy.copy(self)
+        part.p, part.weights, part.counts = self.p[index], self.weights[index], self.counts[index]
+        part.base, part.total = self.base[index], self.total[index]
+        part.prior = None if self.prior is None else self.prior[index]
+        return part

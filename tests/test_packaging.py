@@ -1,0 +1,59 @@
+"""The package as it is installed: what a wheel holds, and that it works from anywhere."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_the_wheel_holds_kernels_under_our_name_and_the_demo(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"slotfast/kernels/spec.py", "slotfast/eval/__main__.py", "slotfast/demo/demo.slotfast"} <= names
+    assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
+    expected = {f"slotfast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    assert {name for name in names if name.startswith("slotfast/kernels/") and name.endswith(".py")} == expected
+
+
+def test_what_the_wheel_holds_runs_from_another_folder(wheel, tmp_path):
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    command = [sys.executable, "-m", "slotfast.eval", "--max-tokens", "700", "--preset", "none", "causal"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": ""}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "causal" in done.stdout
+
+
+def test_the_demo_stays_small():
+    demo = ROOT / "slotfast" / "demo"
+    assert sum(path.stat().st_size for path in demo.iterdir()) < 1_500_000
+
+
+def test_the_symbolic_link_is_relative():
+    link = ROOT / "slotfast" / "kernels"
+    assert link.is_symlink() and link.readlink() == Path("../kernels")

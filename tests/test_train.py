@@ -1,0 +1,104 @@
+"""Training: the corpus keeps its promise, and the command writes an artifact that evaluates."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from slotfast import corpus, train
+from slotfast.artifact import read_artifact
+from slotfast.errors import InputError
+from slotfast.eval.__main__ import main as evaluate
+from slotfast.optim import Muon, orthogonalize
+
+
+def test_training_text_shares_no_eight_words_with_any_page():
+    held_out = [corpus.shingles(page) for page in corpus.language_reference().values()]
+    modules = corpus.standard_library()[::12]
+    documents = list(corpus.training_documents(modules))
+    assert len(documents) > 20
+    learned = set().union(*(corpus.shingles(paragraph) for text in documents for paragraph in text.split("\n\n")))
+    assert all(learned.isdisjoint(page) for page in held_out)
+
+
+def test_test_pages_do_not_repeat_one_another():
+    seen: set[int] = set()
+    for page in sorted(corpus.test_documents(), key=len):
+        own = corpus.shingles(page)
+        assert len(own & seen) < 0.05 * len(own)
+        seen |= own
+
+
+def test_prose_of_a_module(tmp_path):
+    path = tmp_path / "m.py"
+    path.write_text(
+        '"""A module that does a thing which is described here at length."""\n'
+        "# A comment of two lines that together\n# say something about the code below.\n"
+        "x = 1  # trailing comments are not prose, however long they may turn out to be\n"
+        'def f():\n    """Explain the function in words that are long enough to keep."""\n'
+    )
+    assert corpus._prose(path) == [
+        "A module that does a thing which is described here at length.",
+        "A comment of two lines that together\nsay something about the code below.",
+        "Explain the function in words that are long enough to keep.",
+    ]
+    path.write_text("def broken(:")
+    assert corpus._prose(path) == []
+
+
+def test_training_learns_and_writes_an_artifact(tmp_path, capsys):
+    text = tmp_path / "t.jsonl"
+    lines = [
+        json.dumps({"text": f"Document {n} says that the cat number {n % 7} sat on the mat. " * 6}) for n in range(70)
+    ]
+    text.write_text("\n".join(lines))
+    out = tmp_path / "m.slotfast"
+    small = "--layers 2 --width 32 --heads 2 --kv-heads 1 --mlp-width 32 --seq-len 64 --vocab-size 300".split()
+    train.main(["--text", str(text), "--out", str(out), "--seconds", "8", "--batch-windows", "4", *small])
+    printed = capsys.readouterr().out
+    artifact = read_artifact(out)
+    assert artifact.config.seq_len == 64 and artifact.metadata["steps"] > 5
+    assert float(artifact.unigram.sum()) == pytest.approx(1, abs=1e-5)
+    bpb = [float(line.split()[-2]) for line in printed.splitlines() if line.startswith("held-out")]
+    assert bpb[0] < 2.0 and abs(bpb[1] - bpb[0]) < 0.2
+    evaluate(
+        ["--artifact", str(out), "--tokenizer", str(out.with_suffix(".model")), "--text", str(text)]
+        + ["--max-tokens", "600", "--preset", "none", "--json", "-"]
+    )
+    assert json.loads(capsys.readouterr().out)["base"]["bpb"] < 2.0
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    text = tmp_path / "t.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"some words to learn from, number {n} " * 9}) for n in range(40)))
+    small = "--layers 1 --width 16 --heads 2 --kv-heads 1 --mlp-width 16 --seq-len 32 --vocab-size 300".split()
+    command = ["--text", str(text), "--out", str(tmp_path / "m"), "--embed-lr", "1e30", "--seconds", "5", *small]
+    with pytest.raises(InputError, match="loss .* at step"):
+        train.main(command)
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 20), (20, 3)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape):
+    matrix = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(orthogonalize(matrix))
+    assert 0.6 < float(singular.min()) and float(singular.max()) < 1.3
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    cosine = torch.cosine_similarity(orthogonalize(matrix).flatten(1), (u @ v).flatten(1))
+    assert float(cosine.min()) > 0.97
+
+
+def test_muon_takes_one_nesterov_step_as_written():
+    parameter = torch.nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
+    before = parameter.detach().clone()
+    optimizer = Muon([parameter], lr=0.1, momentum=0.9, weight_decay=0.5)
+    buffer = torch.zeros_like(before)
+    for seed in (1, 2):
+        gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        buffer = 0.9 * buffer + 0.1 * gradient
+        step = orthogonalize(0.1 * gradient + 0.9 * buffer)
+        before = before * (1 - 0.1 * 0.5) - 0.1 * math.sqrt(6 / 4) * step
+        assert (parameter - before).abs().max() < 1e-5

@@ -211,21 +211,26 @@ class _Launch(NamedTuple):
 def _config(m: int, n: int, k: int, group: int, dtype: torch.dtype, cached: bool = False) -> _Launch | None:
     """How to launch the fused kernel, or None where the library's product with dequantised weights is the choice.
 
-    Everything here is unmeasured: no GPU has run it.
+    Every figure below is unmeasured: no GPU has run it. Where a choice rests on a compilation, the comment gives what
+    that showed: sm_90, bf16, Triton 3.9.0, instructions of the whole hot loop per weight, none spilling.
     """
     if m > (64 if cached else 256):  # unmeasured
         return None
-    block_k = min(BLOCK, group) if group in GROUPS else BLOCK  # a tile of grouped weights has one scale a row
     if dtype == torch.float32:
-        # Not tensor cores but multiply-adds, on operands in registers.
-        block_m, block_n, block_k, warps, stages = 16, 32, min(block_k, 64), 4, 2
+        # No tensor cores: multiply-adds, operands in registers. unmeasured
+        block_m, block_n, block_k, num_warps, num_stages = 16, 32, 32, 4, 2
     else:
         # 64 rows of weights are the least that a Hopper warpgroup multiplies.
-        block_m, block_n, warps, stages = (16 if m <= 16 else 32 if m <= 32 else 64), 64, 4, 4
-    # Split K until there are two programs for each of 132 multiprocessors, while every one has a tile to do.
+        block_m, block_n, num_warps = (16 if m <= 16 else 32 if m <= 32 else 64), 64, 4
+        # 16 x 64 x 256: 3.8 instructions a weight, 170 registers. With BLOCK_K 128: 4.6 and 64, so more programs at a
+        # time and finer splits, for the matrices that are too small to fill the machine. unmeasured
+        block_k, num_stages = (256, 3) if m <= 16 and k >= 2048 else (128, 4)
+    if group in GROUPS:
+        block_k = min(block_k, group)  # so that a tile has one scale a row
+    # Split K until there are two programs for each of 132 multiprocessors, while every one has a tile to do. unmeasured
     tiles = _cdiv(m, block_m) * _cdiv(n, block_n)
-    split_k = max(1, min(8, 264 // tiles, _cdiv(k, block_k)))  # unmeasured
-    return _Launch(block_m, block_n, block_k, split_k, warps, stages)
+    split_k = max(1, min(8, 264 // tiles, _cdiv(k, block_k)))
+    return _Launch(block_m, block_n, block_k, split_k, num_warps, num_stages)
 
 
 # Kernels
@@ -522,7 +527,9 @@ def int6_matmul(x: torch.Tensor, weight: PackedInt6, dense: torch.Tensor | None 
 # Contract
 
 
-def _inputs(generator, device, dtype, m, n, k, group=0, scale_dtype=torch.float16, lead=(), strided=False, spread=False):
+def _inputs(
+    generator, device, dtype, m, n, k, group=0, scale_dtype=torch.float16, lead=(), strided=False, spread=False
+):
     codes = torch.randint(-31, 32, (n, k), generator=generator, dtype=torch.int8)
     scale = torch.rand((n, _cdiv(k, group)) if group else (n,), generator=generator) * 0.05 + 0.001
     if strided:
@@ -534,12 +541,12 @@ def _inputs(generator, device, dtype, m, n, k, group=0, scale_dtype=torch.float1
     return {"x": x, "weight": pack_int6(codes.to(device), scale.to(scale_dtype).to(device))}
 
 
-def _compilations(m, n, k, group=0, scale_dtype=torch.float16, **_):
-    """The launches behind bf16 inputs."""
+def _compilations(m, n, k, group=0, scale_dtype=torch.float16, dtype=torch.bfloat16, **_):
     integers = {"M": m, "N": n, "K": k, "n_blocks": _cdiv(k, BLOCK), "n_groups": _cdiv(k, group or k), "stride_xm": k}
     integers |= _MASKS
-    scale = {torch.float16: "*fp16", torch.float32: "*fp32"}[scale_dtype]
-    pointers = {"x_ptr": "*bf16", "low_ptr": "*i32", "high_ptr": "*i32", "scale_ptr": scale, "out_ptr": "*bf16"}
+    pointer = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    pointers = {"x_ptr": pointer[dtype], "low_ptr": "*i32", "high_ptr": "*i32", "out_ptr": pointer[dtype]}
+    pointers["scale_ptr"] = pointer[scale_dtype]
     group = group if group < k else 0
 
     def compilation(kernel, constexprs, num_warps, num_stages, elements, fusion, **types):
@@ -551,14 +558,20 @@ def _compilations(m, n, k, group=0, scale_dtype=torch.float16, **_):
         options = {"enable_fp_fusion": fusion}
         return Compilation(kernel, signature, constexprs, num_warps, num_stages, elements, options)
 
-    launch = _config(m, n, k, group or k, torch.bfloat16)
+    launch = _config(m, n, k, group or k, dtype)
     if launch is None:
         constexprs = {"GROUP": group, "BLOCK_N": 16, "BLOCK_K": BLOCK}
         return [compilation(_dequantize_int6_kernel, constexprs, 4, 3, 0, False)]
     tiles = {name: value for name, value in launch._asdict().items() if name.isupper()}
-    constexprs = {"GROUP": group, "TAIL": k % launch.BLOCK_K != 0, "UPCAST": False, "stride_xk": 1, **tiles}
+    constexprs = {
+        "GROUP": group,
+        "TAIL": k % launch.BLOCK_K != 0,
+        "UPCAST": dtype == torch.float32,
+        "stride_xk": 1,
+        **tiles,
+    }
     elements = launch.BLOCK_N * launch.BLOCK_K
-    out = "*bf16" if launch.SPLIT_K == 1 else "*fp32"
+    out = pointer[dtype] if launch.SPLIT_K == 1 else "*fp32"
     found = [
         compilation(_int6_matmul_kernel, constexprs, launch.num_warps, launch.num_stages, elements, True, out_ptr=out)
     ]

@@ -347,9 +347,11 @@ def _sum_splits_kernel(partial_ptr, out_ptr, numel, SPLIT_K: tl.constexpr, BLOCK
     """out = sum of SPLIT_K partial results, always in the same order."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < numel
+    partial_ptrs = partial_ptr + offs
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for split in tl.static_range(SPLIT_K):
-        total += tl.load(partial_ptr + split * numel.to(tl.int64) + offs, mask=mask, other=0.0)
+    for _ in tl.static_range(SPLIT_K):
+        total += tl.load(partial_ptrs, mask=mask, other=0.0)
+        partial_ptrs += numel
     tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -45,15 +45,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ._triton import tl, triton
 from .spec import Case, Compilation, KernelSpec
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # packing and the references need torch only; kernels are None
-    from types import SimpleNamespace
-
-    triton, tl = SimpleNamespace(jit=lambda fn: None), SimpleNamespace(constexpr=None)
 
 BLOCK = 128  # weights in a block of the layout
 GROUPS = (32, 64, 128)
@@ -409,13 +402,7 @@ def _weight_arguments(weight: PackedInt6) -> dict:
     }
 
 
-def _needs_triton() -> None:
-    if _int6_matmul_kernel is None:
-        raise RuntimeError("triton is not installed: use int6_matmul_ref and dequantize_int6_ref")
-
-
 def _dequantize_int6(weight: PackedInt6, dtype: torch.dtype) -> torch.Tensor:
-    _needs_triton()
     n, k = weight.shape
     out = torch.empty((n, k), dtype=dtype, device=weight.low.device)
     if out.numel():
@@ -432,7 +419,6 @@ def _dequantize_int6(weight: PackedInt6, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _int6_matmul_fwd(x: torch.Tensor, weight: PackedInt6, dense: torch.Tensor | None) -> torch.Tensor:
-    _needs_triton()
     n, k = weight.shape
     rows = x.reshape(-1, k) if k else x.new_empty(x.shape[:-1].numel(), 0)
     m = rows.shape[0]
@@ -493,7 +479,7 @@ def dequantize_int6(weight: PackedInt6, dtype: torch.dtype = torch.bfloat16) -> 
     Returns:
         [N, K]; bit-equal to `dequantize_int6_ref`.
     Raises:
-        ValueError: malformed weight, other dtype. RuntimeError: no triton.
+        ValueError: malformed weight, other dtype. ImportError: no triton.
     """
     _check_weight(weight)
     if dtype not in _DTYPES:
@@ -516,7 +502,7 @@ def int6_matmul(x: torch.Tensor, weight: PackedInt6, dense: torch.Tensor | None 
     Returns:
         [..., N] in x's dtype, summed in float32.
     Raises:
-        ValueError: wrong dtype, shape, device or strides. RuntimeError: no triton.
+        ValueError: wrong dtype, shape, device or strides. ImportError: no triton.
     Tolerance:
         At most twice the error of torch with the dequantised matrix in the same dtype, against float64.
     """

@@ -145,17 +145,14 @@ def pack_int6(codes: torch.Tensor, scale: torch.Tensor) -> PackedInt6:
             raise ValueError(f"codes: expected values in [-32, 31], got {least} to {most}")
     n, k = codes.shape
     _check_scale(scale, n, k, codes.device)
+    blocks = _cdiv(k, BLOCK)
     u = F.pad(codes, (0, -k % BLOCK)) + 32
-    u = (u.view(torch.uint8) & 63).view(n, _cdiv(k, BLOCK), 8, 4, 4)[..., _BYTE_OF]  # block, run, i, byte
+    u = (u.view(torch.uint8) & 63).view(n, blocks, 8, 4, 4)[..., _BYTE_OF]  # block, run, i, byte
     low = (u[..., 0::2, :] & 15) | (u[..., 1::2, :] & 15) << 4  # block, run, word, byte
     high = u >> 4
     high = high[..., 0, :] | high[..., 1, :] << 2 | high[..., 2, :] << 4 | high[..., 3, :] << 6
-    return PackedInt6(
-        low.transpose(2, 3).reshape(n, low[0].numel() if n else _cdiv(k, BLOCK) * BLOCK // 2),
-        high.reshape(n, high[0].numel() if n else _cdiv(k, BLOCK) * BLOCK // 4),
-        scale.contiguous(),
-        (n, k),
-    )
+    low = low.transpose(2, 3).reshape(n, blocks * BLOCK // 2)
+    return PackedInt6(low, high.reshape(n, blocks * BLOCK // 4), scale.contiguous(), (n, k))
 
 
 def unpack_int6(weight: PackedInt6) -> torch.Tensor:
@@ -205,7 +202,8 @@ def _config(m: int, n: int, k: int, group: int, dtype: torch.dtype, cached: bool
     """How to launch the fused kernel, or None where the library's product with dequantised weights is the choice.
 
     Every figure below is unmeasured: no GPU has run it. Where a choice rests on a compilation, the comment gives what
-    that showed: sm_90, bf16, Triton 3.9.0, instructions of the whole hot loop per weight, none spilling.
+    that showed: sm_90, bf16, Triton 3.9.0, instructions of the whole hot loop per weight, nothing spilled; printed by
+    `PYTHONPATH=. python tests/test_int6_matmul.py` in slotfast's repository.
     """
     if m > (64 if cached else 256):  # unmeasured
         return None
@@ -215,7 +213,7 @@ def _config(m: int, n: int, k: int, group: int, dtype: torch.dtype, cached: bool
     else:
         # 64 rows of weights are the least that a Hopper warpgroup multiplies.
         block_m, block_n, num_warps = (16 if m <= 16 else 32 if m <= 32 else 64), 64, 4
-        # 16 x 64 x 256: 3.8 instructions a weight, 170 registers. With BLOCK_K 128: 4.6 and 64, so more programs at a
+        # 16 x 64 x 256: 3.9 instructions a weight, 170 registers. With BLOCK_K 128: 4.7 and 64, so more programs at a
         # time and finer splits, for the matrices that are too small to fill the machine. unmeasured
         block_k, num_stages = (256, 3) if m <= 16 and k >= 2048 else (128, 4)
     if group in GROUPS:
@@ -229,7 +227,7 @@ def _config(m: int, n: int, k: int, group: int, dtype: torch.dtype, cached: bool
 # Kernels
 
 # The masks of the unpacking are arguments of the kernels, not constants. As constants, ptxas reloads one for every use
-# (a LOP3 takes a single immediate) and LLVM rewrites the bit-select into two operations: 4.5 instead of 3.8
+# (a LOP3 takes a single immediate) and LLVM rewrites the bit-select into two operations: 4.5 instead of 3.9
 # instructions a weight in the whole hot loop (sm_90, bf16, 64 x 256 tile, Triton 3.9.0).
 _MASKS = {"nibbles": 0x0F0F0F0F, "sextets": 0x003F003F}
 

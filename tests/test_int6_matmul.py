@@ -348,6 +348,19 @@ def compile_for(compilation, backend, arch, warp_size):
     return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
 
 
+def hot_loop(sass):
+    """Number of instructions in the longest loop of a listing by nvdisasm; 0 without a loop."""
+    labels, count, longest = {}, 0, 0
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = count
+        elif re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+[@A-Z]", line):
+            count += 1
+            target = re.search(r"\sBRA\S*\s.*(\.L_x_\d+)", line)
+            longest = max(longest, count - labels.get(target.group(1), count)) if target else longest
+    return longest if longest > 1 else 0  # a branch to itself only pads the code
+
+
 def compile_everything():
     """Prints a JSON line for each different launch behind the shapes, for sm_90; for the other targets, for some."""
     import tempfile
@@ -375,7 +388,7 @@ def compile_everything():
             usage = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")}
             row = {"shape": str(shape), "kernel": compilation.kernel.__name__, **usage}
             row |= {"shared": compiled.metadata.shared, "threads": 32 * compilation.num_warps}
-            row |= {"weights": compilation.elements // row["threads"]}
+            row |= {"weights": compilation.elements // row["threads"], "loop": hot_loop(sass)}
             for opcode in ("I2F", "HADD2.BF16_V2", "LOP3.LUT", "HGMMA"):
                 row[opcode] = len(re.findall(rf"\s{re.escape(opcode)}", sass))
             print(json.dumps(row), flush=True)
@@ -434,3 +447,11 @@ def test_unpacking_stays_cheap(compiled_rows):
         assert 0 < row["HADD2.BF16_V2"] <= row["weights"] / 2 + 4, row
         if "'k': 157" not in row["shape"]:  # masks take more
             assert row["LOP3.LUT"] < row["weights"] + 60 and row["HGMMA"] > 0, row
+        if row["weights"] == 128:  # what `_config` says of long and short tiles
+            assert row["loop"] / row["weights"] < 3.9, row
+        elif row["weights"] == 64 and "'k': 157" not in row["shape"]:
+            assert row["loop"] / row["weights"] < 4.9, row
+
+
+if __name__ == "__main__":
+    compile_everything()

@@ -404,7 +404,7 @@ def _dequantize_int6(weight: PackedInt6, dtype: torch.dtype) -> torch.Tensor:
     n, k = weight.shape
     out = torch.empty((n, k), dtype=dtype, device=weight.low.device)
     if out.numel():
-        grid = (_cdiv(n, 16), _cdiv(k, BLOCK))
+        grid = (triton.cdiv(n, 16), triton.cdiv(k, BLOCK))
         _dequantize_int6_kernel[grid](
             out_ptr=out,
             BLOCK_N=16,
@@ -430,7 +430,8 @@ def _int6_matmul_fwd(x: torch.Tensor, weight: PackedInt6, dense: torch.Tensor | 
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
     split_k = launch.SPLIT_K
     out = y if split_k == 1 else torch.empty((split_k, m, n), dtype=torch.float32, device=x.device)
-    _int6_matmul_kernel[(_cdiv(n, launch.BLOCK_N), _cdiv(m, launch.BLOCK_M), split_k)](
+    grid = (triton.cdiv(n, launch.BLOCK_N), triton.cdiv(m, launch.BLOCK_M), split_k)
+    _int6_matmul_kernel[grid](
         x_ptr=rows,
         out_ptr=out,
         M=m,
@@ -444,7 +445,7 @@ def _int6_matmul_fwd(x: torch.Tensor, weight: PackedInt6, dense: torch.Tensor | 
         **_weight_arguments(weight),
     )
     if split_k > 1:
-        _sum_splits_kernel[(_cdiv(m * n, 512),)](
+        _sum_splits_kernel[(triton.cdiv(m * n, 512),)](
             out, y, m * n, SPLIT_K=split_k, BLOCK=512, num_warps=4, enable_fp_fusion=False
         )
     return y.view(*x.shape[:-1], n)

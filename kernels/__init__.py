@@ -1,4 +1,4 @@
-"""Triton kernels for fitting and scoring logit biases; needs torch and triton, nothing else. See README.md beside this file."""
+"""Triton kernels that fit and score logit biases; torch and triton only. See README.md beside this file."""
 
 from .spec import Case, Compilation, KernelSpec, specs
 

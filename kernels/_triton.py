@@ -6,16 +6,20 @@ try:
 except ImportError:
 
     class _Absent:
-        """Swallows what happens at import: decorators, annotations, constants. A launch, `kernel[grid]`, is refused."""
+        """Has what a kernel file uses while it is imported; anything else, as a launch needs, says what is missing."""
+
+        @staticmethod
+        def jit(function=None, **options):
+            return function or (lambda function: function)
+
+        @staticmethod
+        def constexpr(value):
+            return value
 
         def __getattr__(self, name):
-            return self
-
-        def __call__(self, *args, **kwargs):
-            return self
-
-        def __getitem__(self, grid):
-            raise ImportError("this function launches a Triton kernel, and triton is not installed: use its `_ref`")
+            raise ImportError(
+                f"a kernel launch needs triton.{name}, and triton is not installed: use the `_ref` function"
+            )
 
     triton = tl = _Absent()
 

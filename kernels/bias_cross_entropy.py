@@ -25,8 +25,8 @@ Value and bias gradient read each logit once and write V floats a window: W T V 
 8 W T V flops and W T V exponentials (a softcap doubles these and adds as many divisions): bound by memory.
 
 Positions that are ignored, or weigh 0, are not read: whatever their logits, they give 0 everywhere. A window of such
-positions alone has loss 0 and gradient 0. A target outside [0, V) that is not `ignore_index`, or a row with NaN, +inf or
-only -inf, makes that row NaN, and the loss and gradient of its window if it weighs anything there; nothing else.
+positions alone has loss 0 and gradient 0. A target outside [0, V) that is not `ignore_index`, or a row with NaN,
++inf or only -inf, makes that row NaN, and loss and gradient of its window if it weighs anything there; nothing else.
 
 Rows never meet except in the sums of their own window, whose order is fixed by T and V: a window's bits are the same
 alone, in any batch, in any order. The softmax is that of Milakov and Gimelshein (arXiv:1805.02867) where a row
@@ -264,7 +264,10 @@ def _bias_cross_entropy_bwd_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """dlogits of PART rows and one block of columns, and their share of dbias, from the forward's shift and sum."""
+    """dlogits of PART rows and one block of columns, and their share of dbias, from the forward's shift and sum.
+
+    Without dnll, what goes to dlogits is the softmax itself.
+    """
     parts = tl.cdiv(T, PART)
     window = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
@@ -277,24 +280,23 @@ def _bias_cross_entropy_bwd_kernel(
         offs_t = first + tl.arange(0, ROWS)
         target, used, bad = _load_targets(targets_ptr, window, offs_t, T, V, ignore_index)
         row = window * T + offs_t
-        hit = tl.load(dnll_ptr + row, mask=used, other=0.0)
-        slope = hit
-        if dlse_ptr is not None:
-            slope += tl.load(dlse_ptr + row, mask=used, other=0.0)
-        hit = tl.where(bad, float("nan"), hit)
-        slope = tl.where(bad, float("nan"), slope) / tl.load(sum_ptr + row, mask=used, other=1.0)
+        slope = 1.0 / tl.load(sum_ptr + row, mask=used, other=1.0)
+        if dnll_ptr is not None:
+            hit = tl.where(bad, float("nan"), tl.load(dnll_ptr + row, mask=used, other=0.0))
+            slope *= hit if dlse_ptr is None else hit + tl.load(dlse_ptr + row, mask=used, other=0.0)
         shift = tl.load(shift_ptr + row, mask=used, other=float("inf"))  # unused rows: exp2(-inf) = 0
         mask = used[None, :, None] if EVEN_V else used[None, :, None] & (offs_v < V)
         x = tl.load(logits_ptr + offs_t.to(tl.int64)[None, :, None] * stride_lt, mask=mask, other=0.0)
         z = _scores(x, bias, softcap, CAP)
         dz = tl.exp2(z * _LOG2E - shift[None, :, None]) * slope[None, :, None]
-        dz -= tl.where(offs_v == target[None, :, None], hit[None, :, None], 0.0)
-        if CAP == "after":
-            dz *= _slope(z, softcap)
+        if dnll_ptr is not None:
+            dz -= tl.where(offs_v == target[None, :, None], hit[None, :, None], 0.0)
+            if CAP == "after":
+                dz *= _slope(z, softcap)
         if dbias_ptr is not None:
             acc += dz
         if dlogits_ptr is not None:
-            if CAP == "before":
+            if CAP == "before" and dnll_ptr is not None:
                 dz *= _slope(_scores(x, None, softcap, CAP), softcap)
             row_ptr = dlogits_ptr + row[None, :, None] * V + offs_v
             tl.store(row_ptr, dz, mask=(offs_t < T)[None, :, None] & (offs_v < V))
@@ -406,7 +408,7 @@ def _bias_cross_entropy_sum_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """One window: its parts of dbias [W, parts, V] added in order, its loss from its nll, both divided by its weight."""
+    """One window: its parts of dbias [W, parts, V] added in order, its loss from nll, both divided by its weight."""
     window = tl.program_id(0).to(tl.int64)
     scale = 1.0
     if loss_ptr is not None:
@@ -521,7 +523,7 @@ def _bias_cross_entropy_fwd(logits, targets, bias, softcap, cap_after_bias, igno
 def _bias_cross_entropy_bwd(
     logits, targets, bias, shift, total, dnll, dlse, softcap, cap_after_bias, ignore_index, dlogits, dbias_parts
 ):
-    """Fills dlogits and dbias_parts [W, parts, V], either of which may be None."""
+    """Fills dlogits and dbias_parts [W, parts, V], either of which may be None. Without dnll: dlogits = softmax."""
     W, T, V = logits.shape
     targets, bias, dnll, dlse = _contiguous(targets, bias, dnll, dlse)
     tile = _config(T, V, logits.element_size())
@@ -796,7 +798,7 @@ _TYPES = {
 def _compilation(kernel, logits_type, tile, elements, **given):
     """A launch on contiguous logits with a bias for each window. What is not a type is a constant."""
     pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-    types = {**pointers, **_TYPES, "logits_ptr": logits_type, "dlogits_ptr": logits_type}
+    types = {**pointers, **_TYPES, **dict.fromkeys(("logits_ptr", "dlogits_ptr", "probs_ptr"), logits_type)}
     fixed = {"CHUNKS": tile.chunks, "ROWS": tile.rows, "COLS": tile.cols, "PART": tile.part, "EVEN_V": True}
     fixed = {"CAP": "none", "stride_lv": 1, **fixed, **given}
     return Compilation(

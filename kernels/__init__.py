@@ -1,16 +1,42 @@
 """Triton kernels for fitting and scoring logit biases; need torch and triton, nothing else (README.md beside this)."""
 
+from .bias_cross_entropy import (
+    bias_cross_entropy,
+    bias_cross_entropy_grad,
+    bias_cross_entropy_grad_ref,
+    bias_cross_entropy_ref,
+)
 from .int6_matmul import PackedInt6, dequantize_int6, int6_matmul, pack_int6, unpack_int6
+from .p_form import (
+    PForm,
+    p_form_evaluate,
+    p_form_evaluate_ref,
+    p_form_prepare,
+    p_form_prepare_ref,
+    target_counts,
+    target_counts_ref,
+)
 from .spec import Case, Compilation, KernelSpec, specs
 
 __all__ = [
     "Case",
     "Compilation",
     "KernelSpec",
+    "PForm",
     "PackedInt6",
+    "bias_cross_entropy",
+    "bias_cross_entropy_grad",
+    "bias_cross_entropy_grad_ref",
+    "bias_cross_entropy_ref",
     "dequantize_int6",
     "int6_matmul",
+    "p_form_evaluate",
+    "p_form_evaluate_ref",
+    "p_form_prepare",
+    "p_form_prepare_ref",
     "pack_int6",
     "specs",
+    "target_counts",
+    "target_counts_ref",
     "unpack_int6",
 ]

@@ -37,12 +37,14 @@ class Compilation:
 
     Args:
         kernel: the `triton.jit` function.
-        signature: argument name -> Triton type ("*fp32", "i32", ...); constants map to "constexpr".
+        signature: argument name -> Triton type ("*fp32", "i32", ...); constants map to "constexpr". Pointers are taken
+            to be multiples of 16, as torch's allocations are; an integer that a launch finds to be one is "i32:16".
         constexprs: argument name -> value.
         num_warps, num_stages: launch options.
         elements: elements that one program handles in one trip of its hot loop, the denominator of "instructions per
             element"; 0 where the figure means nothing.
         options: further options of the compiler, such as `enable_fp_fusion`.
+        spill_bytes: stack and spills that are accepted, in bytes a thread; anything but 0 wants a reason beside it.
     """
 
     kernel: Any
@@ -52,6 +54,7 @@ class Compilation:
     num_stages: int = 3
     elements: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    spill_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,7 @@ class KernelSpec:
         cases: what to check.
         differentiable: names of the arguments that `fn` propagates gradients to.
         compilations: `compilations(**shape)` -> the launches behind `fn` for a production shape.
-        bytes_moved: `bytes_moved(**shape, itemsize=...)` -> fewest bytes through device memory: inputs and
-            outputs once.
+        bytes_moved: `bytes_moved(**shape, itemsize=...)` -> fewest bytes through device memory, all once.
         flops: `flops(**shape)` -> floating-point operations.
         atol: absolute slack on top of "at most twice the error of plain torch in the same dtype against float64".
     """

@@ -20,7 +20,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import brotli
 import numpy as np
@@ -30,7 +30,8 @@ from torch import Tensor
 
 from .data import atomic_write
 from .errors import InputError
-from .model import GPT, GPTConfig
+from .kernels import pack_int6
+from .model import GPT, GPTConfig, PackedLinear
 from .quantize import QuantizedMatrix, quantize_rows
 
 MAGIC = b"slotfast"
@@ -73,12 +74,21 @@ class Artifact:
                 tensors[name] = quantize_rows(tensor, 6 if name.startswith("blocks.") else 8)
         return cls(model.config, tensors, dict(metadata), unigram)
 
-    def model(self) -> GPT:
-        """The model with dequantised float32 weights, in evaluation mode."""
+    def model(self, weights: Literal["dequantized", "int6"] = "dequantized") -> GPT:
+        """The model in evaluation mode.
+
+        Args:
+            weights: `dequantized` gives float32 matrices; `int6` keeps those of 6 bits packed, for the int6 kernel.
+        """
         model = GPT(self.config)
         model.load_state_dict(
             {name: t.dequantize() if isinstance(t, QuantizedMatrix) else t for name, t in self.tensors.items()}
         )
+        if weights == "int6":
+            for name, tensor in self.tensors.items():
+                if isinstance(tensor, QuantizedMatrix) and tensor.bits == 6:
+                    layer = name.removesuffix(".weight")
+                    model.set_submodule(layer, PackedLinear(pack_int6(tensor.codes, tensor.scale)))
         return model.eval().requires_grad_(False)
 
 

@@ -55,6 +55,9 @@ class EvalSettings(Settings):
     stride: int = setting(64, "new positions of each window", "EVAL_STRIDE", ge=1)
     batch_windows: int | None = setting(None, "windows of one forward; default: what fits", "EVAL_BATCH_SEQS", ge=1)
     max_tokens: int | None = setting(None, "score only the start of the stream", ("EVAL_MAX_TOKENS",), ge=2)
+    weights: Literal["dequantized", "int6"] = setting(
+        "dequantized", "int6: the blocks' linear layers run on packed 6-bit weights"
+    )
     backend: Literal["auto", "triton", "torch"] = setting("auto", "auto: triton on a GPU, torch on a CPU")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from . import ops
+from .kernels import PackedInt6
+
 
 class GPTConfig(BaseModel):
     """Shape and parts of a model; the defaults are PR #1019's.
@@ -97,6 +100,24 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class PackedLinear(nn.Module):
+    """A bias-free linear layer on packed 6-bit weights.
+
+    Args:
+        weight: packed [n_out, n_in].
+    """
+
+    def __init__(self, weight: PackedInt6):
+        super().__init__()
+        self.shape = weight.shape
+        self.register_buffer("low", weight.low)
+        self.register_buffer("high", weight.high)
+        self.register_buffer("scale", weight.scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.int6_linear(x, PackedInt6(self.low, self.high, self.scale, self.shape))
 
 
 class BigramHash(nn.Module):
@@ -188,17 +209,11 @@ class Attention(nn.Module):
         v = (v if value is None else v + value).view(batch, length, self.kv_heads, self.head_width)
         q = rotate(rms_norm(q), *rope) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(rms_norm(k), *rope)
-        group = self.heads // self.kv_heads
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2).repeat_interleave(group, 1),
-            v.transpose(1, 2).repeat_interleave(group, 1),
-            is_causal=True,
-        ).transpose(1, 2)
+        y = ops.attention(q, k, v)
         if self.xsa:
             # What a position attends to beyond itself: drop the direction of its own value from every head.
             own = F.normalize(v, dim=-1)[:, :, :, None, :]  # (batch, length, kv_heads, 1, head_width)
-            y = y.reshape(batch, length, self.kv_heads, group, self.head_width)
+            y = y.reshape(batch, length, self.kv_heads, -1, self.head_width)
             y = y - (y * own).sum(-1, keepdim=True) * own
         return self.proj(y.reshape(batch, length, -1))
 
@@ -289,13 +304,16 @@ class GPT(nn.Module):
                 skips.append(x)
         return rms_norm(x)
 
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states [..., width] before the soft cap, in their dtype [..., vocab_size]."""
+        matrix = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden, matrix.to(hidden.dtype))
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states [..., width], soft-capped, float32 (float64 for float64) [..., vocab_size]."""
-        matrix = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        logits = F.linear(hidden, matrix.to(hidden.dtype))
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        return softcap(logits, self.config.softcap)
+        logits = self.unembed(hidden)
+        return softcap(logits if logits.dtype == torch.float64 else logits.float(), self.config.softcap)
 
     def forward(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Mean cross-entropy in nats; tokens and targets int [B, T]."""
-        return F.cross_entropy(self.head(self.hidden(tokens, dtype)).flatten(0, 1), targets.flatten())
+        return ops.cross_entropy(self.unembed(self.hidden(tokens, dtype)), targets, softcap=self.config.softcap).mean()

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from .. import config
+from .. import config, ops
 from ..command import run
 from ..data import atomic_write
 from ..errors import InputError
@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.show_preset is not None:
         return print(show_preset(settings.show_preset))
     rank, world, device = _process(settings.device)
-    if settings.backend == "triton" and device == "cpu":
-        raise InputError("--backend triton: needs a GPU, and this evaluation runs on the CPU")
+    triton = ops.uses_triton(settings.backend, device)
     rows = choose_rows(settings)
     for path in (settings.json_, settings.per_token):
         if path not in (None, "-") and not os.access(Path(path).resolve().parent, os.W_OK):
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     calibration = Calibration(inputs.artifact.unigram, inputs.artifact.metadata.get("scale"))
     bos_id = inputs.tokenizer.bos_id
     adapters = [Adapter(row, calibration, bos_id) for row in rows]
-    model = inputs.artifact.model().to(device)
+    model = inputs.artifact.model(settings.weights).to(device)
     dtype = _DTYPES.get(settings.dtype, torch.float32 if device == "cpu" else torch.bfloat16)
     if dtype == torch.float64:
         model = model.double()
@@ -69,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             device=device,
             rank=rank,
             world=world,
+            backend=settings.backend,
             on_scored=collected.parts.append if settings.per_token else None,
             on_windows=progress,
         )
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if rank:
         return None
     seconds = {"load": loaded - started, **result.seconds, "total": time.perf_counter() - started}
-    found = report(settings, inputs, plan, adapters, result, seconds, device)
+    found = report(settings, inputs, plan, adapters, result, seconds, device, "triton" if triton else "torch")
     if settings.per_token:
         collected.write(settings.per_token, result.meter.rows)
     if settings.json_ == "-":

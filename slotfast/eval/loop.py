@@ -10,6 +10,7 @@ import torch
 from ..data import ByteTable, TokenStream
 from ..errors import InputError
 from ..model import GPT
+from ..ops import Backend
 from ..score import Meter
 from ..slot import Adapter, WindowBatch
 from ..windows import Plan, Window
@@ -60,6 +61,7 @@ def sliding_pass(
     device: torch.device | str = "cpu",
     rank: int = 0,
     world: int = 1,
+    backend: Backend = "auto",
     on_scored: Callable[[Scored], None] | None = None,
     on_windows: Callable[[int], None] | None = None,
 ) -> Pass:
@@ -75,6 +77,7 @@ def sliding_pass(
         batch_windows: windows of one forward; short batches are padded to it, so that shapes never change.
         dtype, device: of the forward.
         rank, world: this process among all; adapters that carry state replay the windows before their first.
+        backend: of the scoring.
         on_scored: called with every batch's tokens.
         on_windows: called with the number of windows that a batch finished.
 
@@ -104,6 +107,7 @@ def sliding_pass(
                 tokens[:, 1 + cut :].to(device),
                 _padded([window.context_end - cut for window in windows], batch_windows).to(device),
                 _padded([window.scored_end - cut for window in windows], batch_windows).to(device),
+                backend,
             )
             clock.lap("forward")
             if indices.start < owned.start:

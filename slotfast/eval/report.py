@@ -32,6 +32,7 @@ def report(
     result: Pass,
     seconds: dict[str, float],
     device: str,
+    backend: str,
 ) -> dict[str, Any]:
     """The result as JSON-able keys; `adapted` is the first preset other than `none`."""
     meter = result.meter
@@ -63,7 +64,7 @@ def report(
         "peak_memory_bytes": _peak_memory_bytes(device),
         "artifact_bytes": inputs.artifact_bytes,
         "model": inputs.artifact.config.model_dump() | {"metadata": dict(inputs.artifact.metadata)},
-        "backend": "torch",
+        "backend": backend,
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "config": settings.model_dump(by_alias=True),
         "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__}

@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import InputError
 from ..lbfgs import BiasObjective, minimize
 from .rows import Adaptation, parse_preset
@@ -21,12 +22,14 @@ class WindowBatch:
         targets: int64 [W, T].
         context_end: int64 [W]; positions before it were scored by earlier windows.
         scored_end: int64 [W]; positions from context_end up to it are scored here; both 0 for padding.
+        backend: triton, torch or auto.
     """
 
     logits: Tensor
     targets: Tensor
     context_end: Tensor
     scored_end: Tensor
+    backend: ops.Backend = "auto"
 
     @cached_property
     def first_scored(self) -> int:
@@ -48,12 +51,8 @@ class WindowBatch:
         Returns:
             float32 (float64 for float64) [W, T - first_scored]; meaningless outside a window's scored positions.
         """
-        logits = self.logits[:, self.first_scored :]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if bias is not None:
-            logits = logits + bias[:, None, :].to(logits.dtype)
-        picked = logits.gather(-1, self.targets[:, self.first_scored :, None]).squeeze(-1)
-        return torch.logsumexp(logits, -1) - picked
+        scored = slice(self.first_scored, None)
+        return ops.cross_entropy(self.logits[:, scored], self.targets[:, scored], bias, backend=self.backend)
 
     def visible(self, row: Adaptation) -> tuple[Tensor, Tensor, Tensor]:
         """All that a row may fit to: logits [W, N, V], targets [W, N] and weights [W, N] of its positions.

@@ -1,0 +1,254 @@
+"""Torch operators over the kernels: one place that chooses between Triton and plain torch, and says so.
+
+Backends: `triton` launches the kernel and fails where it cannot, `torch` runs the plain reference, `auto` is triton on
+a GPU and torch elsewhere. Nothing falls back silently. The operators registered as `slotfast::*` are `auto`: they go by
+the tensors' device, and have shapes and gradients, so that they trace under `torch.compile(fullgraph=True)`.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import InputError
+from .kernels import (
+    PackedInt6,
+    bias_cross_entropy,
+    bias_cross_entropy_ref,
+    int6_matmul,
+)
+from .kernels.bias_cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd, _config, _sum_parts
+from .kernels.int6_matmul import int6_matmul_ref
+
+Backend = Literal["auto", "triton", "torch"]
+
+
+def uses_triton(backend: Backend, device: torch.device | str) -> bool:
+    """Whether a backend launches kernels on a device.
+
+    Raises:
+        InputError: triton is asked for where there is no GPU.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    if backend == "triton" and not on_gpu:
+        raise InputError("--backend triton: needs a GPU, and this runs on the CPU")
+    return on_gpu and backend != "torch"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# cross-entropy
+
+
+def cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    softcap: float = 0.0,
+    cap_after_bias: bool = False,
+    ignore_index: int = -100,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Per-token cross-entropy of biased, soft-capped logits, with gradients to logits and bias.
+
+    Args:
+        logits: [W, T, V] float32, bfloat16, float16; float64 on the torch backend.
+        targets: int [W, T].
+        bias: [V] or [W, V], or None.
+        softcap: c of c * tanh(logits / c); 0: none.
+        cap_after_bias: the cap applies to logits + bias instead.
+        ignore_index: target of positions that do not count.
+        backend: triton, torch or auto.
+
+    Returns:
+        float32 (float64 for float64) [W, T], nats; 0 where ignored.
+    """
+    if backend == "auto":
+        return _forward(logits, targets, bias, softcap, cap_after_bias, ignore_index)[0]
+    options = {"softcap": softcap or None, "cap_after_bias": cap_after_bias, "ignore_index": ignore_index}
+    function = bias_cross_entropy if uses_triton(backend, logits.device) else bias_cross_entropy_ref
+    return function(logits, targets, bias, **options)[0]
+
+
+@torch.library.custom_op("slotfast::bias_cross_entropy", mutates_args=(), device_types="cpu")
+def _forward(
+    logits: Tensor, targets: Tensor, bias: Tensor | None, softcap: float, cap_after_bias: bool, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """nll, lse, and what the backward pass of the device needs."""
+    options = {"softcap": softcap or None, "cap_after_bias": cap_after_bias, "ignore_index": ignore_index}
+    nll, lse = bias_cross_entropy_ref(logits, targets, bias, **options)
+    return nll, lse, lse.new_empty(0), lse.new_empty(0)
+
+
+@_forward.register_kernel("cuda")
+def _(logits, targets, bias, softcap, cap_after_bias, ignore_index):
+    return _bias_cross_entropy_fwd(logits, targets, bias, softcap or None, cap_after_bias, ignore_index)
+
+
+@_forward.register_fake
+def _(logits, targets, bias, softcap, cap_after_bias, ignore_index):
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    saved = targets.shape if logits.device.type == "cuda" else (0,)
+    return tuple(logits.new_empty(shape, dtype=dtype) for shape in (targets.shape, targets.shape, saved, saved))
+
+
+@torch.library.custom_op("slotfast::bias_cross_entropy_backward", mutates_args=(), device_types="cpu")
+def _backward(
+    dnll: Tensor,
+    dlse: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    shift: Tensor,
+    total: Tensor,
+    softcap: float,
+    cap_after_bias: bool,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of logits and bias; that of no bias is empty."""
+    with torch.enable_grad():
+        inputs = [x.detach().requires_grad_() for x in (logits, bias) if x is not None]
+        options = {"softcap": softcap or None, "cap_after_bias": cap_after_bias, "ignore_index": ignore_index}
+        outputs = bias_cross_entropy_ref(inputs[0], targets, inputs[1] if bias is not None else None, **options)
+        gradients = torch.autograd.grad(outputs, inputs, (dnll, dlse))
+    return gradients[0], gradients[1] if bias is not None else logits.new_empty(0)
+
+
+@_backward.register_kernel("cuda")
+def _(dnll, dlse, logits, targets, bias, shift, total, softcap, cap_after_bias, ignore_index):
+    W, T, V = logits.shape
+    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    parts = None
+    if bias is not None:
+        count = -(-T // _config(T, V, logits.element_size()).part)
+        parts = torch.empty((W, count, V), dtype=torch.float32, device=logits.device)
+    options = softcap or None, cap_after_bias, ignore_index
+    if W and T:
+        _bias_cross_entropy_bwd(logits, targets, bias, shift, total, dnll, dlse, *options, dlogits, parts)
+    if parts is None:
+        return dlogits, logits.new_empty(0)
+    dbias = _sum_parts(parts, T) if W and T else parts.new_zeros((W, V))
+    return dlogits, (dbias.sum(0) if bias.dim() == 1 else dbias).to(bias.dtype)
+
+
+@_backward.register_fake
+def _(dnll, dlse, logits, targets, bias, shift, total, softcap, cap_after_bias, ignore_index):
+    return logits.new_empty(logits.shape), logits.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def _save(ctx, inputs, output):
+    logits, targets, bias, *ctx.options = inputs
+    ctx.save_for_backward(logits, targets, bias, *output[2:])
+
+
+def _differentiate(ctx, dnll, dlse, dshift, dtotal):
+    logits, targets, bias, shift, total = ctx.saved_tensors
+    dlogits, dbias = _backward(dnll, dlse, logits, targets, bias, shift, total, *ctx.options)
+    return dlogits, None, None if bias is None else dbias, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# linear layers on packed weights
+
+
+def int6_linear(x: Tensor, weight: PackedInt6, backend: Backend = "auto") -> Tensor:
+    """x @ dequantize(weight)^T.
+
+    Args:
+        x: [..., K] float16, bfloat16 or float32; float64 on the torch backend.
+        weight: packed [N, K].
+        backend: triton, torch or auto.
+
+    Returns:
+        [..., N] in x's dtype. Gradients reach x only, and not through `auto`.
+    """
+    if backend == "auto":
+        return _int6_linear(x, weight.low, weight.high, weight.scale, *weight.shape)
+    return (int6_matmul if uses_triton(backend, x.device) else int6_matmul_ref)(x, weight)
+
+
+@torch.library.custom_op("slotfast::int6_linear", mutates_args=(), device_types="cpu")
+def _int6_linear(x: Tensor, low: Tensor, high: Tensor, scale: Tensor, n: int, k: int) -> Tensor:
+    return int6_matmul_ref(x, PackedInt6(low, high, scale, (n, k)))
+
+
+@_int6_linear.register_kernel("cuda")
+def _(x, low, high, scale, n, k):
+    return int6_matmul(x, PackedInt6(low, high, scale, (n, k)))
+
+
+@_int6_linear.register_fake
+def _(x, low, high, scale, n, k):
+    return x.new_empty(*x.shape[:-1], n)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# attention
+
+# In the order in which they are tried; each has flash_attn_func(q, k, v, causal=...) on [B, T, heads, width].
+_FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, grouped where there are fewer key heads than query heads.
+
+    Args:
+        q: [B, T, heads, width].
+        k, v: [B, T, kv_heads, width]; heads is a multiple of kv_heads.
+
+    Returns:
+        [B, T, heads, width]: FlashAttention's where the machine has one that works, else torch's own.
+    """
+    flash = flash_attention(q.device) if q.dtype in (torch.bfloat16, torch.float16) else None
+    if flash is not None:
+        return flash(q, k, v)
+    return _torch_attention(q, k, v)
+
+
+def _torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    group = q.size(2) // k.size(2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if group > 1:
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+@functools.cache
+def flash_attention(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """The first FlashAttention that computes a tiny grouped, causal bfloat16 case rightly on a device, or None.
+
+    An importable library proves nothing: it may lack kernels for this GPU, or be another one of the same name.
+    """
+    if device.type != "cuda":
+        return None
+    return probe_flash_attention(device)
+
+
+def probe_flash_attention(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+    """Call each library on a tiny input and compare with torch."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, 32, heads, 64, generator=generator).to(device, torch.bfloat16).contiguous()
+        for heads in (4, 2, 2)
+    )
+    expected = _torch_attention(q, k, v).float()
+    for name in _FLASH_MODULES:
+        try:
+            candidate = functools.partial(_call_flash, importlib.import_module(name).flash_attn_func)
+            if (candidate(q, k, v).float() - expected).abs().max() < 0.05:
+                return candidate
+        except Exception:  # whatever goes wrong in somebody else's library, it is not usable here
+            continue
+    return None
+
+
+def _call_flash(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = function(q, k, v, causal=True)
+    return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp as well

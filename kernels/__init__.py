@@ -7,6 +7,7 @@ from .bias_cross_entropy import (
     bias_cross_entropy_ref,
 )
 from .int6_matmul import PackedInt6, dequantize_int6, int6_matmul, pack_int6, unpack_int6
+from .lbfgs import History, lbfgs_direction, lbfgs_history, lbfgs_push, lbfgs_push_
 from .p_form import (
     PForm,
     p_form_evaluate,
@@ -21,6 +22,7 @@ from .spec import Case, Compilation, KernelSpec, specs
 __all__ = [
     "Case",
     "Compilation",
+    "History",
     "KernelSpec",
     "PForm",
     "PackedInt6",
@@ -30,6 +32,10 @@ __all__ = [
     "bias_cross_entropy_ref",
     "dequantize_int6",
     "int6_matmul",
+    "lbfgs_direction",
+    "lbfgs_history",
+    "lbfgs_push",
+    "lbfgs_push_",
     "p_form_evaluate",
     "p_form_evaluate_ref",
     "p_form_prepare",

@@ -5,21 +5,28 @@ try:
     import triton.language as tl
 except ImportError:
 
+    def _refuse(what):
+        raise ImportError(f"a kernel launch needs {what}, and triton is not installed: use the `_ref` function")
+
+    class _Kernel:
+        """What `jit` makes of a function: it cannot be launched."""
+
+        def __getitem__(self, grid):
+            _refuse("triton")
+
     class _Absent:
-        """Has what a kernel file uses while it is imported; anything else, as a launch needs, says what is missing."""
+        """Has what a kernel file uses while it is imported; anything else says what is missing."""
 
         @staticmethod
         def jit(function=None, **options):
-            return function or (lambda function: function)
+            return _Kernel() if function is not None else lambda function: _Kernel()
 
         @staticmethod
         def constexpr(value):
             return value
 
         def __getattr__(self, name):
-            raise ImportError(
-                f"a kernel launch needs triton.{name}, and triton is not installed: use the `_ref` function"
-            )
+            _refuse(f"triton.{name}")
 
     triton = tl = _Absent()
 

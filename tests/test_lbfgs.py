@@ -128,7 +128,7 @@ def test_same_bits_alone_in_any_batch_in_any_order(V, dtype, threads):
     try:
         generator = torch.Generator().manual_seed(V)
         for T in (1, 7, 64, 448):
-            W, phases = 5, ((7, 4),)
+            W, phases = 5, ((6, 3),)
             z, targets, weights = draw(generator, W, T, V, dtype)
             weights[1] = 0  # stops at once
             weights[2, 1:] = 0  # has fewer rows than the others
@@ -145,15 +145,10 @@ def test_same_bits_alone_in_any_batch_in_any_order(V, dtype, threads):
 
             full = solve(range(W))
             assert (full.iterations[[0, 3, 4]] > 1).all()
-            for rows, pad in (
-                *(([w], 0) for w in range(W)),
-                ([4, 2, 0, 3, 1], 0),
-                ([0, 1], 0),
-                ([2, 3, 4], 0),
-                ([3], 100),
-                ([0, 1, 2, 3, 4], 9),
-                ([3, 0, 0, 3, 4, 4, 0, 3, 2, 2, 1, 0, 0, 3, 3, 4, 4], 0),
-            ):
+            batches = [([3], 0), ([4, 2, 0, 3, 1], 0), ([0, 1], 0), ([2, 3, 4], 100)]
+            if T < 448:  # the longest is there for its blocks of rows, and slow
+                batches += [([0], 0), ([1], 0), ([2], 0), ([4], 9), ([3, 0, 0, 3, 4, 4, 0, 3, 2, 2, 1, 0, 0, 3, 4], 0)]
+            for rows, pad in batches:
                 assert same_bits(solve(rows, pad), full, range(len(rows)), rows), (T, rows, pad)
     finally:
         torch.set_num_threads(before)
@@ -165,11 +160,11 @@ def test_same_bits_with_a_large_vocabulary_and_a_long_history(threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        z, targets, weights = draw(torch.Generator().manual_seed(0), 3, 9, 40000, torch.float32)
-        full = minimize(BiasObjective(z, targets, weights, 0.3), zeros(z), phases=((6, 40),))
-        for w in range(3):
+        z, targets, weights = draw(torch.Generator().manual_seed(0), 2, 9, 40000, torch.float32)
+        full = minimize(BiasObjective(z, targets, weights, 0.3), zeros(z), phases=((3, 40),))
+        for w in range(2):
             alone = BiasObjective(z[w : w + 1], targets[w : w + 1], weights[w : w + 1], 0.3)
-            assert same_bits(minimize(alone, zeros(z)[:1], phases=((6, 40),)), full, [0], [w])
+            assert same_bits(minimize(alone, zeros(z)[:1], phases=((3, 40),)), full, [0], [w])
     finally:
         torch.set_num_threads(before)
 

@@ -59,9 +59,9 @@ class Memory(Columns):
 
         s_g, y_g = products[:, 1, :slots], products[:, 1, slots : 2 * slots]
         inverse, gamma = self.inverse[rows], self.gamma[rows, None]
-        p = (inverse * s_g[:, None]).sum(-1)
-        yy_p = (self.yy[rows] * p[:, None]).sum(-1)
-        c = (inverse * (gamma * (y_g - yy_p) - self.sy[rows] * p)[:, :, None]).sum(-2)
+        p = np.einsum("kij,kj->ki", inverse, s_g)
+        yy_p = np.einsum("kij,kj->ki", self.yy[rows], p)
+        c = np.einsum("kij,ki->kj", inverse, gamma * (y_g - yy_p) - self.sy[rows] * p)
         weights = np.zeros((len(g), self.pairs.shape[1]))
         weights[rows, :slots], weights[rows, slots : 2 * slots] = c, gamma * p
         step = row_mixture(torch.from_numpy(weights).to(g), self.pairs)
@@ -73,8 +73,8 @@ class Memory(Columns):
         # the oldest pair, if the ring is full, makes room; else this clears what is clear
         self.inverse[rows, spare], self.inverse[rows, :, spare], self.sy[rows, spare] = 0.0, 0.0, 0.0
         # R gains the column S y, so its inverse gains -K S y / (s.y) and, on the diagonal, 1 / (s.y)
-        column = (self.inverse[rows] * s_y[:, None]).sum(-1) / -ys[:, None]
-        column[each, slot] = 1.0 / ys
-        self.inverse[rows, :, slot] = column
+        added = np.einsum("kij,kj->ki", self.inverse[rows], s_y) / -ys[:, None]
+        added[each, slot] = 1.0 / ys
+        self.inverse[rows, :, slot] = added
         self.yy[rows, slot], self.yy[rows, :, slot] = y_y, y_y
         self.sy[rows, slot], self.gamma[rows], self.head[rows] = ys, ys / y_y[each, slot], spare

@@ -45,8 +45,8 @@ def cases(spec):
         if case.production or case.dtype == torch.bfloat16:  # the interpreter truncates to bf16
             continue
         arguments = spec.inputs(torch.Generator().manual_seed(0), torch.device("cpu"), case.dtype, **case.shape)
-        size = sum(t.numel() for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor))
-        drawn += [(size, case.reason, arguments)] if size else []
+        sizes = [t.numel() for t in torch.utils._pytree.tree_leaves(arguments) if isinstance(t, torch.Tensor)]
+        drawn += [(sum(sizes), case.reason, arguments)] if all(sizes) else []  # an empty input launches nothing
     assert drawn, f"{spec.name}: nothing to run"
     return [each[1:] for each in sorted(drawn, key=lambda each: each[0])[:3]]
 

@@ -169,7 +169,7 @@ def _target_counts_kernel(
 def _finish(loss, dbias, bias, counts, shift, total, MEAN: tl.constexpr):
     """From sum_t weight log s and u * P^T (weight / s) to the results; dbias, bias, counts are (CHUNKS, COLS)."""
     bias = tl.where(bias == float("-inf"), 0.0, bias)  # columns beyond V
-    dot = tl.sum(tl.sum(counts.to(tl.float64) * bias.to(tl.float64), axis=0), axis=0)
+    dot = tl.sum(tl.sum(counts * bias, axis=0).to(tl.float64), axis=0)
     loss += total.to(tl.float64) * shift.to(tl.float64) - dot
     dbias -= counts
     if MEAN:

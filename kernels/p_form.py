@@ -92,6 +92,11 @@ def p_form_prepare_ref(logits, targets, weights=None, *, softcap=None, ignore_in
     return PForm(probs, weights, counts, total.to(dtype), (weights * nll).double().sum(-1).to(dtype))
 
 
+def _aligned(tensor):
+    """Where BLAS cuts a product, and so how it rounds, depends on alignment: torch allocates at multiples of 64."""
+    return tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+
+
 @torch.no_grad()
 def p_form_evaluate_ref(form, bias, *, reduction="mean"):
     """`p_form_evaluate` in plain torch; float64 tensors give float64 results."""
@@ -102,10 +107,9 @@ def p_form_evaluate_ref(form, bias, *, reduction="mean"):
     s = torch.empty_like(weights)
     ratio_sums = torch.empty_like(bias)
     for window, wide in enumerate(probs):
-        wide = wide.to(bias.dtype)
-        torch.mv(wide, u[window], out=s[window])
-        s[window].masked_fill_(weights[window] == 0, 1.0)
-        torch.mv(wide.T, weights[window] / s[window], out=ratio_sums[window])
+        wide = _aligned(wide.to(bias.dtype))
+        s[window] = torch.mv(wide, _aligned(u[window])).masked_fill_(weights[window] == 0, 1.0)
+        ratio_sums[window] = torch.mv(wide.T, weights[window] / s[window])
     loss = (weights * s.log()).double().sum(-1) + total.double() * shift[:, 0] - (counts * bias).double().sum(-1)
     dbias = u * ratio_sums - counts
     if reduction == "mean":
@@ -169,7 +173,7 @@ def _target_counts_kernel(
 def _finish(loss, dbias, bias, counts, shift, total, MEAN: tl.constexpr):
     """From sum_t weight log s and u * P^T (weight / s) to the results; dbias, bias, counts are (CHUNKS, COLS)."""
     bias = tl.where(bias == float("-inf"), 0.0, bias)  # columns beyond V
-    dot = tl.sum(tl.sum(counts.to(tl.float64) * bias.to(tl.float64), axis=0), axis=0)
+    dot = tl.sum(tl.sum(counts * bias, axis=0).to(tl.float64), axis=0)
     loss += total.to(tl.float64) * shift.to(tl.float64) - dot
     dbias -= counts
     if MEAN:

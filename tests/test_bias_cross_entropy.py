@@ -120,9 +120,17 @@ def check_independence(functions, W, *tensors):
             assert torch.equal(alone, batch[chosen]), f"output {index} of windows {chosen} depends on the batch"
 
 
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("V", [2, 5, 64, 1000, 1024])
 @pytest.mark.parametrize("T", [1, 7, 64, 448])
-def test_reference_does_not_depend_on_the_batch(T, V):
+def test_reference_does_not_depend_on_the_batch(T, V, threads):
     references = (
         K.bias_cross_entropy_ref, K.bias_cross_entropy_grad_ref, K.p_form_prepare_ref, K.p_form_evaluate_ref,
     )  # fmt: skip

@@ -33,6 +33,14 @@ setup(
         "flash": ["flash-attn>=2.6"],
         "safetensors": ["safetensors>=0.4"],
         "bench": ["pytest-benchmark>=5.0", "liger-kernel>=0.5"],
-        "dev": ["pytest>=8.0", "pytest-benchmark>=5.0", "hypothesis>=6.100", "ruff>=0.6", "safetensors>=0.4"],
+        "dev": [
+            "pytest>=8.0",
+            "pytest-xdist>=3.5",
+            "setuptools>=70.1",
+            "pytest-benchmark>=5.0",
+            "hypothesis>=6.100",
+            "ruff>=0.6",
+            "safetensors>=0.4",
+        ],
     },
 )

@@ -21,7 +21,14 @@ from .kernels import (
     bias_cross_entropy_ref,
     int6_matmul,
 )
-from .kernels.bias_cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd, _config, _sum_parts
+from .kernels.bias_cross_entropy import (
+    _bias_cross_entropy_bwd,
+    _bias_cross_entropy_fwd,
+    _config,
+    _scores_ref,
+    _sum_parts,
+    _targets_ref,
+)
 from .kernels.int6_matmul import int6_matmul_ref
 
 Backend = Literal["auto", "triton", "torch"]
@@ -110,12 +117,19 @@ def _backward(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of logits and bias; that of no bias is empty."""
-    with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in (logits, bias) if x is not None]
-        options = {"softcap": softcap or None, "cap_after_bias": cap_after_bias, "ignore_index": ignore_index}
-        outputs = bias_cross_entropy_ref(inputs[0], targets, inputs[1] if bias is not None else None, **options)
-        gradients = torch.autograd.grad(outputs, inputs, (dnll, dlse))
-    return gradients[0], gradients[1] if bias is not None else logits.new_empty(0)
+    z = _scores_ref(logits, bias, softcap or None, cap_after_bias)
+    used, bad, index = _targets_ref(targets, z.size(-1), ignore_index)
+    dnll = dnll.masked_fill(~used, 0.0).masked_fill(bad, torch.nan)
+    dz = torch.softmax(z.masked_fill(~used[..., None], 0.0), -1) * (dnll + dlse.masked_fill(~used, 0.0))[..., None]
+    dz.scatter_add_(-1, index[..., None], -dnll[..., None])
+    dlogits = dz
+    if softcap:
+        capped = z if cap_after_bias else softcap * torch.tanh(logits.to(z.dtype) / softcap)
+        dlogits = dz * (1 - (capped / softcap).square())
+    if bias is None:
+        return dlogits.to(logits.dtype), logits.new_empty(0)
+    dbias = (dlogits if cap_after_bias else dz).sum(-2)
+    return dlogits.to(logits.dtype), (dbias.sum(0) if bias.dim() == 1 else dbias).to(bias.dtype)
 
 
 @_backward.register_kernel("cuda")

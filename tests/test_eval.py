@@ -103,6 +103,16 @@ def test_shards_score_like_their_text(small, tmp_path, capsys):
     assert found["text"]["sha256"] == text["text"]["sha256"]
 
 
+def test_packed_weights_score_like_dequantised_ones(small, capsys):
+    found = []
+    for weights in ("dequantized", "int6"):
+        main(_args(small, "--weights", weights, "--preset", "causal", "--json", "-"))
+        found.append(json.loads(capsys.readouterr().out))
+    for row in (0, 1):
+        dense, packed = (f["presets"][row]["adapted"]["nats"] for f in found)
+        assert packed == pytest.approx(dense, rel=1e-6)
+
+
 def test_data_path_variable_names_the_shards(small, tmp_path, capsys, monkeypatch):
     write_shard(tmp_path / "fineweb_val_000000.bin", [1, 400, 401, 402])
     monkeypatch.setenv("DATA_PATH", str(tmp_path))

@@ -61,12 +61,10 @@ def test_training_learns_and_writes_an_artifact(tmp_path, capsys):
     assert artifact.config.seq_len == 64 and artifact.metadata["steps"] > 5
     assert float(artifact.unigram.sum()) == pytest.approx(1, abs=1e-5)
     bpb = [float(line.split()[-2]) for line in printed.splitlines() if line.startswith("held-out")]
-    assert bpb[0] < 2.0 and abs(bpb[1] - bpb[0]) < 0.2
-    evaluate(
-        ["--artifact", str(out), "--tokenizer", str(out.with_suffix(".model")), "--text", str(text)]
-        + ["--max-tokens", "600", "--preset", "none", "--json", "-"]
-    )
-    assert json.loads(capsys.readouterr().out)["base"]["bpb"] < 2.0
+    assert bpb[0] < 4.0 and abs(bpb[1] - bpb[0]) < 0.2  # guessing among 300 pieces costs over 5
+    stored = ["--artifact", str(out), "--tokenizer", str(out.with_suffix(".model"))]
+    evaluate([*stored, "--text", str(text), "--max-tokens", "600", "--preset", "none", "--json", "-"])
+    assert json.loads(capsys.readouterr().out)["base"]["bpb"] < 4.0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):

@@ -121,7 +121,7 @@ def table(found: dict[str, Any]) -> str:
         if row["resolved_preset"]["optimizer"] != "none":
             gain = f"{adapted['gain_bpb']:+.4f}"
             error = "n/a" if adapted["gain_se"] is None else f"{adapted['gain_se']:.4f}"
-        verdict = "yes" if row["causal"] else f"NO: {row['why']}"
+        verdict = "yes" if row["causal"] else f"NO: {row['why'].partition(',')[0]}"
         lines.append(f"{row['preset']:<24}{adapted['bpb']:>9.4f}{gain:>10}{error:>9}   {verdict}")
     if not found["calibrated"] and any(row["resolved_preset"]["optimizer"] == "rates" for row in found["presets"]):
         lines.append("uncalibrated: the artifact holds no training frequencies, so k = 2 and scale 0.7 are used")

@@ -3,17 +3,12 @@
 Inputs are drawn on the CPU and moved, so that a seed means the same numbers everywhere. They and everything the kernels
 allocate lie between fences: NaN (the largest integer, for integers) fills what is allocated, the gaps of strided
 tensors, and a margin around each tensor. So an output that is not written, a read that strays and a write that
-strays all show, in the interpreter as on a GPU.
+strays all show, in the interpreter as on a GPU. What the kernels compile to is the business of test_static_report.py.
 """
 
-import json
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -274,73 +269,6 @@ def test_reference_gradcheck(spec):
         assert torch.autograd.gradcheck(outputs, tensors)
         checked += 1
     assert checked, f"no case of {spec.name} is finite and has at most {GRADCHECK_NUMEL} differentiable elements"
-
-
-# Ahead-of-time compilation: Triton is interpreted or compiles, per process, hence one subprocess for all kernels
-
-
-def compile_for(compilation, backend="cuda", arch=90, warp_size=32):
-    """`triton.compile` as a launch would: pointers, and integers marked ":16", are multiples of 16."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = compilation.kernel.arg_names
-    signature = {name: compilation.signature.get(name, "constexpr") for name in names}
-    sixteen = [name for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
-    source = ASTSource(
-        compilation.kernel,
-        {name: kind.removesuffix(":16") for name, kind in signature.items()},
-        constexprs=dict(compilation.constexprs),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sixteen},
-    )
-    options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, **compilation.options}
-    return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
-
-
-def resource_usage(compiled):
-    """Registers, stack and shared memory of a compiled sm_* kernel, as cuobjdump reports them."""
-    import tempfile
-
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    fields = dict(word.split(":")[:2] for word in text.split() if word.count(":") == 1 and not word.endswith(":"))
-    # Triton asks for its shared memory at launch: cuobjdump sees only what is static.
-    return {
-        **{name.lower(): int(fields[name]) for name in ("REG", "STACK", "LOCAL")},
-        "shared": compiled.metadata.shared,
-    }
-
-
-def compile_everything():
-    """Prints one JSON line for each compilation of each spec's first production case."""
-    for spec in specs():
-        case = next(case for case in spec.cases if case.production)
-        for index, compilation in enumerate(spec.compilations(**case.shape)):
-            usage = resource_usage(compile_for(compilation))
-            label = f"{spec.name}[{index}] {compilation.kernel.__name__}"
-            print(json.dumps({"label": label, "spill_bytes": compilation.spill_bytes, **usage}), flush=True)
-
-
-def test_compiles_for_sm_90_without_spills():
-    pytest.importorskip("triton", minversion="3.3", reason="ahead-of-time compilation with alignments")
-    command = "import runpy, sys; runpy.run_path(sys.argv[1])['compile_everything']()"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(
-        [sys.executable, "-c", command, __file__], cwd=root, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = sum(len(s.compilations(**next(c for c in s.cases if c.production).shape)) for s in SPECS)
-    assert len(rows) == expected
-    spilling = [row for row in rows if max(row["stack"], row["local"]) > row["spill_bytes"]]
-    assert not spilling, "\n".join(map(str, spilling))
 
 
 # The checks can fail: each is shown a function that breaks what it guards

@@ -1,0 +1,153 @@
+"""Every kernel at the shapes that real runs use, against its peers, in one process on the same inputs.
+
+On a GPU "ours" is the kernel; on the CPU it is the path that CPUs take, plain torch, on fewer windows. Before anything
+is timed, its result is checked. The gates at the end compare times of this same run, never with another's.
+"""
+
+import functools
+import itertools
+import statistics
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from bench.common import default_device, measure
+from bench.peers import contenders
+from bench.roofs import copy_bandwidth
+from slotfast.kernels import specs
+
+DEVICE = default_device()
+ON_GPU = DEVICE.type == "cuda"
+INPUT_BYTES = 1 << 32 if ON_GPU else 1 << 25  # windows are halved until a case's inputs fit
+
+# Least (time of the peer) / (time of ours), on a GPU: spec, which shapes, peer, ratio.
+LEAST_RATIO = [
+    ("bias_cross_entropy_grad", lambda shape: True, "eager", 5.0),
+    ("bias_cross_entropy_grad", lambda shape: True, "compile", 1.5),
+    ("bias_cross_entropy_grad", lambda shape: True, "liger", 1.2),
+    ("int6_matmul", lambda shape: shape["m"] <= 16 and min(shape["n"], shape["k"]) >= 4096, "eager", 1.8),
+    ("int6_matmul", lambda shape: "group" not in shape, "eager", 0.95),
+]
+# On the CPU both are plain torch; ours pays for batch-independent rounding. The gate only notices a blunder.
+LEAST_RATIO_CPU = [("bias_cross_entropy_grad", lambda shape: True, "eager", 0.4)]
+
+
+def shrunk(spec, case, most_bytes: int) -> dict:
+    """The case's shape with fewer windows (or rows), so that it moves at most `most_bytes`."""
+    shape = dict(case.shape)
+    key = "W" if "W" in shape else "m"
+    while shape[key] > 1 and spec.bytes_moved(**shape, itemsize=case.dtype.itemsize) > most_bytes:
+        shape[key] //= 2
+    return shape
+
+
+def draw(spec, case, shape):
+    kwargs = spec.inputs(torch.Generator().manual_seed(0), torch.device("cpu"), case.dtype, **shape)
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.to(DEVICE), kwargs)
+
+
+def rotating(kwargs) -> list:
+    """Copies of the inputs, together larger than the last cache that a run could keep them in."""
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size if ON_GPU else 1 << 25
+    size = sum(t.nbytes for t in tree_leaves(kwargs) if isinstance(t, torch.Tensor))
+    copies = min(3 * cache // max(size, 1), 1000)
+    return [kwargs, *(tree_map_only(torch.Tensor, torch.clone, kwargs) for _ in range(copies))]
+
+
+def error(got, exact) -> float:
+    """The largest ||got - exact|| / ||exact|| of the outputs; NaN never passes."""
+    pairs = zip(tree_leaves(got), tree_leaves(exact), strict=True)
+    found = [((g.double() - e.double()).norm() / e.double().norm().clamp(min=1e-30)).item() for g, e in pairs]
+    return max(float("inf") if value != value else value for value in found)
+
+
+@torch.no_grad()
+def check(spec, case, function, is_ours: bool) -> None:
+    """Against float64 on fewer windows: ours within twice the reference's error, peers (which round bf16 their own
+    way) within two of the dtype's steps."""
+    kwargs = draw(spec, case, shrunk(spec, case, 1 << 22))
+    wide = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, kwargs)
+    exact, plain, got = spec.reference(**wide), spec.reference(**kwargs), function(**kwargs)
+    step = torch.finfo(case.dtype).eps
+    allowed = 2 * error(plain, exact) + 1e-5 if is_ours else max(2 * step, 1e-4)
+    assert error(got, exact) <= allowed, f"{error(got, exact):.2g} off float64, allowed {allowed:.2g}: not timed"
+
+
+CASES = [
+    pytest.param((spec, case), id=f"{spec.name}-{case.reason}".replace(" ", "_"))
+    for spec in specs()
+    for case in spec.cases
+    if case.production
+]
+NAMES = ["ours", "ours, dense kept", "eager", "compile", "liger"]
+TIMES: dict[tuple[str, str, str], float] = {}  # (spec, case, contender) -> median ms on the device
+
+
+@pytest.fixture(scope="session")
+def copy_roof():
+    return copy_bandwidth(DEVICE, copy_bytes=None if ON_GPU else 1 << 29, repeats=7)["gb_per_s"]
+
+
+@functools.cache
+def prepared(spec_name: str, reason: str):
+    """(spec, case, shape, contenders, inputs); kept for one case at a time."""
+    prepared.cache_clear()
+    spec = next(spec for spec in specs() if spec.name == spec_name)
+    case = next(case for case in spec.cases if case.reason == reason)
+    shape = shrunk(spec, case, INPUT_BYTES)
+    return spec, case, shape, contenders(spec, DEVICE), rotating(draw(spec, case, shape))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("of", CASES)
+def test_time(of, name, benchmark, copy_roof):
+    spec, case, shape, found, inputs = prepared(of[0].name, of[1].reason)
+    if name not in found:
+        pytest.skip(f"{spec.name} has no peer {name!r}")
+    function = found[name]
+    if isinstance(function, str):
+        pytest.skip(function)
+    check(spec, case, function, is_ours=name.startswith("ours"))
+    following = itertools.cycle(inputs)
+
+    @torch.no_grad()
+    def call():
+        return function(**next(following))
+
+    def call_and_wait():
+        call()
+        if ON_GPU:
+            torch.cuda.synchronize()
+
+    device_ms = statistics.median(measure(call, DEVICE))
+    rounds = int(min(max(500 / device_ms, 5), 200))
+    benchmark.group = f"{spec.name}, {case.reason}"
+    benchmark.pedantic(call_and_wait, rounds=rounds, warmup_rounds=1)
+    moved = spec.bytes_moved(**shape, itemsize=case.dtype.itemsize)
+    rate = moved / device_ms / 1e6
+    benchmark.extra_info.update(
+        shape={key: str(value) for key, value in shape.items()},
+        device_ms=device_ms,
+        bytes=moved,
+        flops=spec.flops(**shape),
+        gb_per_s=rate,
+        copy_roof_gb_per_s=copy_roof,
+        percent_of_roof=100 * rate / copy_roof,
+    )
+    TIMES[spec.name, case.reason, name] = device_ms
+
+
+@pytest.mark.parametrize("of", CASES)
+def test_ratio(of):
+    """Ours against the peers of this run."""
+    spec, case = of
+    gates = [gate for gate in (LEAST_RATIO if ON_GPU else LEAST_RATIO_CPU) if gate[0] == spec.name]
+    gates = [(peer, least) for _, wanted, peer, least in gates if wanted(case.shape)]
+    ours = [TIMES[key] for name in ("ours", "ours, dense kept") if (key := (spec.name, case.reason, name)) in TIMES]
+    timed = [(peer, least) for peer, least in gates if (spec.name, case.reason, peer) in TIMES and ours]
+    if not timed:
+        pytest.skip("nothing to compare: " + ("not timed in this run" if gates else "no gate for this case here"))
+    for peer, least in timed:
+        ratio = TIMES[spec.name, case.reason, peer] / min(ours)
+        assert ratio >= least, f"{peer} takes {ratio:.2f} times as long as ours, the gate is {least}"

@@ -1,0 +1,175 @@
+"""What the compiler makes of every kernel at the shapes that real runs use; needs no GPU, and times nothing.
+
+    python -m bench.static_report            compiles everything and prints a table
+    python -m bench.static_report --check    also holds it to the committed table
+    python -m bench.static_report --update   also rewrites the committed table
+    --quick                                  one production shape of each kernel
+    --kernel NAME                            that spec alone
+
+Figures are those of sm_90; sm_80, sm_100 and gfx942 are only compiled. The committed table is valid for one version
+of Triton and says which: with another, its comparison is skipped, and says so; spills fail with any.
+
+    regs      registers a thread          stack, local  spilled bytes a thread, 0 unless a kernel's spec accepts some
+    shared    bytes a program             programs      resident at a time on a multiprocessor
+    code      bytes                       instr/elem    instructions of the hot loop, for each element that it handles
+    barriers  in the hot loop             matrix        tensor-core instructions
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from slotfast.kernels import specs
+
+from .compile import SHARED_LIMIT, TARGETS, compile_for, figures
+
+TABLE = Path(__file__).resolve().parent / "results" / "static" / "sm_90.json"
+KEYS = ("kernel", "case", "function", "types")
+# A figure may grow to factor * committed + slack; "programs" and "matrix" may not fall below committed / factor.
+TOLERANCE = {
+    "registers": (1.0, 8),
+    "shared": (1.0, 1024),
+    "code": (1.1, 256),
+    "per_element": (1.03, 0.02),
+    "barriers": (1.0, 0),
+}
+AT_LEAST = {"programs": 1.0, "matrix": 2.0}
+
+
+def work(quick: bool = False, kernel: str | None = None) -> list[tuple]:
+    """(spec's name, case's reason, index) of every different launch behind production shapes."""
+    found = []
+    for spec in specs():
+        if kernel not in (None, spec.name):
+            continue
+        seen = []
+        for case in [case for case in spec.cases if case.production][: 1 if quick else None]:
+            for index, compilation in enumerate(spec.compilations(**case.shape)):
+                if compilation not in seen:
+                    seen.append(compilation)
+                    found.append((spec.name, case.reason, index))
+    return found
+
+
+def one(name: str, reason: str, index: int) -> dict:
+    """Row of the table; raises what the compiler raises, for any target."""
+    spec = next(spec for spec in specs() if spec.name == name)
+    case = next(case for case in spec.cases if case.reason == reason)
+    compilation = spec.compilations(**case.shape)[index]
+    started = time.perf_counter()
+    compiled = compile_for(compilation)
+    seconds = time.perf_counter() - started
+    found = figures(compilation, compiled)
+    del found["opcodes"]
+    for target in TARGETS.keys() - {"sm_90"}:
+        shared = compile_for(compilation, target).metadata.shared
+        if shared > SHARED_LIMIT[target]:
+            raise ValueError(f"{name}, {reason}: {shared} bytes of shared memory on {target}")
+    pointers = [kind[1:] for kind in compilation.signature.values() if kind.startswith("*")]
+    key = {"kernel": name, "case": reason, "function": compilation.kernel.__name__, "types": pointers[0]}
+    return {**key, **found, "accepted_spill": compilation.spill_bytes, "compile_s": round(seconds, 2)}
+
+
+def label(row: dict) -> str:
+    return " | ".join(str(row[key]) for key in KEYS)
+
+
+def spills(rows: list[dict]) -> list[str]:
+    return [
+        f"{label(row)}: {max(row['stack'], row['local'])} bytes spilled"
+        for row in rows
+        if max(row["stack"], row["local"]) > row["accepted_spill"]
+    ]
+
+
+def compare(rows: list[dict], committed: list[dict], whole: bool) -> list[str]:
+    """What is worse than committed, or has no counterpart; `whole` when rows should be all of them."""
+    before, problems = {label(row): row for row in committed}, []
+    for row in rows:
+        old = before.pop(label(row), None)
+        if old is None:
+            problems.append(f"{label(row)}: not in the committed table")
+            continue
+        for name, (factor, slack) in TOLERANCE.items():
+            if (row[name] or 0) > factor * (old[name] or 0) + slack or (row[name] is None) != (old[name] is None):
+                problems.append(f"{label(row)}: {name} {row[name]}, committed {old[name]}")
+        for name, factor in AT_LEAST.items():
+            if row[name] < old[name] / factor:
+                problems.append(f"{label(row)}: {name} {row[name]}, committed {old[name]}")
+    return problems + [f"{name}: committed, but there is no such launch any more" for name in before if whole]
+
+
+def table(rows: list[dict]) -> str:
+    heads = ["kernel", "case", "function", "types", "regs", "stack", "local", "shared", "programs", "code"]
+    heads += ["instr/elem", "barriers", "matrix", "compile s"]
+    columns = [*KEYS, "registers", "stack", "local", "shared", "programs", "code", "per_element", "barriers"]
+    columns += ["matrix", "compile_s"]
+    lines = [heads, *([f"{'-' if row[c] is None else row[c]}" for c in columns] for row in rows)]
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    sides = [str.ljust] * len(KEYS) + [str.rjust] * (len(heads) - len(KEYS))
+    return "\n".join(
+        "  ".join(side(cell, width) for side, cell, width in zip(sides, line, widths, strict=True)) for line in lines
+    )
+
+
+def main() -> int:
+    import triton
+
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.static_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--update", action="store_true")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--kernel")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
+    parser.add_argument("--json", help="also write the rows here")
+    args = parser.parse_args()
+    if args.update and args.quick:
+        parser.error("--update wants every shape: leave out --quick")
+    if not args.check:
+        os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # so that "compile s" is one
+    names = [spec.name for spec in specs()]
+    if args.kernel not in (None, *names):
+        parser.error(f"--kernel {args.kernel}: expected one of {', '.join(names)}")
+
+    items = work(args.quick, args.kernel)
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        rows = [future.result() for future in [pool.submit(one, *item) for item in items]]
+    same = Counter()
+    for row in rows:  # launches that differ in a flag alone are numbered
+        same[label(row)] += 1
+        row["types"] += f" #{same[label(row)]}" if same[label(row)] > 1 else ""
+    print(table(rows))
+    if args.json:
+        Path(args.json).write_text(json.dumps({"triton": triton.__version__, "rows": rows}))
+    committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": None, "rows": []}
+    problems = spills(rows)
+    if args.update:
+        kept = [row for row in committed["rows"] if args.kernel and row["kernel"] != args.kernel]
+        new = [{name: value for name, value in row.items() if name != "compile_s"} for row in rows]
+        lines = ",\n".join("  " + json.dumps(row) for row in sorted(kept + new, key=label))
+        TABLE.parent.mkdir(parents=True, exist_ok=True)
+        TABLE.write_text(f'{{"triton": "{triton.__version__}", "target": "sm_90", "rows": [\n{lines}\n]}}\n')
+    elif args.check and committed["triton"] != triton.__version__:
+        print(f"SKIPPED: the committed figures are those of Triton {committed['triton']}, this is {triton.__version__}")
+    elif args.check:
+        problems += compare(rows, committed["rows"], whole=not (args.quick or args.kernel))
+    if problems:
+        print(f"{len(problems)} problems; after a change that is meant, --update:", *problems, sep="\n  ")
+    elif args.check:
+        print(
+            f"{len(rows)} launches: nothing spills"
+            + ", none worse than committed" * (committed["triton"] == triton.__version__)
+        )
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

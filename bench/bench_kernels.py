@@ -19,7 +19,7 @@ from slotfast.kernels import specs
 
 DEVICE = default_device()
 ON_GPU = DEVICE.type == "cuda"
-INPUT_BYTES = 1 << 32 if ON_GPU else 1 << 25  # windows are halved until a case's inputs fit
+INPUT_BYTES = 1 << 29 if ON_GPU else 1 << 25  # windows are halved until a case moves no more
 
 # Least (time of the peer) / (time of ours), on a GPU: spec, which shapes, peer, ratio.
 LEAST_RATIO = [

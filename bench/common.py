@@ -52,6 +52,15 @@ def commit() -> str:
     return head + "+" * bool(_git("status", "--porcelain", "--untracked-files=no")) if head else "unknown"
 
 
+def _command() -> str:
+    """This process's, less where its result goes."""
+    arguments = sys.argv[1:]
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
+    return shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *arguments])
+
+
 def provenance(device: torch.device | str, command: str | None = None) -> dict:
     """What a figure is worth nothing without."""
     names = ("torch", "triton", "numpy", "pytest-benchmark", "liger-kernel", "flash-attn")
@@ -67,7 +76,7 @@ def provenance(device: torch.device | str, command: str | None = None) -> dict:
         "versions": {name: version for name, version in versions.items() if version},
         "commit": commit(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "command": command or shlex.join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": command or _command(),
     }
 
 
@@ -114,3 +123,13 @@ def measure(function, device: torch.device | str, *, repeats: int | None = None,
         function()
         times.append(1000 * (time.perf_counter() - started))
     return times
+
+
+def wall_ms(function, device: torch.device | str) -> tuple:
+    """Milliseconds on the host's clock until the device is done, and the result; for what waits for the device."""
+    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
+    wait()
+    started = time.perf_counter()
+    result = function()
+    wait()
+    return 1000 * (time.perf_counter() - started), result

@@ -1,8 +1,23 @@
 """Stored runs carry the device's name and no host name, and are compared with runs of the same device only."""
 
+import json
+
 import pytest
 
 from bench.common import default_device, provenance
+
+
+def pytest_addoption(parser):
+    parser.addoption("--record", help="append each benchmark's extra_info to this file, a JSON line each, as it ends")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """Unlike --benchmark-json, keeps what was measured before a run is cut short."""
+    benchmark, path = item.funcargs.get("benchmark"), item.config.getoption("--record")
+    if path and benchmark is not None and benchmark.extra_info:
+        with open(path, "a") as file:
+            file.write(json.dumps({"name": item.name, **benchmark.extra_info}) + "\n")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

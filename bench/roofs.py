@@ -46,9 +46,10 @@ def roofs(device, *, tiny: bool = False) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.roofs", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default=default_device())
+    parser.add_argument("--tiny", action="store_true", help="only try the code: figures mean nothing")
     parser.add_argument("--out", help="also write the JSON here")
     args = parser.parse_args()
-    found = {**provenance(args.device), **roofs(args.device)}
+    found = {**provenance(args.device), **roofs(args.device, tiny=args.tiny)}
     if args.out:
         write_json(args.out, found)
     print(json.dumps(found, indent=1))

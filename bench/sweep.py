@@ -1,0 +1,195 @@
+"""Looks for better launch parameters: times the neighbours of what each kernel's `_config` returns.
+
+    python -m bench.sweep [--kernel NAME] [--seconds 150] [--out FILE]
+
+For every production case: each number of the tuple doubled or halved, alone or against another one, on the inputs of
+the case. A candidate that does not compile, or does not give the current result, is left out. Candidates are compiled
+by several processes first, which also keeps a crash away from the timings. Nothing is changed: what is better goes into
+`_config` by hand, with the GPU and the date. A second run then starts from there.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from bench.bench_kernels import ON_GPU, draw, error, shrunk
+from bench.common import default_device, measure, provenance, write_json
+from slotfast.kernels import specs
+
+DEVICE = default_device()
+
+
+def _find(name: str, reason: str):
+    spec = next(spec for spec in specs() if spec.name == name)
+    return spec, next(case for case in spec.cases if case.reason == reason)
+
+
+def _modules(spec) -> list:
+    """The kernel modules that share the `_config` of the spec's own."""
+    own = sys.modules[spec.fn.__module__]
+    package = own.__name__.rpartition(".")[0] + "."
+    wanted = getattr(own, "_config", None)
+    loaded = [module for name, module in list(sys.modules.items()) if name.startswith(package)]
+    return [module for module in loaded if wanted is not None and getattr(module, "_config", None) is wanted]
+
+
+@contextlib.contextmanager
+def configured(spec, choose):
+    """Within: `_config(*a, **k)` returns `choose(result, a, k)`."""
+    modules = _modules(spec)
+    original = modules[0]._config if modules else None
+
+    def patched(*args, **kwargs):
+        return choose(original(*args, **kwargs), args, kwargs)
+
+    for module in modules:
+        module._config = patched
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._config = original
+
+
+def current(spec, kwargs):
+    """The first call of `_config` behind a launch, as (arguments, result); None without one."""
+    calls = []
+    with configured(spec, lambda result, a, k: calls.append(((a, tuple(k.items())), result)) or result):
+        spec.fn(**kwargs)
+    return next((call for call in calls if isinstance(call[1], tuple)), None)
+
+
+def neighbours(config: tuple) -> list[tuple]:
+    """Each number doubled or halved, alone or against another; warps stay within 1 to 32."""
+    names = getattr(config, "_fields", [""] * len(config))
+    fields = [i for i, value in enumerate(config) if type(value) is int and value > 0]
+    moves = [{i: factor} for i in fields for factor in (2, 0.5)]
+    moves += [{i: 2, j: 0.5} for i in fields for j in fields if i != j]
+    found = []
+    for move in moves:
+        values = [value * move.get(i, 1) for i, value in enumerate(config)]
+        whole = all(value == int(value) and value >= 1 for i, value in enumerate(values) if i in move)
+        if whole and not any(name == "num_warps" and value > 32 for name, value in zip(names, values, strict=True)):
+            values = [int(value) if i in move else value for i, value in enumerate(values)]
+            found.append(type(config)(*values) if hasattr(config, "_fields") else tuple(values))
+    return found
+
+
+def with_candidate(spec, arguments, candidate):
+    return configured(spec, lambda result, a, k: candidate if (a, tuple(k.items())) == arguments else result)
+
+
+def compile_candidates(name: str, reason: str, most: int | None) -> tuple:
+    """(name, reason, candidates that give the current result, what was wrong with the others)."""
+    torch.set_num_threads(1)
+    spec, case = _find(name, reason)
+    kwargs = draw(spec, case, shrunk(spec, case, 1 << 24) if case.production else dict(case.shape))
+    found = current(spec, kwargs)
+    good, bad = [], {}
+    if found is None:
+        return name, reason, good, bad
+    arguments, config = found
+    expected = spec.fn(**kwargs)
+    for candidate in neighbours(config)[:most]:
+        try:
+            with with_candidate(spec, arguments, candidate):
+                off = error(spec.fn(**kwargs), expected)
+            if off <= max(4 * torch.finfo(case.dtype).eps, 1e-4):
+                good.append(tuple(candidate))
+            else:
+                bad[str(tuple(candidate))] = f"result off by {off:.2g}"
+        except Exception as problem:
+            bad[str(tuple(candidate))] = f"{type(problem).__name__}: {problem}"[:120]
+    return name, reason, good, bad
+
+
+@torch.no_grad()
+def time_candidates(name: str, reason: str, good: list[tuple]) -> dict:
+    spec, case = _find(name, reason)
+    kwargs = draw(spec, case, shrunk(spec, case, 1 << 29) if case.production else dict(case.shape))
+    arguments, config = current(spec, kwargs)
+
+    def ms(candidate) -> float:
+        with with_candidate(spec, arguments, candidate):
+            return statistics.median(measure(lambda: spec.fn(**kwargs), DEVICE, seconds=0.05 if ON_GPU else 0.0))
+
+    def shown(values) -> str:
+        names = getattr(config, "_fields", None)
+        return " ".join(f"{n}={v}" for n, v in zip(names, values, strict=True)) if names else str(tuple(values))
+
+    as_config = type(config)._make if hasattr(config, "_fields") else tuple
+    times = {shown(config): ms(config), **{shown(c): ms(as_config(c)) for c in good}}
+    first, again = times[shown(config)], ms(config)  # differences below theirs are noise
+    now = times[shown(config)] = min(times[shown(config)], again)
+    best = min(times, key=times.get)
+    return {
+        "kernel": name,
+        "case": reason,
+        "current": shown(config),
+        "current_ms": now,
+        "noise": abs(again / first - 1),
+        "best": best,
+        "best_ms": times[best],
+        "gain": now / times[best],
+        "times_ms": times,
+    }
+
+
+def work(kernel: str | None) -> list[tuple]:
+    """(spec, case) of every production case; off the GPU, of one small case each."""
+    chosen = []
+    for spec in specs():
+        cases = [c for c in spec.cases if c.production] if ON_GPU else [c for c in spec.cases if "primes" in c.reason]
+        chosen += [(spec.name, c.reason) for c in cases[: None if ON_GPU else 1] if kernel in (None, spec.name)]
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=__doc__.partition("\n")[0])
+    parser.add_argument("--kernel", choices=[spec.name for spec in specs()])
+    parser.add_argument("--seconds", type=float, default=150, help="stop timing after that long")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
+    parser.add_argument("--most", type=int, help="candidates of a case")
+    parser.add_argument("--out", default="sweep.json")
+    args = parser.parse_args()
+    started = time.monotonic()
+    found = {**provenance(DEVICE), "rows": [], "left_out": {}, "not_reached": []}
+    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = {item: pool.submit(compile_candidates, *item, args.most) for item in work(args.kernel)}
+        for item, future in futures.items():
+            label = ", ".join(item)
+            try:
+                name, reason, good, bad = future.result(max(1.0, 0.7 * args.seconds - (time.monotonic() - started)))
+            except Exception as problem:
+                found["not_reached"].append(f"{label}: {type(problem).__name__}: {problem}"[:200])
+                future.cancel()
+                continue
+            found["left_out"][label] = bad
+            futures[item] = good
+        for worker in list(pool._processes.values()):  # what still compiles now came too late
+            worker.terminate()
+    for item, good in futures.items():
+        if not isinstance(good, list) or not good:
+            continue
+        if time.monotonic() - started > args.seconds:
+            found["not_reached"].append(", ".join(item))
+            continue
+        row = time_candidates(*item, good)
+        found["rows"].append(row)
+        write_json(args.out, found)
+        gain = f"{row['gain']:.2f}x by {row['best']}" if row["best"] != row["current"] else "is best"
+        print(f"{', '.join(item)}: {row['current']} {row['current_ms']:.4f} ms, {gain}", flush=True)
+    write_json(args.out, found)
+    for label in found["not_reached"]:
+        print("not reached:", label)
+
+
+if __name__ == "__main__":
+    main()

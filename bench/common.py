@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -123,6 +124,15 @@ def measure(function, device: torch.device | str, *, repeats: int | None = None,
         function()
         times.append(1000 * (time.perf_counter() - started))
     return times
+
+
+def elsewhere_seconds() -> float:
+    """Processor seconds that others have used on this machine since it started; NaN where /proc does not tell."""
+    try:
+        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+    except (OSError, ValueError):
+        return float("nan")
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def wall_ms(function, device: torch.device | str) -> tuple:

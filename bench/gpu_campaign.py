@@ -4,8 +4,8 @@
 
 Checks the kernels on the device, once more under compute-sanitizer, measures the roofs, times the targets, sweeps
 launch parameters. Each phase is a process of its own with a time limit of its own: what fails, or hangs, or loses the
-device's context, costs its phase and no other. Logs and JSON go to the folder ($OUT if that is set); a short table comes
-last. What slotfast requires must be installed; compute-sanitizer and FlashAttention are used where they are.
+device's context, costs its phase and no other. Logs and JSON go to the folder ($OUT if that is set); a short table
+comes last. What slotfast requires must be installed; compute-sanitizer and FlashAttention are used where they are.
 `--dry-run` goes through all of it without a GPU, interpreted, at tiny sizes: its figures mean nothing.
 """
 

@@ -67,6 +67,9 @@ def test_json_has_the_stable_keys(small, capsys):
     assert set(found["seconds"]) == {"load", "forward", "adapt", "score", "total"}
     assert found["projected_seconds_8gpu"] is None or found["device"] != "cpu"
     assert found["budget"]["within"] is True
+    work = found["presets"][2]["work"]
+    assert sum(work["iterations"].values()) == sum(work["status"].values()) == -(-found["windows"] // 32)
+    assert max(map(int, work["iterations"])) <= 25 and "work" not in found["presets"][1]
 
 
 def test_table_says_what_leaks_and_what_is_uncalibrated(small, capsys):

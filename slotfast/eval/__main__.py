@@ -73,12 +73,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             on_windows=progress,
         )
     result.meter.reduce()
-    if settings.per_token and world > 1:
-        gathered = [None] * world if rank == 0 else None
-        dist.gather_object(collected.parts, gathered)
-        collected.parts = [part for parts in gathered or [] for part in parts]
-    if rank:
-        return None
+    if world > 1:
+        gathered: list | None = [None] * world if rank == 0 else None
+        dist.gather_object((collected.parts, [adapter.work for adapter in adapters]), gathered)
+        if rank:
+            return None
+        collected.parts = [part for parts, _ in gathered for part in parts]
+        for _, work in gathered[1:]:
+            for adapter, counters in zip(adapters, work, strict=True):
+                for name, counter in counters.items():
+                    adapter.work[name].update(counter)
     seconds = {"load": loaded - started, **result.seconds, "total": time.perf_counter() - started}
     found = report(settings, inputs, plan, adapters, result, seconds, device, "triton" if triton else "torch")
     if settings.per_token:

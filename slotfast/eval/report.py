@@ -38,7 +38,9 @@ def report(
     meter = result.meter
     base, scores = meter.score(0), [meter.score(row + 1) for row in range(len(adapters))]
     presets = [_preset(PRESETS["none"], base)]
-    presets += [_preset(adapter.row, score) for adapter, score in zip(adapters, scores, strict=True)]
+    for adapter, score in zip(adapters, scores, strict=True):
+        work = {name: dict(sorted(counter.items())) for name, counter in adapter.work.items() if counter}
+        presets.append(_preset(adapter.row, score) | ({"work": work} if work else {}))
     first = presets[min(1, len(presets) - 1)]
     passed = sum(result.seconds.values())
     speed = len(plan) / passed if passed else math.nan

@@ -1,6 +1,7 @@
 """Running a row over consecutive windows of a stream: what it may see, what it keeps, what it adds to the logits."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import InputError
-from ..lbfgs import BiasObjective, minimize
+from ..lbfgs import BiasObjective, Status, minimize
+from ..lbfgs.rows import BLOCK_ROWS, row_mixture
 from .rows import Adaptation, parse_preset
 
 
@@ -105,42 +107,42 @@ class Calibration:
 
 
 class Rates:
-    """Decayed counts of what came and of what the model expected; float64 [V] each.
+    """Decayed counts of what came and of what the model expected, and the bias that follows; all in float64.
 
     Args:
         row: the adaptation, resolved.
-        pseudo_counts: float64 [V].
+        pseudo_counts: [V].
         bos_id: the token that starts a document, or None.
     """
 
     def __init__(self, row: Adaptation, pseudo_counts: Tensor, bos_id: int | None):
         self.row, self.k, self.bos_id = row, pseudo_counts, bos_id
-        self.counts = torch.zeros_like(pseudo_counts)
-        self.expected = torch.zeros_like(pseudo_counts)
 
-    def bias(self) -> Tensor:
-        """scale * log((C + k) / (E + k)), clamped; float64 [V]."""
-        ratio = ((self.counts + self.k) / (self.expected + self.k)).log()
+    def bias(self, counts: Tensor, expected: Tensor) -> Tensor:
+        """scale * log((C + k) / (E + k)), clamped; [V] each."""
+        ratio = ((counts + self.k) / (expected + self.k)).log()
         return (self.row.scale * ratio).clamp(-self.row.clamp, self.row.clamp)
 
-    def update(self, probabilities: Tensor, targets: Tensor) -> None:
-        """Take in tokens that have been scored.
+    def sums(self, batch: WindowBatch, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take in positions [begin, end) of each window, int64 [W] each.
 
-        Args:
-            probabilities: [n, V], the unadapted model's.
-            targets: int64 [n].
+        Returns:
+            What they leave of an earlier state, [W], and what they add to its counts and expectations, [W, V].
         """
-        if not len(targets):
-            return
-        keep = torch.full(targets.shape, self.row.decay, dtype=torch.float64, device=targets.device)
+        longest = max(1, int((end - begin).max()))
+        offset = torch.arange(-(-longest // BLOCK_ROWS) * BLOCK_ROWS, device=begin.device)
+        # Packed to the front, so that a window's sums round alike whatever else is in the batch
+        index = (begin[:, None] + offset).clamp(max=batch.targets.size(1) - 1)
+        taken = offset < (end - begin)[:, None]
+        targets = batch.targets.gather(1, index)
+        keep = torch.ones(index.shape, dtype=torch.float64, device=index.device).masked_fill(taken, self.row.decay)
         if self.bos_id is not None:
-            keep = torch.where(targets == self.bos_id, keep * self.row.document_decay, keep)
-        after = keep.flip(0).cumprod(0).flip(0)  # what each token, with all that follow it, leaves of the state
-        weight = torch.cat([after[1:], after.new_ones(1)])
-        self.counts = self.counts * after[0]
-        self.counts = self.counts.index_put((targets,), weight, accumulate=True)
-        # one product per window: its rounding does not depend on what else is in the batch
-        self.expected = self.expected * after[0] + (weight.to(probabilities.dtype) @ probabilities).double()
+            keep = torch.where(taken & (targets == self.bos_id), keep * self.row.document_decay, keep)
+        after = keep.flip(1).cumprod(1).flip(1)  # what each token, with all that follow it, leaves of the state
+        weight = torch.where(taken, torch.cat([after[:, 1:], torch.ones_like(after[:, :1])], 1), 0.0)
+        counts = weight.new_zeros(len(begin), len(self.k)).scatter_add_(1, targets, weight)
+        rows = batch.probabilities[torch.arange(len(begin), device=begin.device)[:, None], index]
+        return after[:, 0], counts, row_mixture(weight.to(rows.dtype), rows).double()
 
 
 class Adapter:
@@ -156,7 +158,8 @@ class Adapter:
         self.calibration = calibration or Calibration()
         self.row = self.calibration.resolve(row)
         self.bos_id = bos_id
-        self._stream: Rates | None = None  # scope prefix
+        self.work = {name: Counter() for name in ("iterations", "evaluations", "status")}  # of every problem solved
+        self._state: tuple[Tensor, Tensor] | None = None  # scope prefix: decayed counts and expectations [V]
         self._last: Tensor | None = None  # scope batch: bias [V] of the batch before
 
     def first_position(self, seq_len: int, stride: int) -> int:
@@ -195,21 +198,20 @@ class Adapter:
         return Rates(self.row, k, self.bos_id)
 
     def _stream_rates(self, batch: WindowBatch) -> Tensor:
-        self._stream = self._stream or self._rates(batch)
-        biases = []
-        spans = zip(batch.context_end.tolist(), batch.scored_end.tolist(), strict=True)
-        for window, (begin, end) in enumerate(spans):
-            biases.append(self._stream.bias())  # before the window's own tokens go in
-            self._stream.update(batch.probabilities[window, begin:end], batch.targets[window, begin:end])
+        rates, biases = self._rates(batch), []
+        counts, expected = self._state if self._state is not None else (torch.zeros_like(rates.k),) * 2
+        left, new_counts, new_expected = rates.sums(batch, batch.context_end, batch.scored_end)
+        for window in range(len(left)):
+            biases.append(rates.bias(counts, expected))  # before the window's own tokens go in
+            counts = left[window] * counts + new_counts[window]
+            expected = left[window] * expected + new_expected[window]
+        self._state = counts, expected
         return torch.stack(biases)
 
     def _window_rates(self, batch: WindowBatch) -> Tensor:
-        biases = []
-        for window, end in enumerate(batch.context_end.tolist()):
-            rates = self._rates(batch)
-            rates.update(batch.probabilities[window, :end], batch.targets[window, :end])
-            biases.append(rates.bias())
-        return torch.stack(biases)
+        rates = self._rates(batch)
+        _, counts, expected = rates.sums(batch, torch.zeros_like(batch.context_end), batch.context_end)
+        return torch.stack([rates.bias(*window) for window in zip(counts, expected, strict=True)])
 
     def _fit(self, logits: Tensor, targets: Tensor, weights: Tensor, start: Tensor | None = None) -> Tensor:
         """One bias [V] for each problem of [P, N] positions, clamped."""
@@ -218,9 +220,12 @@ class Adapter:
             start = torch.zeros(logits.size(0), logits.size(-1), dtype=dtype, device=logits.device)
         if not logits.size(1):  # the stream's first window alone: nothing to fit to
             return start
-        solution = minimize(
-            BiasObjective(logits, targets, weights, ridge=self.row.ridge), start, phases=self.row.phases
-        )
+        objective = BiasObjective(logits, targets, weights, ridge=self.row.ridge)
+        solution = minimize(objective, start, phases=self.row.phases)
+        fitted = weights.bool().any(1)  # padding is no problem that was solved
+        for name, values in (("iterations", solution.iterations), ("evaluations", solution.evaluations)):
+            self.work[name].update(values[fitted].tolist())
+        self.work["status"].update(Status(code).name.lower() for code in solution.status[fitted].tolist())
         return solution.x.clamp(-self.row.clamp, self.row.clamp)
 
     def _fit_shared(self, batch: WindowBatch) -> Tensor:

@@ -39,7 +39,7 @@ TOLERANCE = {
     "per_element": (1.03, 0.02),
     "barriers": (1.0, 0),
 }
-AT_LEAST = {"programs": 1.0, "matrix": 2.0}
+AT_LEAST = {"programs": 1.34, "matrix": 2.0}
 
 
 def work(quick: bool = False, kernel: str | None = None) -> list[tuple]:
@@ -145,6 +145,7 @@ def main() -> int:
     same = Counter()
     for row in rows:  # launches that differ in a flag alone are numbered
         same[label(row)] += 1
+        row["compile_s"] = None if args.check else row["compile_s"]  # it may come from Triton's cache
         row["types"] += f" #{same[label(row)]}" if same[label(row)] > 1 else ""
     print(table(rows))
     if args.json:

@@ -59,7 +59,7 @@ ROW = {
         {"per_element": 6.3},
         {"per_element": None},
         {"barriers": 3},
-        {"programs": 3},
+        {"programs": 2},
         {"matrix": 0},
         {"case": "another"},
     ],

@@ -330,26 +330,24 @@ class Tokenizer:
     def encode_documents(self, documents: Iterable[str], max_tokens: int | None = None) -> tuple[np.ndarray, ByteCount]:
         """One token row of all documents, and their bytes counted by the rule, normalised, raw.
 
-        A document that `max_tokens` would cut is cut in the tokens, and the text's counts then cover what was read
-        whole; so ask for whole documents where the counts matter.
+        Of a document that `max_tokens` cuts, the bytes of the kept tokens stand for all three.
         """
-        rows, total, normalized, raw, unknown, altered = [], 0, 0, 0, 0, 0
+        rows, total, rule, normalized, raw, unknown, altered = [], 0, 0, 0, 0, 0, 0
         for document in documents:
             row = np.asarray(self.encode(document), np.int32)
-            if max_tokens is not None and total + len(row) > max_tokens:
-                row = row[: max_tokens - total]
-                document = self.decode(row)
-            rows.append(row)
-            total += len(row)
-            raw += len(document.encode("utf-8"))
             seen = self._processor.normalize(document).replace(_SPACE, " ")
-            normalized += len(seen.encode("utf-8"))
+            kept = row if max_tokens is None else row[: max_tokens - total]
+            counted = int(self.byte_table.count(kept[1:], kept[:-1]).sum())
+            rows.append(kept)
+            total += len(kept)
+            rule += counted
+            normalized += len(seen.encode("utf-8")) if len(kept) == len(row) else counted
+            raw += len(document.encode("utf-8")) if len(kept) == len(row) else counted
             altered += seen != document
-            unknown += int(np.count_nonzero(row == self._processor.unk_id()))
+            unknown += int(np.count_nonzero(kept == self._processor.unk_id()))
             if total == max_tokens:
                 break
         tokens = np.concatenate(rows) if rows else np.empty(0, np.int32)
-        rule = int(self.byte_table.count(tokens[1:], tokens[:-1]).sum()) if total else 0
         return tokens, ByteCount(rule, normalized, raw, unknown, altered)
 
 

@@ -86,18 +86,21 @@ def with_candidate(spec, arguments, candidate):
     return configured(spec, lambda result, a, k: candidate if (a, tuple(k.items())) == arguments else result)
 
 
-def compile_candidates(name: str, reason: str, most: int | None) -> tuple:
-    """(name, reason, candidates that give the current result, what was wrong with the others)."""
+def compile_candidates(name: str, reason: str, most: int | None, deadline: float) -> tuple[list, dict]:
+    """Candidates that give the current result, and what is wrong with the others."""
     torch.set_num_threads(1)
     spec, case = _find(name, reason)
     kwargs = draw(spec, case, shrunk(spec, case, 1 << 24) if case.production else dict(case.shape))
     found = current(spec, kwargs)
     good, bad = [], {}
     if found is None:
-        return name, reason, good, bad
+        return good, bad
     arguments, config = found
     expected = spec.fn(**kwargs)
     for candidate in neighbours(config)[:most]:
+        if time.time() > deadline:
+            bad[str(tuple(candidate))] = "no time left"
+            continue
         try:
             with with_candidate(spec, arguments, candidate):
                 off = error(spec.fn(**kwargs), expected)
@@ -107,13 +110,13 @@ def compile_candidates(name: str, reason: str, most: int | None) -> tuple:
                 bad[str(tuple(candidate))] = f"result off by {off:.2g}"
         except Exception as problem:
             bad[str(tuple(candidate))] = f"{type(problem).__name__}: {problem}"[:120]
-    return name, reason, good, bad
+    return good, bad
 
 
 @torch.no_grad()
 def time_candidates(name: str, reason: str, good: list[tuple]) -> dict:
     spec, case = _find(name, reason)
-    kwargs = draw(spec, case, shrunk(spec, case, 1 << 29) if case.production else dict(case.shape))
+    kwargs = draw(spec, case, shrunk(spec, case, 1 << 28) if case.production else dict(case.shape))
     arguments, config = current(spec, kwargs)
 
     def ms(candidate) -> float:
@@ -143,12 +146,13 @@ def time_candidates(name: str, reason: str, good: list[tuple]) -> dict:
 
 
 def work(kernel: str | None) -> list[tuple]:
-    """(spec, case) of every production case; off the GPU, of one small case each."""
+    """(spec, case) of every production case, first every kernel's first one; off the GPU, of one small case each."""
     chosen = []
     for spec in specs():
         cases = [c for c in spec.cases if c.production] if ON_GPU else [c for c in spec.cases if "primes" in c.reason]
-        chosen += [(spec.name, c.reason) for c in cases[: None if ON_GPU else 1] if kernel in (None, spec.name)]
-    return chosen
+        cases = cases if ON_GPU else (cases or [*spec.cases])[:1]
+        chosen += [(at, spec.name, case.reason) for at, case in enumerate(cases) if kernel in (None, spec.name)]
+    return [item for _, *item in sorted(chosen, key=lambda item: item[0])]
 
 
 def main() -> None:
@@ -161,31 +165,27 @@ def main() -> None:
     args = parser.parse_args()
     started = time.monotonic()
     found = {**provenance(DEVICE), "rows": [], "left_out": {}, "not_reached": []}
+    items, ready = work(args.kernel), {}
+    deadline = time.time() + 0.65 * args.seconds
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {item: pool.submit(compile_candidates, *item, args.most) for item in work(args.kernel)}
-        for item, future in futures.items():
-            label = ", ".join(item)
+        futures = {", ".join(item): pool.submit(compile_candidates, *item, args.most, deadline) for item in items}
+        for label, future in futures.items():
             try:
-                name, reason, good, bad = future.result(max(1.0, 0.7 * args.seconds - (time.monotonic() - started)))
+                ready[label], found["left_out"][label] = future.result()
             except Exception as problem:
                 found["not_reached"].append(f"{label}: {type(problem).__name__}: {problem}"[:200])
-                future.cancel()
-                continue
-            found["left_out"][label] = bad
-            futures[item] = good
-        for worker in list(pool._processes.values()):  # what still compiles now came too late
-            worker.terminate()
-    for item, good in futures.items():
-        if not isinstance(good, list) or not good:
+    for item in items:
+        label = ", ".join(item)
+        if not ready.get(label):
             continue
         if time.monotonic() - started > args.seconds:
-            found["not_reached"].append(", ".join(item))
+            found["not_reached"].append(label)
             continue
-        row = time_candidates(*item, good)
+        row = time_candidates(*item, ready[label])
         found["rows"].append(row)
         write_json(args.out, found)
         gain = f"{row['gain']:.2f}x by {row['best']}" if row["best"] != row["current"] else "is best"
-        print(f"{', '.join(item)}: {row['current']} {row['current_ms']:.4f} ms, {gain}", flush=True)
+        print(f"{label}: {row['current']} {row['current_ms']:.4f} ms, {gain}", flush=True)
     write_json(args.out, found)
     for label in found["not_reached"]:
         print("not reached:", label)

@@ -13,6 +13,7 @@ import itertools
 import json
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ DEVICE = default_device()
 ON_GPU = DEVICE.type == "cuda"
 LARGE = [(4096, 4096), (8192, 8192), (4096, 14336)]  # (N, K)
 MODEL = [(512, 512), (256, 512), (1536, 512), (2048, 512), (512, 1536)]
-ROWS = [1, 2, 4, 8, 16, 17, 32, 64, 65, 128, 256, 257, 512, 1024, 4096, 16384, 65536]
+ROWS = [1, 16, 17, 64, 65, 256, 257, 1024, 65536]  # both sides of every border in `_config`
 
 
 def solve(tiny: bool) -> dict:
@@ -46,7 +47,7 @@ def _ms_a_call(calls: list) -> float:
         return sum(min(measure(call, DEVICE, repeats=1)) for call in calls) / len(calls)
     from triton.testing import do_bench_cudagraph
 
-    return do_bench_cudagraph(lambda: [call() for call in calls], rep=10, return_mode="median") / len(calls)
+    return do_bench_cudagraph(lambda: [call() for call in calls], rep=2, return_mode="median") / len(calls)
 
 
 @torch.no_grad()
@@ -106,7 +107,8 @@ def evaluate(tiny: bool) -> dict:
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         paths = [str(Path(folder) / name) for name in ("model.slotfast", "tokens_000000.bin", "found.json")]
-        write_artifact(paths[0], Artifact.from_model(GPT(config), {}))
+        with mock.patch("slotfast.artifact._compress", lambda raw: ("raw", raw)):  # random weights only take time
+            write_artifact(paths[0], Artifact.from_model(GPT(config), {}))
         write_shard(paths[1], tokens.astype(np.uint16))
         for preset in ("none", "none", "causal"):  # the first time, to warm up
             inputs = ["--artifact", paths[0], "--tokens", paths[1], "--tokenizer", str(demo)]

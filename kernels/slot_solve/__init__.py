@@ -3,7 +3,47 @@
     F(b) = ( sum_t w_t (log sum_v exp(z_tv + b_v) - z_t,y_t - b_y_t) + (r / 2) |b - prior|^2 ) / sum_t w_t
 
 `slot_solve` is L-BFGS with a strong Wolfe line search (`_lbfgs.py`), `slot_solve_mm` is majorise-minimise
-(`_majorise.py`).
+(`_majorise.py`). Both evaluate F in P-form: with P = softmax(z), made once by the kernel itself, u = exp(b - max b) and
+s = P u, the loss is sum_t w_t (log s_t + max b) - counts . b and its gradient u * P^T (w / s) - counts, besides what
+does not depend on b and the ridge: V exponentials instead of T V, one pass over P for both.
+
+| tensor                          | shape     | type                                        |
+|---------------------------------|-----------|---------------------------------------------|
+| logits                          | [W, T, V] | float32, bfloat16, float16; any strides     |
+| targets                         | [W, T]    | int64, int32                                |
+| weights                         | [W, T]    | float32, >= 0                               |
+| start, prior, bias              | [W, V]    | float32                                     |
+| loss                            | [W]       | float32; float64 until it is stored         |
+| iterations, evaluations, status | [W]       | int32                                       |
+
+Scratch belongs to a program, not to a window, and there are as many programs as the GPU holds at once: memory is flat
+in W. For each, P is T V values in float32 or bfloat16, and L-BFGS keeps 2 (history + 1) + 7 vectors. Which program
+solves a window, and what it solved before, has no influence: a window's bits are the same alone, in any batch, in any
+order.
+
+What sm_90 code for V = 1024, T = 64, history 20 consists of (Triton 3.9; one program of 8 warps at a time on an SM, as
+255 registers allow; no spills; instructions of one warp):
+
+| part                        | bfloat16 P        | float32 P         | barriers in the loop |
+|-----------------------------|-------------------|-------------------|----------------------|
+| evaluation: loop, trips     | 210 x 8           | 166 x 8           | 0                    |
+| of that, an element of P    | 6.6               | 5.2               |                      |
+| evaluation: besides         | about 500         | about 500         |                      |
+| direction, n = 20: products | 168 x 6           | 168 x 6           | 4                    |
+| direction: combination      | 72 x 6            | 72 x 6            | 0                    |
+| direction: besides          | about 1,100       | about 1,100       |                      |
+
+Predicted from that, not measured: what an SM's share of L2 bandwidth (taken as 24 bytes a cycle) carries is the
+bottleneck. An evaluation reads 128 KB (bfloat16), 5,400 cycles, or 256 KB, 10,900; a direction reads all pairs twice,
+16 KB n, 14,000 cycles at n = 20, 7,500 on average over 25 iterations. A solve of 25 iterations and 29 evaluations:
+about 400,000 cycles, 1.8 us a window over 132 SMs (bfloat16), 550,000 and 2.4 us (float32). A majorise-minimise step
+costs an evaluation and about 700 instructions more.
+
+One program a window fits windows whose scratch stays in L2. At T = 1984 or V = 8192 it does not, and every evaluation
+reads P from memory: 4 MB and 1 MB in bfloat16, so about 30 and 20 us a window, again predicted; and fewer windows than
+SMs leave SMs idle, as a window never has more than one. Above V = 1024 several warps share a row, with two barriers a
+row. Above 2048, with histories above 31, or with weights, start and prior given and a V that fills no tile, some 100 to
+500 bytes a thread of scalars and matrices spill, outside the loops over P.
 """
 
 import torch
@@ -19,7 +59,7 @@ __all__ = ["SlotSolution", "Status", "slot_solve", "slot_solve_mm", "slot_solve_
 
 _MOST_COLUMNS = 16384
 _MOST_PAIRS = 63
-_PROGRAMS_PER_SM = 2  # unmeasured
+_PROGRAMS_PER_SM = 1  # what 8 warps of 255 registers leave room for; unmeasured
 _OPTIONS = {"enable_fp_fusion": True, "num_stages": 1}
 
 

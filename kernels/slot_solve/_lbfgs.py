@@ -96,7 +96,8 @@ def _direction(
         offs_r = first + tl.arange(0, ROWS)
         mask = (offs_r < 2 * filled)[None, :, None]
         mask = mask if EVEN else mask & (offs_tile < VP)
-        pairs = tl.load(ring_ptr + offs_r[None, :, None] * VP + offs_tile, mask=mask, other=0.0)
+        # ".cg": not through L1, which has room for a bfloat16 P of V = 1024, T = 64, but not for the pairs besides
+        pairs = tl.load(ring_ptr + offs_r[None, :, None] * VP + offs_tile, mask=mask, other=0.0, cache_modifier=".cg")
         with_g = tl.sum(tl.sum(pairs * g_row, axis=0), axis=1)
         with_y = tl.sum(tl.sum(pairs * y_row, axis=0), axis=1)
         tl.store(with_g_ptr + offs_r, with_g.to(tl.float64), mask=offs_r < 2 * filled)
@@ -139,7 +140,8 @@ def _direction(
         offs_r = first + tl.arange(0, ROWS)
         mask = (offs_r < 2 * filled)[None, :, None]
         mask = mask if EVEN else mask & (offs_tile < VP)
-        pairs = tl.load(ring_ptr + offs_r[None, :, None] * VP + offs_tile, mask=mask, other=0.0)
+        # ".cg": not through L1, which has room for a bfloat16 P of V = 1024, T = 64, but not for the pairs besides
+        pairs = tl.load(ring_ptr + offs_r[None, :, None] * VP + offs_tile, mask=mask, other=0.0, cache_modifier=".cg")
         weight = tl.load(weights_ptr + offs_r, mask=offs_r < 2 * filled, other=0.0).to(tl.float32)
         acc += pairs * weight[None, :, None]
     d = tl.reshape(tl.sum(acc, axis=1), (CHUNKS * COLS,)) - gamma.to(tl.float32) * g

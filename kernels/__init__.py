@@ -17,6 +17,7 @@ from .p_form import (
     target_counts,
     target_counts_ref,
 )
+from .slot_solve import SlotSolution, Status, slot_solve, slot_solve_mm, slot_solve_mm_ref, slot_solve_ref
 from .spec import Case, Compilation, KernelSpec, specs
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "KernelSpec",
     "PForm",
     "PackedInt6",
+    "SlotSolution",
+    "Status",
     "bias_cross_entropy",
     "bias_cross_entropy_grad",
     "bias_cross_entropy_grad_ref",
@@ -41,6 +44,10 @@ __all__ = [
     "p_form_prepare",
     "p_form_prepare_ref",
     "pack_int6",
+    "slot_solve",
+    "slot_solve_mm",
+    "slot_solve_mm_ref",
+    "slot_solve_ref",
     "specs",
     "target_counts",
     "target_counts_ref",

@@ -1,0 +1,380 @@
+"""The solvers in one launch: parity with the batched L-BFGS and with torch's, optima against Newton, and the edges.
+
+Near an optimum the changes of a float32 loss are rounding, and which trial a line search takes is chance: iterations
+and evaluations are compared where solves end before that, in the budget or by a tolerance above the rounding.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from slotfast.kernels import slot_solve, slot_solve_mm, slot_solve_mm_ref, slot_solve_ref
+from slotfast.kernels.slot_solve import SlotSolution, Status
+from slotfast.lbfgs import BiasObjective, minimize
+
+pytest.importorskip("triton", reason="launches, interpreted or not, need triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROBLEMS = int(os.environ.get("SLOTFAST_SOLVE_PROBLEMS", "60"))  # 200 for the full comparison
+
+
+def solve(function, logits: Tensor, targets: Tensor, **options) -> SlotSolution:
+    def moved(value):
+        return value.to(DEVICE) if isinstance(value, Tensor) else value
+
+    found = function(moved(logits), moved(targets), **{name: moved(value) for name, value in options.items()})
+    return SlotSolution(*(tensor.cpu() for tensor in found))
+
+
+def draw(generator: torch.Generator, W: int, T: int, V: int) -> tuple[Tensor, Tensor]:
+    """Logits around Zipf's law, targets from a disturbed Zipf's law."""
+    zipf = -torch.log(torch.arange(1, V + 1, dtype=torch.float64))[torch.randperm(V, generator=generator)]
+    z = zipf + 1.5 * torch.randn(W, T, V, generator=generator, dtype=torch.float64)
+    truth = (zipf + torch.randn(V, generator=generator, dtype=torch.float64)).softmax(-1)
+    targets = torch.multinomial(truth.expand(W, V), T, replacement=True, generator=generator)
+    return z.float(), targets
+
+
+def exact_loss(z, targets, b, *, weights=None, ridge=0.0, prior=None) -> Tensor:
+    """F of each window at the bias b, in float64, spelled out."""
+    z, b = z.double(), b.double()
+    weights = torch.ones(targets.shape).double() if weights is None else weights.double()
+    scores = z + b[:, None]
+    nll = torch.logsumexp(scores, -1) - scores.gather(2, targets[:, :, None])[:, :, 0]
+    offset = b if prior is None else b - prior.double()
+    return ((weights * nll).sum(-1) + ridge / 2 * offset.square().sum(-1)) / weights.sum(-1)
+
+
+def newton(z, targets, *, weights=None, ridge, prior=None) -> Tensor:
+    """The minimiser of F in float64, by damped Newton steps."""
+    found = []
+    for w in range(len(z)):
+        one = {"weights": weights[w : w + 1] if weights is not None else None, "ridge": ridge}
+        one["prior"] = prior[w : w + 1] if prior is not None else None
+        b = torch.zeros(z.shape[2], dtype=torch.float64)
+
+        def loss(b, w=w, one=one):
+            return exact_loss(z[w : w + 1], targets[w : w + 1], b[None], **one)[0]
+
+        for _ in range(60):
+            gradient = torch.autograd.functional.jacobian(loss, b)
+            step = torch.linalg.solve(torch.autograd.functional.hessian(loss, b), gradient)
+            damp = 1.0
+            while loss(b - damp * step) > loss(b) and damp > 1e-6:
+                damp /= 2
+            b = b - damp * step
+            if step.abs().max() < 1e-12:
+                break
+        found.append(b)
+    return torch.stack(found)
+
+
+def counts(solution, row=0):
+    return int(solution.iterations[row]), int(solution.evaluations[row])
+
+
+def statuses(solution):
+    return [Status(int(s)) for s in solution.status]
+
+
+def batched(z, targets, ridge, start=None, **options):
+    ones = torch.ones(targets.shape)
+    start = torch.zeros(z.shape[0], z.shape[2]) if start is None else start
+    return minimize(BiasObjective(z, targets, ones, ridge), start.to(z), **options)
+
+
+# L-BFGS: parity
+
+
+def test_counts_and_losses_follow_the_batched_solver_on_hard_problems():
+    generator = torch.Generator().manual_seed(0)
+    equal = 0
+    for trial in range(PROBLEMS):
+        V, T = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((40, 200), (8, 49)))
+        z, targets = draw(generator, 1, T, V)
+        ridge = (0.0, 1e-3, 0.1, 3.0)[trial % 4]
+        options = {"phases": ((12, (5, 20)[trial % 2]),), "tolerance_grad": 1e-4, "tolerance_change": 1e-6}
+        theirs = batched(z, targets, ridge, **options)
+        ours = solve(slot_solve, z, targets, ridge=ridge, **options)
+        assert ours.loss[0] <= theirs.loss[0] + 1e-5
+        assert ours.loss[0] == pytest.approx(exact_loss(z, targets, ours.bias, ridge=ridge)[0].item(), abs=2e-6)
+        equal += counts(ours) == counts(theirs)
+    assert equal >= 0.85 * PROBLEMS, f"{equal} of {PROBLEMS}"
+
+
+def test_loss_after_each_iteration_follows_the_batched_solver():
+    generator = torch.Generator().manual_seed(1)
+    for ridge in (0.0, 1.0):
+        z, targets = draw(generator, 1, 24, 96)
+        trace = []
+        batched(z, targets, ridge, phases=((9, 6),), max_eval=20, tolerance_change=1e-7, trace=trace)
+        for iterations, loss in enumerate(trace[0], 1):
+            ours = solve(slot_solve, z, targets, ridge=ridge, phases=((iterations, 6),), max_eval=20)
+            assert ours.loss[0] == pytest.approx(loss, rel=1e-5)
+            assert counts(ours)[0] == iterations
+
+
+def test_follows_torch_optim_lbfgs():
+    generator = torch.Generator().manual_seed(2)
+    for ridge in (0.0, 1.0):
+        z, targets = draw(generator, 1, 30, 80)
+        b = torch.zeros(1, 80, dtype=torch.float64, requires_grad=True)
+        options = {"max_iter": 8, "history_size": 5, "tolerance_grad": 1e-5, "tolerance_change": 1e-7, "max_eval": 30}
+        optimizer = torch.optim.LBFGS([b], line_search_fn="strong_wolfe", **options)
+
+        def closure(z=z, targets=targets, ridge=ridge, b=b, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = exact_loss(z, targets, b, ridge=ridge)[0]
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        given = {"phases": ((8, 5),), "max_eval": 30, "tolerance_grad": 1e-5, "tolerance_change": 1e-7}
+        ours = solve(slot_solve, z, targets, ridge=ridge, **given)
+        state = optimizer.state[b]
+        assert counts(ours) == (state["n_iter"], state["func_evals"])
+        assert ours.loss[0] == pytest.approx(closure().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("V", [2, 5, 64, 1000])
+@pytest.mark.parametrize("T", [1, 7, 64, 130])
+def test_sizes(T, V):
+    z, targets = draw(torch.Generator().manual_seed(V + T), 1, T, V)
+    options = {"phases": ((3, 2),), "tolerance_change": 1e-6}
+    ours, theirs = solve(slot_solve, z, targets, ridge=1.0, **options), batched(z, targets, 1.0, **options)
+    assert counts(ours) == counts(theirs) and statuses(ours) == [int(theirs.status[0])]
+    assert ours.loss[0] == pytest.approx(theirs.loss[0].item(), rel=1e-6)
+    assert torch.allclose(ours.bias, theirs.x, atol=1e-5)
+
+
+def test_optimum_is_newtons():
+    # A line search cannot tell apart what float32 rounds: losses nearer than 1e-7 or so, which at a curvature of
+    # ridge / sum of weights are biases some 1e-3 apart. The batched solver in float32 ends as far from Newton's.
+    for ridge, near in ((0.1, 3e-3), (1.0, 3e-4), (3.0, 3e-4)):
+        z, targets = draw(torch.Generator().manual_seed(3), 3, 20, 30)
+        generator = torch.Generator().manual_seed(4)
+        prior, weights = 0.5 * torch.randn(3, 30, generator=generator), torch.rand(3, 20, generator=generator)
+        options = {"ridge": ridge, "weights": weights, "prior": prior}
+        ours = solve(slot_solve, z, targets, phases=((60, 20),), **options)
+        assert set(statuses(ours)) <= {Status.GRADIENT, Status.CHANGE, Status.SLOPE}
+        optimum = newton(z, targets, **options)
+        assert torch.allclose(ours.bias.double(), optimum, rtol=0.0, atol=near)
+        excess = exact_loss(z, targets, ours.bias, **options) - exact_loss(z, targets, optimum, **options)
+        assert (excess <= 1e-7).all()
+
+
+def test_two_phases():
+    z, targets = draw(torch.Generator().manual_seed(5), 2, 20, 60)
+    phases = ((3, 2), (5, 4))
+    ours, theirs = (solve(slot_solve, z, targets, ridge=0.1, phases=phases), batched(z, targets, 0.1, phases=phases))
+    for row in range(2):
+        assert counts(ours, row) == counts(theirs, row)
+    assert torch.allclose(ours.loss.double(), theirs.loss, rtol=1e-5)
+    one = solve(slot_solve, z, targets, ridge=0.1, phases=phases[:1])
+    two = solve(slot_solve, z, targets, ridge=0.1, phases=phases[1:], start=one.bias)
+    assert torch.equal(two.bias, ours.bias)
+    assert torch.equal(one.evaluations + two.evaluations, ours.evaluations)
+
+
+@pytest.mark.parametrize("max_line_search", [0, 1, 3, 25])
+def test_line_searches_that_run_out_of_trials(max_line_search):
+    z, targets = draw(torch.Generator().manual_seed(6), 1, 16, 50)
+    z = 4 * z  # more trials a line search
+    options = {"phases": ((6, 3),), "max_eval": 12, "max_line_search": max_line_search}
+    ours, theirs = solve(slot_solve, z, targets, **options), batched(z, targets, 0.0, **options)
+    reference = slot_solve_ref(z, targets, **options)
+    assert counts(ours) == counts(theirs) == counts(reference)
+    assert statuses(ours) == statuses(reference) == [int(theirs.status[0])]
+    assert ours.loss[0] == pytest.approx(theirs.loss[0].item(), rel=1e-5)
+
+
+# L-BFGS: edges
+
+
+def test_statuses():
+    z, targets = draw(torch.Generator().manual_seed(7), 1, 20, 40)
+    cases = {
+        Status.GRADIENT: {"tolerance_grad": 1.0},
+        Status.CHANGE: {"tolerance_change": 0.05, "ridge": 1.0},
+        Status.SLOPE: {"tolerance_change": 10.0},
+        Status.OUT_OF_ITERATIONS: {"phases": ((2, 2),), "max_eval": 10},
+        Status.OUT_OF_EVALUATIONS: {"max_eval": 3},
+        Status.NOT_FINITE: {"start": torch.full((1, 40), torch.nan)},
+    }
+    for status, options in cases.items():
+        ours, reference = solve(slot_solve, z, targets, **options), slot_solve_ref(z, targets, **options)
+        assert statuses(ours) == statuses(reference) == [status]
+        assert counts(ours) == counts(reference)
+
+
+@pytest.mark.parametrize("function", [slot_solve, slot_solve_mm], ids=["lbfgs", "mm"])
+def test_windows_that_are_not_finite_keep_their_start(function):
+    z, targets = draw(torch.Generator().manual_seed(8), 5, 6, 20)
+    clean = z.clone()
+    z[0, 2, 3], z[1, 0, 0], z[2, 1] = torch.nan, torch.inf, -torch.inf
+    targets[3, 4] = 20
+    start = 2 * torch.randn(5, 20, generator=torch.Generator().manual_seed(9))
+    ours = solve(function, z, targets, start=start, ridge=1.0, clamp=0.5)
+    assert statuses(ours)[:4] == [Status.NOT_FINITE] * 4
+    assert torch.equal(ours.bias[:4], start[:4]) and not ours.loss[:4].isfinite().any()
+    assert (ours.evaluations[:4] == 1).all() and (ours.iterations[:4] == 0).all()
+    alone = solve(function, clean[4:], targets[4:], start=start[4:], ridge=1.0, clamp=0.5)
+    assert torch.equal(alone.bias, ours.bias[4:])
+
+
+@pytest.mark.parametrize("function", [slot_solve, slot_solve_mm], ids=["lbfgs", "mm"])
+def test_positions_of_weight_zero_and_ignored_ones_are_not_read(function):
+    z, targets = draw(torch.Generator().manual_seed(10), 3, 12, 24)
+    weights = torch.rand(3, 12, generator=torch.Generator().manual_seed(11))
+    few = solve(function, z[:, 5:], targets[:, 5:], weights=weights[:, 5:], ridge=1.0)
+    weights[:, :3], targets[:, 3:5] = 0.0, -100
+    z[:, :5] = torch.nan
+    all_ = solve(function, z, targets, weights=weights, ridge=1.0)
+    assert torch.allclose(all_.bias, few.bias, atol=1e-5) and torch.allclose(all_.loss, few.loss, atol=1e-6)
+    none = solve(function, z, targets, weights=torch.zeros(3, 12), ridge=1.0)
+    assert (none.loss == 0).all() and (none.bias == 0).all() and statuses(none) == [Status.GRADIENT] * 3
+
+
+def test_hard_windows_end_finite_and_no_worse_than_the_batched_solver():
+    generator = torch.Generator().manual_seed(12)
+    z, targets = draw(generator, 4, 10, 30)
+    targets[0] = 7  # all targets equal: without a ridge the optimum is at infinity
+    z[1] *= 30  # peaked
+    z[2] = 0.0
+    z[3, :, 5] += 60.0
+    for ridge in (0.0, 1e-3):
+        ours, theirs = solve(slot_solve, z, targets, ridge=ridge, clamp=40.0), batched(z, targets, ridge)
+        assert ours.bias.isfinite().all() and ours.loss.isfinite().all()
+        assert torch.allclose(ours.loss.double(), exact_loss(z, targets, ours.bias, ridge=ridge), rtol=2e-6, atol=2e-5)
+        if theirs.x.abs().max() <= 40:
+            assert (ours.loss <= theirs.loss + 1e-5 + 1e-3 * theirs.loss.abs()).all()
+
+
+def test_warm_start_at_the_optimum_stops_at_once():
+    z, targets = draw(torch.Generator().manual_seed(13), 2, 20, 30)
+    start = newton(z, targets, ridge=1.0).float()
+    for function in (slot_solve, slot_solve_mm):
+        ours = solve(function, z, targets, ridge=1.0, start=start, tolerance_grad=1e-6)
+        assert statuses(ours) == [Status.GRADIENT] * 2 and (ours.evaluations == 1).all()
+        assert torch.equal(ours.bias, start)
+
+
+def test_clamp_applies_to_the_result_and_to_its_loss():
+    z, targets = draw(torch.Generator().manual_seed(14), 3, 20, 30)
+    free = solve(slot_solve, z, targets, phases=((5, 3),))
+    ours = solve(slot_solve, z, targets, phases=((5, 3),), clamp=0.3)
+    assert free.bias.abs().max() > 0.3
+    assert torch.equal(ours.bias, free.bias.clamp(-0.3, 0.3))
+    assert torch.equal(ours.evaluations, free.evaluations) and torch.equal(ours.status, free.status)
+    assert torch.allclose(ours.loss.double(), exact_loss(z, targets, ours.bias), rtol=1e-6)
+
+
+# Both
+
+
+@pytest.mark.parametrize("function", [slot_solve, slot_solve_mm], ids=["lbfgs", "mm"])
+def test_same_bits_alone_in_any_batch_in_any_order(function):
+    generator = torch.Generator().manual_seed(15)
+    W = 7  # more than programs in the interpreter: scratch is used again
+    z, targets = draw(generator, W, 10, 33)
+    options = {"start": 0.2 * torch.randn(W, 33, generator=generator), "prior": torch.randn(W, 33, generator=generator)}
+    z[2, 1, 1] = torch.nan  # what it leaves in scratch must not reach the next window
+    given = {"ridge": 0.05, "clamp": 2.0, "tolerance_change": 1e-6}
+    full = solve(function, z, targets, **given, **options)
+    for rows in ([6], [2], [5], [4, 2, 6, 0], [6, 5, 4, 3, 2, 1, 0], [1, 1, 2, 2, 5, 5, 1, 3]):
+        part = solve(function, z[rows], targets[rows], **given, **{name: t[rows] for name, t in options.items()})
+        for got, want in zip(part, full, strict=True):
+            assert torch.equal(got.nan_to_num(nan=-9.0), want[rows].nan_to_num(nan=-9.0)), rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("function", [slot_solve, slot_solve_mm], ids=["lbfgs", "mm"])
+def test_narrow_logits_and_probabilities(function, dtype):
+    z, targets = draw(torch.Generator().manual_seed(16), 2, 24, 70)
+    z = z.to(dtype)
+    wide = solve(function, z.float(), targets, ridge=0.5)
+    narrow = solve(function, z, targets, ridge=0.5)
+    assert torch.allclose(narrow.loss, wide.loss, atol=1e-6) and torch.allclose(narrow.bias, wide.bias, atol=1e-3)
+    rounded = solve(function, z, targets, ridge=0.5, probs_dtype=torch.bfloat16)
+    true = exact_loss(z, targets, rounded.bias, ridge=0.5)
+    assert (true - wide.loss).abs().max() < 1e-4  # the interpreter cuts to bfloat16 where a GPU rounds
+    assert (rounded.loss - wide.loss).abs().max() < 1e-3
+
+
+# Majorise-minimise
+
+
+def test_majorised_loss_never_increases():
+    generator = torch.Generator().manual_seed(17)
+    for ridge, clamp in ((0.0, 3.0), (1e-3, None), (0.1, 0.5), (1.0, None), (30.0, 0.2)):
+        z, targets = draw(generator, 2, 15, 40)
+        z[1] *= 20
+        prior = torch.randn(2, 40, generator=generator)
+        before = torch.full((2,), torch.inf, dtype=torch.float64)
+        for steps in (0, 1, 2, 3, 4, 8):
+            ours = solve(slot_solve_mm, z, targets, ridge=ridge, clamp=clamp, prior=prior, iterations=steps)
+            loss = exact_loss(z, targets, ours.bias, ridge=ridge, prior=prior)
+            assert (loss <= before + 1e-6 * loss.abs()).all(), (ridge, clamp, steps)
+            assert torch.allclose(ours.loss.double(), loss, rtol=2e-6, atol=2e-6)
+            assert clamp is None or ours.bias.abs().max() <= clamp
+            before = loss
+
+
+def test_majorised_optimum_is_newtons_inside_the_box():
+    for ridge in (0.1, 1.0, 3.0):
+        z, targets = draw(torch.Generator().manual_seed(18), 2, 12, 30)
+        optimum = newton(z, targets, ridge=ridge)
+        box = 1.1 * float(optimum.abs().max())
+        ours = solve(slot_solve_mm, z, targets, ridge=ridge, clamp=box, iterations=400, tolerance_change=0.0)
+        assert torch.allclose(ours.bias.double(), optimum, atol=1e-4), ridge
+
+
+def test_majorised_optimum_at_the_box_satisfies_its_conditions():
+    z, targets = draw(torch.Generator().manual_seed(19), 1, 12, 20)
+    ours = solve(slot_solve_mm, z, targets, ridge=0.1, clamp=0.4, iterations=200, tolerance_change=0.0)
+    b = ours.bias.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(exact_loss(z, targets, b, ridge=0.1)[0], b)
+    projected = b - (b - gradient).clamp(-0.4, 0.4)
+    assert (ours.bias.abs() > 0.3999).any() and projected.abs().max() < 2e-6
+
+
+def test_majorised_steps_are_the_references():
+    z, targets = draw(torch.Generator().manual_seed(20), 3, 12, 30)
+    targets[0] = 3
+    for options in ({"ridge": 1e-6}, {"ridge": 50.0}, {"clamp": 5.0}, {"ridge": 0.3, "clamp": 0.6}):
+        ours, reference = (
+            solve(function, z, targets, iterations=6, **options) for function in (slot_solve_mm, slot_solve_mm_ref)
+        )
+        assert torch.allclose(ours.loss, reference.loss, rtol=1e-6, atol=1e-6)
+        assert torch.equal(ours.iterations, reference.iterations)
+        assert torch.allclose(ours.bias, reference.bias, rtol=1e-5, atol=1e-5)
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    "function, options, name",
+    [
+        (slot_solve, {"phases": ()}, "phases"),
+        (slot_solve, {"phases": ((5, 0),)}, "phases"),
+        (slot_solve, {"phases": ((100, 100),)}, "phases"),
+        (slot_solve, {"ridge": -1.0}, "ridge"),
+        (slot_solve, {"clamp": 0.0}, "clamp"),
+        (slot_solve, {"tolerance_change": -1.0}, "tolerance_change"),
+        (slot_solve, {"start": torch.zeros(2, 9)}, "start"),
+        (slot_solve, {"prior": torch.zeros(2, 8).double()}, "prior"),
+        (slot_solve, {"weights": torch.zeros(2, 3)}, "weights"),
+        (slot_solve, {"probs_dtype": torch.float16}, "probs_dtype"),
+        (slot_solve_mm, {}, "ridge"),
+        (slot_solve_mm, {"ridge": 1.0, "iterations": -1}, "iterations"),
+    ],
+)
+def test_errors_name_the_argument(function, options, name):
+    with pytest.raises(ValueError, match=f"^{name}"):
+        function(torch.zeros(2, 4, 8), torch.zeros(2, 4, dtype=torch.long), **options)
+    if function is slot_solve and name == "clamp":
+        with pytest.raises(ValueError, match="^logits"):
+            function(torch.zeros(2, 4, 20000), torch.zeros(2, 4, dtype=torch.long))

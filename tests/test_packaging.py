@@ -34,7 +34,7 @@ def test_the_wheel_holds_kernels_under_our_name_and_the_demo(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"slotfast/kernels/spec.py", "slotfast/eval/__main__.py", "slotfast/demo/demo.slotfast"} <= names
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
-    expected = {f"slotfast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    expected = {f"slotfast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     assert {name for name in names if name.startswith("slotfast/kernels/") and name.endswith(".py")} == expected
 
 

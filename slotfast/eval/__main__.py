@@ -19,7 +19,7 @@ from ..slot import Adapter, Calibration
 from ..windows import Plan
 from .inputs import choose_batch, choose_rows, read_inputs
 from .loop import sliding_pass
-from .report import TokenRows, list_presets, report, show_preset, table
+from .report import TokenRows, list_presets, merge_work, report, show_preset, table
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _ABOUT = "Bits per byte of a model, plain and adapted, out of one sliding-window pass."
@@ -73,18 +73,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             on_windows=progress,
         )
     result.meter.reduce()
+    work = [adapter.work() for adapter in adapters]
     if world > 1:
         gathered: list | None = [None] * world if rank == 0 else None
-        dist.gather_object((collected.parts, [adapter.work for adapter in adapters]), gathered)
+        dist.gather_object((collected.parts, work), gathered)
         if rank:
             return None
         collected.parts = [part for parts, _ in gathered for part in parts]
-        for _, work in gathered[1:]:
-            for adapter, counters in zip(adapters, work, strict=True):
-                for name, counter in counters.items():
-                    adapter.work[name].update(counter)
+        work = [merge_work(each) for each in zip(*(work for _, work in gathered), strict=True)]
     seconds = {"load": loaded - started, **result.seconds, "total": time.perf_counter() - started}
-    found = report(settings, inputs, plan, adapters, result, seconds, device, "triton" if triton else "torch")
+    found = report(settings, inputs, plan, adapters, work, result, seconds, device, "triton" if triton else "torch")
     if settings.per_token:
         collected.write(settings.per_token, result.meter.rows)
     if settings.json_ == "-":

@@ -5,6 +5,7 @@ import math
 import platform
 import resource
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -29,6 +30,7 @@ def report(
     inputs: Inputs,
     plan: Plan,
     adapters: Sequence[Adapter],
+    work: Sequence[dict[str, Counter]],
     result: Pass,
     seconds: dict[str, float],
     device: str,
@@ -38,9 +40,9 @@ def report(
     meter = result.meter
     base, scores = meter.score(0), [meter.score(row + 1) for row in range(len(adapters))]
     presets = [_preset(PRESETS["none"], base)]
-    for adapter, score in zip(adapters, scores, strict=True):
-        work = {name: dict(sorted(counter.items())) for name, counter in adapter.work.items() if counter}
-        presets.append(_preset(adapter.row, score) | ({"work": work} if work else {}))
+    for adapter, score, counters in zip(adapters, scores, work, strict=True):
+        histograms = {name: dict(sorted(counter.items())) for name, counter in counters.items()}
+        presets.append(_preset(adapter.row, score) | ({"work": histograms} if histograms else {}))
     first = presets[min(1, len(presets) - 1)]
     passed = sum(result.seconds.values())
     speed = len(plan) / passed if passed else math.nan
@@ -79,6 +81,12 @@ def report(
             "within": seconds["total"] <= settings.budget,
         }
     return found
+
+
+def merge_work(ranks: Sequence[dict[str, Counter]]) -> dict[str, Counter]:
+    """What one adapter's fits took, over all ranks."""
+    names = dict.fromkeys(name for counters in ranks for name in counters)
+    return {name: sum((counters.get(name, Counter()) for counters in ranks), Counter()) for name in names}
 
 
 def _preset(row: Adaptation, score: Score) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import InputError
+from ..kernels import slot_solve
 from ..lbfgs import BiasObjective, Status, minimize
 from ..lbfgs.rows import BLOCK_ROWS, row_mixture
 from .rows import Adaptation, parse_preset
@@ -158,7 +159,7 @@ class Adapter:
         self.calibration = calibration or Calibration()
         self.row = self.calibration.resolve(row)
         self.bos_id = bos_id
-        self.work = {name: Counter() for name in ("iterations", "evaluations", "status")}  # of every problem solved
+        self._work: list[Tensor] = []  # of every batch of problems: iterations, evaluations, status
         self._state: tuple[Tensor, Tensor] | None = None  # scope prefix: decayed counts and expectations [V]
         self._last: Tensor | None = None  # scope batch: bias [V] of the batch before
 
@@ -180,6 +181,14 @@ class Adapter:
         """Adapt to each window's past and score it; returns what `batch.nll` returns."""
         return batch.nll(self.bias(batch))
 
+    def work(self) -> dict[str, Counter]:
+        """How many problems took how many iterations and evaluations, and why they stopped."""
+        if not self._work:
+            return {}
+        iterations, evaluations, status = torch.cat(self._work, 1).tolist()
+        names = [Status(code).name.lower() for code in status]
+        return {"iterations": Counter(iterations), "evaluations": Counter(evaluations), "status": Counter(names)}
+
     def replay(self, batch: WindowBatch) -> None:
         """Take in windows that another rank scores, where the state depends on them."""
         if self.row.scope == "prefix":
@@ -190,7 +199,9 @@ class Adapter:
         if self.row.optimizer == "none":
             return None
         if self.row.optimizer == "lbfgs":
-            return self._fit_shared(batch) if self.row.scope == "batch" else self._fit(*batch.visible(self.row))
+            if self.row.scope == "batch":
+                return self._fit_shared(batch)
+            return self._fit(batch.backend, *batch.visible(self.row))
         return self._stream_rates(batch) if self.row.scope == "prefix" else self._window_rates(batch)
 
     def _rates(self, batch: WindowBatch) -> Rates:
@@ -213,20 +224,26 @@ class Adapter:
         _, counts, expected = rates.sums(batch, torch.zeros_like(batch.context_end), batch.context_end)
         return torch.stack([rates.bias(*window) for window in zip(counts, expected, strict=True)])
 
-    def _fit(self, logits: Tensor, targets: Tensor, weights: Tensor, start: Tensor | None = None) -> Tensor:
+    def _fit(
+        self, backend: ops.Backend, logits: Tensor, targets: Tensor, weights: Tensor, start: Tensor | None = None
+    ) -> Tensor:
         """One bias [V] for each problem of [P, N] positions, clamped."""
         if start is None:
             dtype = torch.promote_types(logits.dtype, torch.float32)
             start = torch.zeros(logits.size(0), logits.size(-1), dtype=dtype, device=logits.device)
         if not logits.size(1):  # the stream's first window alone: nothing to fit to
             return start
-        objective = BiasObjective(logits, targets, weights, ridge=self.row.ridge)
-        solution = minimize(objective, start, phases=self.row.phases)
-        fitted = weights.bool().any(1)  # padding is no problem that was solved
-        for name, values in (("iterations", solution.iterations), ("evaluations", solution.evaluations)):
-            self.work[name].update(values[fitted].tolist())
-        self.work["status"].update(Status(code).name.lower() for code in solution.status[fitted].tolist())
-        return solution.x.clamp(-self.row.clamp, self.row.clamp)
+        if ops.uses_triton(backend, logits.device):
+            options = {"ridge": self.row.ridge, "clamp": self.row.clamp, "phases": self.row.phases}
+            bias, _, *work = slot_solve(logits, targets, weights, start, **options)
+        else:
+            solution = minimize(
+                BiasObjective(logits, targets, weights, ridge=self.row.ridge), start, phases=self.row.phases
+            )
+            bias = solution.x.clamp(-self.row.clamp, self.row.clamp)
+            work = solution.iterations, solution.evaluations, solution.status
+        self._work.append(torch.stack([values.long() for values in work])[:, weights.bool().any(1)])
+        return bias
 
     def _fit_shared(self, batch: WindowBatch) -> Tensor:
         logits, targets, weights = batch.visible(self.row)
@@ -235,7 +252,8 @@ class Adapter:
             group = slice(first, first + self.row.batch)
             start = self._last[None] if self._last is not None and self.row.warm_start else None
             rows = logits[group].reshape(1, -1, logits.size(-1))
-            bias = self._fit(rows, targets[group].reshape(1, -1), weights[group].reshape(1, -1), start)[0]
+            # one problem of many rows: a single program would leave a GPU idle, so torch solves it everywhere
+            bias = self._fit("torch", rows, targets[group].reshape(1, -1), weights[group].reshape(1, -1), start)[0]
             if bool(weights[group].any()):
                 self._last = bias
             biases.append(bias.expand(logits[group].size(0), -1))

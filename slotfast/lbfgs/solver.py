@@ -4,7 +4,6 @@ Scalars (loss, step, slope) live in float64 on the host, where numpy is quicker 
 torch, in the problem's dtype and on its device.
 """
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -13,20 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels import Status
 from .memory import Memory
 from .rows import choose, column, index_of, row_sum, to_host
 from .search import Search
-
-
-class Status(enum.IntEnum):
-    """Why a problem stopped."""
-
-    GRADIENT = 0  # max |g| <= tolerance_grad
-    CHANGE = 1  # the last step or the last change of the loss was below tolerance_change
-    SLOPE = 2  # the directional derivative was above -tolerance_change
-    OUT_OF_ITERATIONS = 3
-    OUT_OF_EVALUATIONS = 4
-    NOT_FINITE = 5  # the loss or the gradient at the start is not finite: x is the start, untouched
 
 
 @dataclass(frozen=True)

@@ -26,19 +26,21 @@ import brotli
 import numpy as np
 import pydantic
 import torch
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
 
 from .data import atomic_write
 from .errors import InputError
 from .kernels import pack_int6
 from .model import GPT, GPTConfig, PackedLinear
+from .ops import Backend
 from .quantize import QuantizedMatrix, quantize_rows
 
 MAGIC = b"slotfast"
 VERSION = 1
 _PREFIX = struct.Struct("<8sIIQ")
 _HASH_BYTES = 32
-_MAX_HEADER_BYTES = 1 << 24
+_MAX_HEADER_BYTES = 1 << 22
 # A trained tensor shrinks by less than 2, an all-zero one without limit: more than this is taken for a bomb.
 _MAX_EXPANSION = 64
 _SLACK_BYTES = 1 << 20
@@ -74,11 +76,12 @@ class Artifact:
                 tensors[name] = quantize_rows(tensor, 6 if name.startswith("blocks.") else 8)
         return cls(model.config, tensors, dict(metadata), unigram)
 
-    def model(self, weights: Literal["dequantized", "int6"] = "dequantized") -> GPT:
+    def model(self, weights: Literal["dequantized", "int6"] = "dequantized", backend: Backend = "auto") -> GPT:
         """The model in evaluation mode.
 
         Args:
             weights: `dequantized` gives float32 matrices; `int6` keeps those of 6 bits packed, for the int6 kernel.
+            backend: of packed layers.
         """
         model = GPT(self.config)
         model.load_state_dict(
@@ -86,10 +89,20 @@ class Artifact:
         )
         if weights == "int6":
             for name, tensor in self.tensors.items():
-                if isinstance(tensor, QuantizedMatrix) and tensor.bits == 6:
-                    layer = name.removesuffix(".weight")
-                    model.set_submodule(layer, PackedLinear(pack_int6(tensor.codes, tensor.scale)))
+                layer = name.removesuffix(".weight")
+                packable = isinstance(tensor, QuantizedMatrix) and tensor.bits == 6
+                if packable and layer != name and isinstance(model.get_submodule(layer), nn.Linear):
+                    model.set_submodule(layer, PackedLinear(pack_int6(tensor.codes, tensor.scale), backend))
         return model.eval().requires_grad_(False)
+
+
+class Metadata(BaseModel):
+    """What of an artifact's metadata is acted on; anything else is kept and shown."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    tokenizer_sha256: str | None = None
+    scale: float | None = Field(None, ge=0, le=2)
 
 
 def write_artifact(path: str | os.PathLike, artifact: Artifact) -> int:
@@ -143,7 +156,9 @@ def read_artifact(path: str | os.PathLike) -> Artifact:
             if version != VERSION:
                 raise InputError(f"{path}: artifact version {version}, this slotfast reads {VERSION}")
             expected = _PREFIX.size + _HASH_BYTES + header_bytes + payload_bytes
-            if size != expected or header_bytes > _MAX_HEADER_BYTES:
+            if header_bytes > _MAX_HEADER_BYTES:
+                raise InputError(f"{path}: a header of {header_bytes} bytes, expected at most {_MAX_HEADER_BYTES}")
+            if size != expected:
                 raise InputError(f"{path}: {size} bytes, its header announces {expected}: truncated or damaged")
             digest = file.read(_HASH_BYTES)
             header, payload = file.read(header_bytes), file.read(payload_bytes)
@@ -194,6 +209,9 @@ def _parse(header: bytes, payload: memoryview) -> Artifact:
             if f"{name}.scale" not in arrays:
                 raise InputError(f"tensor {name!r} has no scale")
             scale = arrays[f"{name}.scale"][1]
+            limit = 2 ** (_BITS[kind] - 1)
+            if array.size and not -limit <= int(array.min()) <= int(array.max()) < limit:
+                raise InputError(f"tensor {name!r} of type {kind!r} holds codes from {array.min()} to {array.max()}")
             tensors[name] = QuantizedMatrix(torch.tensor(array), torch.tensor(scale), _BITS[kind])
         else:
             scale = array
@@ -201,9 +219,9 @@ def _parse(header: bytes, payload: memoryview) -> Artifact:
         if not np.isfinite(scale).all():
             raise InputError(f"tensor {name!r} holds NaN or infinite values")
     unigram = torch.tensor(arrays[UNIGRAM][1]) if UNIGRAM in arrays else None
-    if unigram is not None and not (unigram.isfinite().all() and (unigram >= 0).all()):
+    if unigram is not None and not ((unigram >= 0).all() and abs(float(unigram.sum()) - 1) < 0.01):
         raise InputError(f"tensor {UNIGRAM!r} holds values that are no frequencies")
-    return Artifact(config, tensors, dict(fields["metadata"]), unigram)
+    return Artifact(config, tensors, Metadata.model_validate(fields["metadata"]).model_dump(), unigram)
 
 
 def _expected_shapes(config: GPTConfig, limit: int) -> dict[str, tuple[int, ...]]:

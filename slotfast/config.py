@@ -1,4 +1,4 @@
-"""Validated settings of the commands: from flags, then environment variables, then a preset, then defaults.
+"""Validated settings of the commands: from flags, then environment variables, then defaults.
 
 argparse reads the flags and pydantic validates the values. (pydantic-settings would do both, but it splits lists at the
 commas that `--preset NAME:key=value,key=value` needs, and does not tell where a value came from.)
@@ -20,13 +20,7 @@ from .errors import InputError
 # An unread variable that starts like one of these is probably misspelt.
 _PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "V20_")
 # Read by `slot.from_environment`: they change the rows of presets, not settings.
-ADAPTATION_VARIABLES = {
-    "SLOT_ENABLED": "0 leaves plain sliding windows",
-    "SLOT_STEPS": "iterations of every L-BFGS row",
-    "SLOT_FOCAL_CTX": "focal length of every focal row",
-    "SLOT_CLAMP": "bound on the bias of every row that has one",
-    "SLOT_WARMSTART": "0 starts every batch from zero",
-}
+ADAPTATION_VARIABLES = ("SLOT_ENABLED", "SLOT_STEPS", "SLOT_FOCAL_CTX", "SLOT_CLAMP", "SLOT_WARMSTART")
 
 
 def setting(default: Any, help: str, env: str | tuple[str, ...] = (), **limits: Any) -> Any:
@@ -38,7 +32,9 @@ def setting(default: Any, help: str, env: str | tuple[str, ...] = (), **limits: 
 class Settings(BaseModel):
     """Base of every command's settings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, str_min_length=1
+    )
 
 
 class EvalSettings(Settings):
@@ -46,14 +42,19 @@ class EvalSettings(Settings):
 
     artifact: str | None = setting(None, "model to evaluate; default: the one in this package", "ARTIFACT_PATH")
     tokens: str | None = setting(None, "glob of token shards to score")
+    data_path: str | None = setting(None, "folder whose fineweb_val_*.bin shards are scored", "DATA_PATH")
     text: str | None = setting(None, "text to score: .txt, .jsonl (key text), also .xz .gz .bz2 .zst")
     tokenizer: str | None = setting(None, "SentencePiece model; default: the one in this package", "TOKENIZER_PATH")
     preset: list[str] = setting(
         ["none", "causal", "causal-lbfgs"], "adaptations, NAME or NAME:key=value,key=value; one forward for all"
     )
-    seq_len: int | None = setting(None, "positions of a window; default: the training length", "EVAL_SEQ_LEN", ge=1)
+    seq_len: int | None = setting(
+        None, "positions of a window; default: the training length", "EVAL_SEQ_LEN", ge=1, le=1 << 17
+    )
     stride: int = setting(64, "new positions of each window", "EVAL_STRIDE", ge=1)
-    batch_windows: int | None = setting(None, "windows of one forward; default: what fits", "EVAL_BATCH_SEQS", ge=1)
+    batch_windows: int | None = setting(
+        None, "windows of one forward; default: what fits", "EVAL_BATCH_SEQS", ge=1, le=1 << 16
+    )
     max_tokens: int | None = setting(None, "score only the start of the stream", ("EVAL_MAX_TOKENS",), ge=2)
     weights: Literal["dequantized", "int6"] = setting(
         "dequantized", "int6: the blocks' linear layers run on packed 6-bit weights"
@@ -82,7 +83,7 @@ class TrainSettings(Settings):
     vocab_size: int = setting(1024, "pieces of the tokenizer that is trained", "VOCAB_SIZE", ge=300, le=65536)
     seconds: float = setting(480.0, "training time", "MAX_WALLCLOCK_SECONDS", gt=0)
     batch_windows: int = setting(4, "windows of one step", ge=1)
-    seed: int = setting(1337, "of initialisation and sampling", "SEED", ge=0)
+    seed: int = setting(1337, "of initialisation and sampling", "SEED", ge=0, lt=1 << 63)
     layers: int = setting(6, "transformer layers", "NUM_LAYERS", ge=1, le=256)
     width: int = setting(192, "model width", "MODEL_DIM", ge=8)
     heads: int = setting(6, "attention heads", "NUM_HEADS", ge=1)
@@ -161,6 +162,7 @@ def warn_unread_variables() -> None:
 def show(settings: Settings, sources: Mapping[str, str]) -> str:
     """A table of every setting, its value and where it came from."""
     rows = [(_flag(name), json.dumps(getattr(settings, name)), sources[name]) for name in type(settings).model_fields]
+    rows += [(name, os.environ[name], "changes rows of presets") for name in ADAPTATION_VARIABLES if name in os.environ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
 

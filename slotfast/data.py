@@ -1,7 +1,7 @@
 """Tokens and text: shards of token ids, text files, SentencePiece tokenizers with their byte tables.
 
 A stream is one long row of token ids in which every document starts with BOS. Bits per byte need the number of UTF-8
-bytes behind each token; `Tokenizer.token_bytes` counts them by the rule the contest uses, and `encode_documents` keeps
+bytes behind each token; `ByteTable.count` counts them by the rule the contest uses, and `encode_documents` keeps
 beside that count the true one, so that a difference is reported and never hidden.
 """
 
@@ -13,6 +13,7 @@ import io
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,7 +89,11 @@ def write_shard(path: str | os.PathLike, tokens: Sequence[int] | np.ndarray) -> 
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
     """Open a file for binary writing that appears under its name only when it is complete."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # a pipe or a device: nothing to replace
+        with path.open("wb") as file:
+            yield file
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
@@ -100,6 +105,15 @@ def atomic_write(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise InputError, before any work is done, where `atomic_write` could not write."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected a file")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: its folder does not exist or cannot be written")
 
 
 class TokenStream:
@@ -198,7 +212,7 @@ def read_documents(path: str | os.PathLike) -> Iterator[str]:
                 data = file.read(_MAX_LINE_BYTES + 1)
                 if len(data) > _MAX_LINE_BYTES:
                     raise InputError(f"{path}: more than {_MAX_LINE_BYTES} bytes in one document")
-                yield data.decode("utf-8")
+                yield data.decode("utf-8-sig")
                 return
             number = 0
             while line := file.readline(_MAX_LINE_BYTES + 1):
@@ -207,7 +221,7 @@ def read_documents(path: str | os.PathLike) -> Iterator[str]:
                 if len(line) > _MAX_LINE_BYTES:
                     raise InputError(f"{where}: more than {_MAX_LINE_BYTES} bytes in one document")
                 if line.strip():
-                    text = json.loads(line.decode("utf-8"))["text"]
+                    text = json.loads(line.decode("utf-8-sig"))["text"]
                     if not isinstance(text, str):
                         raise InputError(f"{where}: key 'text' holds {type(text).__name__}, expected a string")
                     yield text
@@ -219,7 +233,11 @@ def read_documents(path: str | os.PathLike) -> Iterator[str]:
         raise InputError(f"{where}: expected a JSON object with the key 'text'") from None
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    except (EOFError, lzma.LZMAError, zstandard.ZstdError, OSError) as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError):
+        raise InputError(f"{where}: not JSON that can be read: numbers too long or nesting too deep") from None
+    except (EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, OSError) as error:
         raise InputError(f"{where}: cannot be read, truncated or corrupt: {error}") from None
 
 
@@ -309,13 +327,11 @@ class Tokenizer:
             InputError: a literal U+2581, which SentencePiece could not tell from a space, or a lone surrogate.
         """
         if _SPACE in text:
-            raise InputError(
-                f"U+2581 at character {text.index(_SPACE)} of a document: the tokenizer uses it for spaces"
-            )
+            raise InputError(f"U+2581 at character {text.index(_SPACE)}: the tokenizer uses it for spaces")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise InputError(f"lone surrogate at character {error.start} of a document: not text") from None
+            raise InputError(f"lone surrogate at character {error.start}: not text") from None
         ids = self._processor.encode(text)
         # The rule counts no space for a piece that follows BOS. Where the tokenizer keeps a leading space, the space
         # travels as its byte piece, so that rule and text agree.
@@ -333,8 +349,11 @@ class Tokenizer:
         Of a document that `max_tokens` cuts, the bytes of the kept tokens stand for all three.
         """
         rows, total, rule, normalized, raw, unknown, altered = [], 0, 0, 0, 0, 0, 0
-        for document in documents:
-            row = np.asarray(self.encode(document), np.int32)
+        for number, document in enumerate(documents, 1):
+            try:
+                row = np.asarray(self.encode(document), np.int32)
+            except InputError as error:
+                raise InputError(f"document {number}: {error}") from None
             seen = self._processor.normalize(document).replace(_SPACE, " ")
             kept = row if max_tokens is None else row[: max_tokens - total]
             counted = int(self.byte_table.count(kept[1:], kept[:-1]).sum())

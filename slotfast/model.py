@@ -23,10 +23,10 @@ class GPTConfig(BaseModel):
         pydantic.ValidationError: sizes that do not fit together.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     vocab_size: int = Field(1024, ge=2, le=65536)
-    seq_len: int = Field(2048, ge=1, le=1 << 20)
+    seq_len: int = Field(2048, ge=1, le=1 << 17)
     layers: int = Field(11, ge=1, le=256)
     width: int = Field(512, ge=4, le=16384)
     heads: int = Field(8, ge=1, le=256)
@@ -44,7 +44,7 @@ class GPTConfig(BaseModel):
     bigram_buckets: int = Field(2048, ge=0, le=1 << 20, description="rows of the hashed bigram table; 0: none")
     bigram_width: int = Field(128, ge=1, le=4096)
     value_width: int = Field(128, ge=0, le=4096, description="width of the table added to the values; 0: none")
-    value_layers: tuple[int, ...] = Field((9, 10), description="layers whose values get it")
+    value_layers: tuple[int, ...] = Field((9, 10), max_length=256, description="layers whose values get it")
     softcap: float = Field(30.0, ge=0, description="logits are cap * tanh(logits / cap); 0: no cap")
     tied: bool = Field(True, description="the embedding is the output matrix")
 
@@ -58,8 +58,9 @@ class GPTConfig(BaseModel):
             raise ValueError(f"rope_dims {self.rope_dims}: expected an even number up to {self.head_width}")
         if self.bigram_buckets == 1:
             raise ValueError("bigram_buckets 1: expected 0 or at least 2")
-        if self.value_width and any(not 0 <= layer < self.layers for layer in self.value_layers):
-            raise ValueError(f"value_layers {self.value_layers}: expected layers 0..{self.layers - 1}")
+        layers = set(self.value_layers)
+        if self.value_width and (len(layers) < len(self.value_layers) or not layers <= set(range(self.layers))):
+            raise ValueError(f"value_layers {self.value_layers}: expected different layers of 0..{self.layers - 1}")
         return self
 
     @property
@@ -107,17 +108,18 @@ class PackedLinear(nn.Module):
 
     Args:
         weight: packed [n_out, n_in].
+        backend: triton, torch or auto.
     """
 
-    def __init__(self, weight: PackedInt6):
+    def __init__(self, weight: PackedInt6, backend: ops.Backend = "auto"):
         super().__init__()
-        self.shape = weight.shape
+        self.shape, self.backend = weight.shape, backend
         self.register_buffer("low", weight.low)
         self.register_buffer("high", weight.high)
         self.register_buffer("scale", weight.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.int6_linear(x, PackedInt6(self.low, self.high, self.scale, self.shape))
+        return ops.int6_linear(x, PackedInt6(self.low, self.high, self.scale, self.shape), self.backend)
 
 
 class BigramHash(nn.Module):

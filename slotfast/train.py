@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pydantic
 import sentencepiece
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from . import config, corpus
 from .artifact import Artifact, write_artifact
 from .command import run
-from .data import Tokenizer, atomic_write, read_documents
+from .data import Tokenizer, atomic_write, check_writable, read_documents
 from .errors import InputError
 from .model import GPT, GPTConfig
 from .optim import Muon
@@ -32,36 +33,26 @@ def main(argv: list[str] | None = None) -> None:
         print(config.show(settings, sources))
         return
     torch.manual_seed(settings.seed)
-    model_config = GPTConfig(
-        vocab_size=settings.vocab_size,
-        seq_len=settings.seq_len,
-        layers=settings.layers,
-        width=settings.width,
-        heads=settings.heads,
-        kv_heads=settings.kv_heads,
-        mlp_width=settings.mlp_width,
-        rope_dims=min(16, settings.width // settings.heads // 2 * 2),
-        qk_gain=settings.qk_gain,
-        xsa_layers=settings.layers,
-        bigram_buckets=2048,
-        bigram_width=32,
-        value_width=32,
-        value_layers=tuple(range(max(settings.layers - 2, 0), settings.layers)),
-    )
+    out = Path(settings.out)
+    tokenizer_path = Path(settings.tokenizer or out.with_suffix(".model"))
+    check_writable(out)
+    if out == tokenizer_path:
+        raise InputError(f"--out {out}: the tokenizer is written there; choose another suffix")
+    model_config = _model_config(settings)
     documents = list(_documents(settings.text))
     np.random.default_rng(settings.seed).shuffle(documents)
     learned = [text for i, text in enumerate(documents) if i % _HELD_OUT_EVERY]
     held_out = [text for i, text in enumerate(documents) if i % _HELD_OUT_EVERY == 0]
     if not learned:
         raise InputError(f"{len(documents)} documents: too few to hold one out and learn from the rest")
-    out = Path(settings.out)
-    tokenizer_path = Path(settings.tokenizer or out.with_suffix(".model"))
     if settings.tokenizer is None:
         train_tokenizer(learned, settings.vocab_size, tokenizer_path)
     tokenizer = Tokenizer(tokenizer_path)
     model_config = model_config.model_copy(update={"vocab_size": tokenizer.vocab_size})
     tokens, _ = tokenizer.encode_documents(learned)
     test_tokens, test_bytes = tokenizer.encode_documents(held_out)
+    if not test_bytes.rule:
+        raise InputError("the documents that are held out to measure the training are empty: give more text")
     if len(tokens) <= settings.seq_len:
         raise InputError(f"{len(tokens)} tokens of text; one training window needs {settings.seq_len + 1}")
     model = GPT(model_config)
@@ -89,6 +80,28 @@ def main(argv: list[str] | None = None) -> None:
         nats = evaluate(tested, torch.from_numpy(test_tokens.astype(np.int64)), settings.seq_len)
         print(f"held-out documents, {name:>7}: {nats / math.log(2) / test_bytes.rule:.4f} bpb")
     print(f"{out}: {size:,} bytes; {tokenizer_path}: {tokenizer_path.stat().st_size:,} bytes")
+
+
+def _model_config(settings: config.TrainSettings) -> GPTConfig:
+    try:
+        return GPTConfig(
+            vocab_size=settings.vocab_size,
+            seq_len=settings.seq_len,
+            layers=settings.layers,
+            width=settings.width,
+            heads=settings.heads,
+            kv_heads=settings.kv_heads,
+            mlp_width=settings.mlp_width,
+            rope_dims=min(16, settings.width // settings.heads // 2 * 2),
+            qk_gain=settings.qk_gain,
+            xsa_layers=settings.layers,
+            bigram_buckets=2048,
+            bigram_width=32,
+            value_width=32,
+            value_layers=tuple(range(max(settings.layers - 2, 0), settings.layers)),
+        )
+    except pydantic.ValidationError as error:
+        raise InputError(f"model: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
 
 
 def _documents(text: str | None) -> Iterator[str]:
@@ -207,13 +220,12 @@ def _windows(stream: Tensor, seq_len: int, batch: int, generator: torch.Generato
     """Batches int64 [batch, seq_len + 1] without end; each epoch cuts the stream at a new phase and shuffles."""
     left = torch.empty(0, dtype=torch.int64)
     while True:
-        if len(left) < batch:
+        while len(left) < batch:
             phase = int(torch.randint(min(seq_len, len(stream) - seq_len), (1,), generator=generator))
             starts = torch.arange(phase, len(stream) - seq_len, seq_len)
             left = torch.cat([left, starts[torch.randperm(len(starts), generator=generator)]])
         chosen, left = left[:batch], left[batch:]
-        if len(chosen) == batch:
-            yield stream[chosen[:, None] + torch.arange(seq_len + 1)]
+        yield stream[chosen[:, None] + torch.arange(seq_len + 1)]
 
 
 @torch.inference_mode()

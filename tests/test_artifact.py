@@ -18,7 +18,7 @@ from slotfast.quantize import QuantizedMatrix, quantize_rows
 
 @pytest.fixture
 def artifact(tiny_model):
-    return Artifact.from_model(tiny_model, {"seed": 7}, torch.rand(64))
+    return Artifact.from_model(tiny_model, {"seed": 7}, torch.rand(64).softmax(0))
 
 
 def test_round_trip(artifact, tmp_path):
@@ -26,9 +26,7 @@ def test_round_trip(artifact, tmp_path):
     size = write_artifact(path, artifact)
     back = read_artifact(path)
     assert size == path.stat().st_size and [p.name for p in tmp_path.iterdir()] == ["a.slotfast"]
-    assert (
-        back.config == artifact.config and back.metadata == {"seed": 7} and torch.equal(back.unigram, artifact.unigram)
-    )
+    assert back.config == artifact.config and back.metadata["seed"] == 7 and torch.equal(back.unigram, artifact.unigram)
     kinds = set()
     for name, tensor in artifact.tensors.items():
         other = back.tensors[name]
@@ -122,6 +120,12 @@ HOSTILE = {
     "a length past the end": (_set("tensors", 0, "bytes", value=1 << 50), "bytes at 0 of a payload"),
     "a length of another type": (_set("tensors", 0, "bytes", value="9"), "9 bytes at 0"),
     "a tensor less": (lambda header: header["tensors"].pop() and None, "belong to no tensor"),
+    "a scale out of range": (_set("metadata", "scale", value=-50), "scale: Input should be greater than or equal to 0"),
+    "a scale that is no number": (_set("metadata", "scale", value=math.nan), "scale: Input should be a finite number"),
+    "a hash that is no text": (_set("metadata", "tokenizer_sha256", value=7), "tokenizer_sha256: Input should be"),
+    "many value layers": (_set("config", "value_layers", value=[0] * 300), "value_layers"),
+    "an infinite cap": (_set("config", "softcap", value=math.inf), "softcap: Input should be a finite number"),
+    "an endless window": (_set("config", "seq_len", value=1 << 30), "seq_len"),
     "no metadata": (lambda header: header.pop("metadata") and None, "does not describe an artifact"),
 }
 
@@ -178,3 +182,29 @@ def test_a_failed_write_leaves_the_old_file(artifact, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="No space left on device"):
         write_artifact(path, artifact)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_codes_beyond_their_bits_are_refused(artifact, tmp_path):
+    name = "blocks.0.mlp.fc.weight"
+    artifact.tensors[name].codes[3, 4] = 40
+    write_artifact(tmp_path / "a", artifact)
+    with pytest.raises(InputError, match=r"'blocks.0.mlp.fc.weight' of type 'int6' holds codes from .* to 40"):
+        read_artifact(tmp_path / "a")
+
+
+def test_frequencies_that_are_none_are_refused(artifact, tmp_path):
+    artifact.unigram[0] = 3.0
+    write_artifact(tmp_path / "a", artifact)
+    with pytest.raises(InputError, match="no frequencies"):
+        read_artifact(tmp_path / "a")
+
+
+def test_only_linear_layers_are_packed(artifact):
+    """A file may call any matrix int6; embeddings and mixing weights stay what they are."""
+    for name in ("tok_emb.weight", "blocks.0.resid_mix"):
+        matrix = artifact.tensors[name]
+        dense = matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix
+        artifact.tensors[name] = quantize_rows(dense, 6)
+    tokens = torch.arange(32)[None]
+    dense, packed = artifact.model().hidden(tokens), artifact.model("int6").hidden(tokens)
+    assert (dense - packed).abs().max() < 1e-4

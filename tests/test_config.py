@@ -19,6 +19,8 @@ def test_flags_come_before_variables_before_defaults(monkeypatch):
     assert (sources["seq_len"], sources["stride"], sources["dtype"]) == ("flag", "EVAL_STRIDE", "default")
     shown = config.show(settings, sources)
     assert "EVAL_STRIDE" in shown and "--seq-len" in shown and len(shown.splitlines()) == len(sources)
+    monkeypatch.setenv("SLOT_STEPS", "3")
+    assert "SLOT_STEPS" in config.show(settings, sources)
 
 
 @pytest.mark.parametrize(

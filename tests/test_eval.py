@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from importlib import resources
 
 import numpy as np
@@ -149,6 +150,11 @@ def _foreign_tokens(small, tmp_path):
     return ["--artifact", str(small / "m"), "--tokens", str(tmp_path / "a.bin")]
 
 
+def _no_bytes(small, tmp_path):
+    write_shard(tmp_path / "a.bin", [1, 1, 1, 1])
+    return ["--artifact", str(small / "m"), "--tokens", str(tmp_path / "a.bin"), "--preset", "none"]
+
+
 WRONG = {
     "a leaking preset": (
         lambda s, t: _args(s, "--preset", "pr1350"),
@@ -174,6 +180,16 @@ WRONG = {
         "does not exist or cannot be written",
     ),
     "nothing to score": (lambda s, t: ["--text", os.devnull], "0 tokens|1 tokens"),
+    "a device of another kind": (lambda s, t: _args(s, "--device", "meta"), "--device meta: expected auto, cpu, cuda"),
+    "one file for two results": (
+        lambda s, t: _args(s, "--json", str(t / "x"), "--per-token", str(t / "x")),
+        "both are",
+    ),
+    "rows to standard output": (lambda s, t: _args(s, "--per-token", "-"), "expected a file"),
+    "a folder to write to": (lambda s, t: _args(s, "--json", str(t)), "is a folder"),
+    "an empty path": (lambda s, t: _args(s, "--json", ""), "--json '': String should have at least 1 character"),
+    "a batch of a billion": (lambda s, t: _args(s, "--batch-windows", "1000000000"), "less than or equal to 65536"),
+    "documents of no bytes": (_no_bytes, "stand for no bytes"),
 }
 
 
@@ -259,3 +275,38 @@ def test_memory_does_not_grow_with_the_stream(small, tmp_path):
         done = subprocess.run(command, check=True, capture_output=True, env=ENV)
         peaks.append(json.loads(done.stdout)["peak_memory_bytes"])
     assert peaks[1] - peaks[0] < 40 << 20
+
+
+@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "x", "RANK": "0"}])
+def test_half_an_environment_of_ranks_is_refused(small, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="several processes need all of these"):
+        main(_args(small, "--preset", "none"))
+
+
+def test_a_rank_without_others_is_the_only_one(small, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "3")
+    main(_args(small, "--preset", "none", "--json", "-"))
+    assert json.loads(capsys.readouterr().out)["ranks"] == 1
+
+
+def test_a_pipe_stays_a_pipe(small, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    read = []
+    thread = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_text()))
+    thread.start()
+    main(_args(small, "--preset", "none", "--json", str(tmp_path / "pipe")))
+    thread.join()
+    assert json.loads(read[0])["windows"] > 0 and not (tmp_path / "pipe").is_file()
+
+
+def test_output_that_cannot_be_written(small):
+    command = [sys.executable, "-m", "slotfast.eval", "--list-presets"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENV)
+    assert done.returncode == 2 and done.stderr == "error: output cannot be written: No space left on device\n"
+    closed = subprocess.run(
+        f"{sys.executable} -m slotfast.eval --list-presets | true", shell=True, env=ENV, stderr=subprocess.PIPE
+    )
+    assert closed.stderr == b""

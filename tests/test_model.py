@@ -170,7 +170,7 @@ def test_published_parameter_counts(bigram, count):
         ({"heads": 5}, "width 24 is not a multiple of heads 5"),
         ({"kv_heads": 3}, "heads 4 is not a multiple of kv_heads 3"),
         ({"rope_dims": 8}, "rope_dims 8: expected an even number up to 6"),
-        ({"value_layers": (5,)}, "expected layers 0..4"),
+        ({"value_layers": (5,)}, "expected different layers of 0..4"),
         ({"bigram_buckets": 1}, "expected 0 or at least 2"),
     ],
 )

@@ -86,7 +86,7 @@ def test_the_verdict_is_what_changing_the_future_shows(name):
 def test_compliance_follows_from_the_choices():
     assert [name for name, row in PRESETS.items() if not row.compliance.causal] == sorted(LEAKY)
     assert not parse_preset("pr1350-window:positions=scored").compliance.c3
-    assert parse_preset("pr1350:batch=1").compliance.causal
+    assert parse_preset("pr1350:scope=window,warm_start=0").compliance.causal
     assert not parse_preset("causal-lbfgs:scope=batch").compliance.c1
 
 
@@ -182,6 +182,12 @@ def test_options_and_their_errors():
         "causal:scope=batch": "'rates' needs",
         "pr1350-window:warm_start=1": "warm_start needs scope 'batch'",
         "none:clamp=3": "does nothing here",
+        "causal-lbfgs:focal=3": "'focal' does nothing here",
+        "causal-lbfgs:name=x": "'name' does nothing here",
+        "pr1350:batch=1": "batch=1: Input should be greater than or equal to 2",
+        "pr1350:steps=3,phases=3x4": "say the same",
+        "pr1350:phases=2x1000000000": "expected iterations and history of 1 to 1000",
+        "pr1350:clamp=inf": "clamp=inf: Input should be a finite number",
     }.items():
         with pytest.raises(InputError, match=message) as caught:
             parse_preset(text)
@@ -195,6 +201,7 @@ def test_environment_changes_rows_but_not_what_is_said_explicitly(monkeypatch):
     assert from_environment(parse_preset("pr1350"), "pr1350").phases == ((4, 20),)
     changed = from_environment(parse_preset("pr1350:steps=9"), "pr1350:steps=9")
     assert changed.phases == ((9, 20),) and changed.focal == 96 and not changed.warm_start
+    assert from_environment(parse_preset("pr1350:phases=7x7"), "pr1350:phases=7x7").phases == ((7, 7),)
     assert from_environment(parse_preset("causal"), "causal") == PRESETS["causal"]
     monkeypatch.setenv("SLOT_STEPS", "many")
     with pytest.raises(InputError, match="SLOT_STEPS"):
@@ -216,3 +223,21 @@ def test_adapt_refuses_leaks_and_wrong_shapes():
         slotfast.adapt(logits, targets[:, 1:], context)
     with pytest.raises(InputError, match="0 <= context <= scored <= 24"):
         slotfast.adapt(logits, targets, 25)
+    with pytest.raises(InputError, match="an integer or 2 of them"):
+        slotfast.adapt(logits, targets, torch.tensor([1, 2, 3]))
+    with pytest.raises(InputError, match=r"frequency \(3,\): expected \(50,\)"):
+        slotfast.adapt(logits, targets, context, frequency=torch.ones(3))
+    with pytest.raises(InputError, match=r"targets: expected 0\.\.49"):
+        slotfast.adapt(logits, targets.masked_fill(targets == targets[0, 0], -100), context)
+    state = slotfast.adapt(logits, targets, context, preset="causal").state
+    with pytest.raises(InputError, match="'causal' or of other options, not of 'none'"):
+        slotfast.adapt(logits, targets, context, preset="none", state=state)
+    leaky = slotfast.adapt(logits, targets, context, preset="pr1350", allow_noncausal=True).state
+    with pytest.raises(InputError, match="'pr1350' is not causal"):
+        slotfast.adapt(logits, targets, context, preset="pr1350", state=leaky)
+
+
+def test_adapt_keeps_no_graph():
+    logits, targets, context, scored = _stream(2)
+    result = slotfast.adapt(logits.requires_grad_(), targets, context, scored)
+    assert not result.nll.requires_grad and not result.state._state[1].requires_grad

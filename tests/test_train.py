@@ -100,3 +100,25 @@ def test_muon_takes_one_nesterov_step_as_written():
         step = orthogonalize(0.1 * gradient + 0.9 * buffer)
         before = before * (1 - 0.1 * 0.5) - 0.1 * math.sqrt(6 / 4) * step
         assert (parameter - before).abs().max() < 1e-5
+
+
+WRONG = {
+    "sizes that do not fit": (["--width", "100", "--heads", "6"], "width 100 is not a multiple of heads 6"),
+    "a seed beyond 63 bits": (["--seed", "9" * 23], "--seed"),
+    "no folder to write to": (["--out", "nowhere/a.slotfast"], "its folder does not exist"),
+    "one name for two files": (["--out", "same.model"], "the tokenizer is written there"),
+    "no name": (["--out", ""], "--out '': String should have"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG.keys())
+def test_wrong_settings_are_refused_before_the_work(arguments, message):
+    with pytest.raises(InputError, match=message):
+        train.main(arguments)
+
+
+def test_a_text_of_few_windows_is_learned_from_again_and_again():
+    windows = train._windows(torch.arange(30), 10, 8, torch.Generator().manual_seed(0))
+    for _ in range(3):
+        batch = next(windows)
+        assert batch.shape == (8, 11) and bool((batch[:, 1:] - batch[:, :-1] == 1).all())

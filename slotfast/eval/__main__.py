@@ -4,8 +4,9 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,12 @@ from tqdm import tqdm
 
 from .. import config, ops
 from ..command import run
-from ..data import atomic_write
+from ..data import atomic_write, check_writable
 from ..errors import InputError
-from ..slot import Adapter, Calibration
-from ..windows import Plan
-from .inputs import choose_batch, choose_rows, read_inputs
+from ..slot import Adaptation, Adapter, Calibration
+from .inputs import choose_batch, choose_plan, choose_rows, read_inputs
 from .loop import sliding_pass
-from .report import TokenRows, list_presets, merge_work, report, show_preset, table
+from .report import TokenRows, list_presets, merge_work, peak_memory_bytes, report, show_preset, table
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _ABOUT = "Bits per byte of a model, plain and adapted, out of one sliding-window pass."
@@ -36,21 +36,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(list_presets())
     if settings.show_preset is not None:
         return print(show_preset(settings.show_preset))
-    rank, world, device = _process(settings.device)
-    triton = ops.uses_triton(settings.backend, device)
     rows = choose_rows(settings)
-    for path in (settings.json_, settings.per_token):
-        if path not in (None, "-") and not os.access(Path(path).resolve().parent, os.W_OK):
-            raise InputError(f"{path}: its folder does not exist or cannot be written")
+    _check_outputs(settings.json_, settings.per_token)
+    with _ranks(settings.device) as (rank, world, device):
+        found, collected = _evaluate(settings, rows, rank, world, device, started)
+    if rank:
+        return None
+    if settings.per_token:
+        collected.write(settings.per_token, [row["preset"] for row in found["presets"]])
+    document = json.dumps(found, indent=2, allow_nan=False)
+    if settings.json_ == "-":
+        return print(document)
+    if settings.json_:
+        with atomic_write(settings.json_) as file:
+            file.write(document.encode() + b"\n")
+    return print(table(found))
+
+
+def _evaluate(
+    settings: config.EvalSettings, rows: list[Adaptation], rank: int, world: int, device: str, started: float
+) -> tuple[dict[str, Any], TokenRows]:
+    """The result and, where asked for, every token's losses; of all ranks on rank 0, nothing on the others."""
+    triton = ops.uses_triton(settings.backend, device)
+    dtype = _DTYPES.get(settings.dtype, torch.float32 if device == "cpu" else torch.bfloat16)
+    if dtype == torch.float64 and triton:
+        raise InputError("--dtype float64: the kernels compute in float32; add --backend torch")
     inputs = read_inputs(settings)
-    length = settings.seq_len or inputs.artifact.config.seq_len
-    plan = Plan(len(inputs.stream) - 1, length, settings.stride)
+    plan = choose_plan(settings, inputs)
     batch_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size)
     calibration = Calibration(inputs.artifact.unigram, inputs.artifact.metadata.get("scale"))
     bos_id = inputs.tokenizer.bos_id
     adapters = [Adapter(row, calibration, bos_id) for row in rows]
-    model = inputs.artifact.model(settings.weights).to(device)
-    dtype = _DTYPES.get(settings.dtype, torch.float32 if device == "cpu" else torch.bfloat16)
+    model = inputs.artifact.model(settings.weights, settings.backend).to(device)
     if dtype == torch.float64:
         model = model.double()
     collected = TokenRows()
@@ -73,43 +90,73 @@ def main(argv: Sequence[str] | None = None) -> None:
             on_windows=progress,
         )
     result.meter.reduce()
-    work = [adapter.work() for adapter in adapters]
+    work, peak = [adapter.work() for adapter in adapters], peak_memory_bytes(device)
     if world > 1:
         gathered: list | None = [None] * world if rank == 0 else None
-        dist.gather_object((collected.parts, work), gathered)
+        dist.gather_object((collected.parts, work, peak), gathered)
         if rank:
-            return None
-        collected.parts = [part for parts, _ in gathered for part in parts]
-        work = [merge_work(each) for each in zip(*(work for _, work in gathered), strict=True)]
+            return {}, collected
+        collected.parts = [part for parts, _, _ in gathered for part in parts]
+        work = [merge_work(each) for each in zip(*(work for _, work, _ in gathered), strict=True)]
+        peak = max(peak for _, _, peak in gathered)
     seconds = {"load": loaded - started, **result.seconds, "total": time.perf_counter() - started}
-    found = report(settings, inputs, plan, adapters, work, result, seconds, device, "triton" if triton else "torch")
-    if settings.per_token:
-        collected.write(settings.per_token, result.meter.rows)
-    if settings.json_ == "-":
-        print(json.dumps(found, indent=2))
-        return None
-    if settings.json_:
-        with atomic_write(settings.json_) as file:
-            file.write(json.dumps(found, indent=2).encode() + b"\n")
-    return print(table(found))
+    where = {
+        "device": device,
+        "backend": "triton" if triton else "torch",
+        "ranks": world,
+        "peak_memory_bytes": peak,
+        "batch_windows": batch_windows,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    return report(settings, inputs, plan, adapters, work, result, seconds, where), collected
 
 
-def _process(device: str) -> tuple[int, int, str]:
-    """Rank, number of ranks and device of this process; joins the others under torchrun."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+def _check_outputs(result: str | None, per_token: str | None) -> None:
+    """Refuse before the work what could not be written after it."""
+    if per_token == "-":
+        raise InputError("--per-token -: expected a file; the table or the JSON goes to standard output")
+    if per_token is not None and per_token == result:
+        raise InputError(f"--json and --per-token: both are {result}")
+    for path in (result, per_token):
+        if path not in (None, "-"):
+            check_writable(path)
+
+
+@contextmanager
+def _ranks(name: str) -> Iterator[tuple[int, int, str]]:
+    """Rank, number of ranks and device of this process, joined with the others under torchrun."""
     try:
-        kind = torch.device(device).type
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
-        raise InputError(f"--device {device}: expected auto, cpu, cuda or cuda:N") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"--device {device}: torch sees no GPU here")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return rank, world, device
+        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise InputError(f"--device {name}: torch sees {found} GPUs here")
+    variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        rank, local, world = 0, device.index or 0, 1
+    else:
+        values = {variable: os.environ.get(variable, "") for variable in variables}
+        numbers = [values[variable] for variable in variables if variable != "MASTER_ADDR"]
+        if not all(values.values()) or not all(number.isdecimal() for number in numbers):
+            raise InputError(f"{values}: several processes need all of these, as torchrun sets them")
+        rank, local, world = (int(values[variable]) for variable in variables[:3])
+        if not rank < world:
+            raise InputError(f"RANK {rank} of WORLD_SIZE {world}: expected less")
+        if device.index is not None:
+            raise InputError(f"--device {name}: under torchrun each process has its own; expected cuda")
+    if device.type == "cuda":
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield rank, world, f"cuda:{local}" if device.type == "cuda" else "cpu"
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
 
 
 class _progress:

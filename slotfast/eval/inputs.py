@@ -3,6 +3,7 @@
 import math
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -56,11 +57,13 @@ def read_inputs(settings: EvalSettings) -> Inputs:
             f"{artifact.config.vocab_size} pieces, SHA-256 {(expected or 'unknown')[:12]}: pass its own --tokenizer"
         )
     tokens, text_bytes = settings.tokens, None
-    if tokens is None and settings.text is None and os.environ.get("DATA_PATH"):
-        tokens = os.path.join(os.environ["DATA_PATH"], "fineweb_val_*.bin")
     if tokens is not None and settings.text is not None:
         raise InputError("--tokens and --text: give one of them")
+    if tokens is None and settings.text is None and settings.data_path:
+        tokens = os.path.join(settings.data_path, "fineweb_val_*.bin")
     if tokens is not None:
+        if settings.tokenizer is None:
+            print("warning: no --tokenizer: the shards are taken for tokens of the shipped one", file=sys.stderr)
         stream, source = open_shards(tokens, settings.max_tokens), tokens
     else:
         if settings.text is None:
@@ -83,7 +86,7 @@ def choose_rows(settings: EvalSettings) -> list[Adaptation]:
         InputError: unknown preset, one given twice, or one that leaks without --allow-noncausal.
     """
     rows = []
-    enabled = os.environ.get("SLOT_ENABLED", "1") not in ("0", "false")
+    enabled = os.environ.get("SLOT_ENABLED", "1").lower() not in ("0", "false", "no", "off")
     for text in settings.preset if enabled else []:
         row = from_environment(parse_preset(text), text)
         if row.optimizer == "none":
@@ -95,6 +98,13 @@ def choose_rows(settings: EvalSettings) -> list[Adaptation]:
             raise InputError(f"preset {text!r} is not causal: {row.compliance.why}; --allow-noncausal runs it anyway")
         rows.append(row)
     return rows
+
+
+def choose_plan(settings: EvalSettings, inputs: Inputs) -> Plan:
+    """Windows of the training length, shorter where the whole stream is."""
+    predictions = len(inputs.stream) - 1
+    length = min(inputs.artifact.config.seq_len, max(predictions, settings.stride))
+    return Plan(predictions, settings.seq_len or length, settings.stride)
 
 
 def choose_batch(settings: EvalSettings, rows: Sequence[Adaptation], plan: Plan, vocab_size: int) -> int:

@@ -1,7 +1,6 @@
 """The result of an evaluation: JSON with stable keys, a table for people, and every token's loss."""
 
 import importlib.metadata
-import math
 import platform
 import resource
 import sys
@@ -16,13 +15,14 @@ import torch
 from .. import __version__
 from ..config import EvalSettings
 from ..data import atomic_write
+from ..errors import InputError
 from ..score import Score
-from ..slot import PRESETS, Adaptation, Adapter, parse_preset
+from ..slot import PRESETS, Adaptation, Adapter, from_environment, parse_preset
 from ..windows import Plan
 from .inputs import Inputs
 from .loop import Pass, Scored
 
-_CONTEST_WINDOWS = 969_088  # what the published loops run on the contest's validation stream
+_CONTEST_WINDOWS = 969_057  # of the contest's validation stream, length 2048, stride 64
 
 
 def report(
@@ -33,11 +33,19 @@ def report(
     work: Sequence[dict[str, Counter]],
     result: Pass,
     seconds: dict[str, float],
-    device: str,
-    backend: str,
+    where: dict[str, Any],
 ) -> dict[str, Any]:
-    """The result as JSON-able keys; `adapted` is the first preset other than `none`."""
-    meter = result.meter
+    """The result as JSON-able keys; `adapted` is the first preset other than `none`.
+
+    Args:
+        where: device, backend, ranks, peak_memory_bytes, batch_windows and dtype of the run.
+
+    Raises:
+        InputError: the scored tokens stand for no bytes.
+    """
+    meter, device = result.meter, where["device"]
+    if not meter.bytes.any():
+        raise InputError(f"{inputs.source}: its tokens stand for no bytes: there is nothing to count bits per")
     base, scores = meter.score(0), [meter.score(row + 1) for row in range(len(adapters))]
     presets = [_preset(PRESETS["none"], base)]
     for adapter, score, counters in zip(adapters, scores, work, strict=True):
@@ -45,7 +53,8 @@ def report(
         presets.append(_preset(adapter.row, score) | ({"work": histograms} if histograms else {}))
     first = presets[min(1, len(presets) - 1)]
     passed = sum(result.seconds.values())
-    speed = len(plan) / passed if passed else math.nan
+    speed = len(plan) / passed if passed else None
+    projected = _CONTEST_WINDOWS / (8 * speed / where["ranks"]) if speed and device != "cpu" else None
     text = {"source": inputs.source, "sha256": inputs.stream.sha256(), "documents": len(meter.tokens)}
     if inputs.text_bytes:
         text |= asdict(inputs.text_bytes) | {"exact": inputs.text_bytes.exact}
@@ -64,12 +73,15 @@ def report(
         "text": text,
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "windows_per_second": speed,
-        "projected_seconds_8gpu": _CONTEST_WINDOWS / (8 * speed) if device != "cpu" else None,
-        "peak_memory_bytes": _peak_memory_bytes(device),
+        "projected_seconds_8gpu": projected,
+        "peak_memory_bytes": where["peak_memory_bytes"],
         "artifact_bytes": inputs.artifact_bytes,
         "model": inputs.artifact.config.model_dump() | {"metadata": dict(inputs.artifact.metadata)},
-        "backend": backend,
+        "backend": where["backend"],
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "ranks": where["ranks"],
+        "plan": {"seq_len": plan.seq_len, "stride": plan.stride, "batch_windows": where["batch_windows"]}
+        | {"dtype": where["dtype"], "weights": settings.weights},
         "config": settings.model_dump(by_alias=True),
         "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
         | {name: importlib.metadata.version(name) for name in ("numpy", "sentencepiece")},
@@ -101,7 +113,8 @@ def _preset(row: Adaptation, score: Score) -> dict[str, Any]:
     }
 
 
-def _peak_memory_bytes(device: str) -> int:
+def peak_memory_bytes(device: str) -> int:
+    """Most memory that this process held: of the GPU, or resident on a CPU."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -110,7 +123,7 @@ def _peak_memory_bytes(device: str) -> int:
 
 def table(found: dict[str, Any]) -> str:
     """The result for people."""
-    text, speed = found["text"], found["windows_per_second"]
+    text, speed = found["text"], found["windows_per_second"] or 0.0
     lines = [
         f"text    {text['source']}: {text['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} "
         f"tokens, SHA-256 {text['sha256'][:12]}",
@@ -156,7 +169,7 @@ def list_presets() -> str:
 
 def show_preset(text: str) -> str:
     """One row, key by key, and its verdict with the reason."""
-    row = parse_preset(text)
+    row = from_environment(parse_preset(text), text)
     conditions = asdict(row.compliance)
     why = conditions.pop("why")
     lines = [f"{key:<16}{value}" for key, value in row.summary().items()]

@@ -275,6 +275,7 @@ class Adapted:
     state: Adapter
 
 
+@torch.no_grad()
 def adapt(
     logits: Tensor,
     targets: Tensor,
@@ -291,35 +292,42 @@ def adapt(
 
     Args:
         logits: float [W, T, V], of consecutive windows, as the model gives them.
-        targets: int64 [W, T], the token after each position, in 0..V-1.
+        targets: int64 [W, T], the token after each position, in 0..V-1 up to `scored`.
         context: positions of each window that earlier windows scored, one number or int64 [W].
         scored: end of the positions to score, one number or int64 [W]; T by default.
         preset: NAME or NAME:key=value,...
-        state: of the call before, for the presets that carry something from batch to batch.
+        state: of the call before with the same preset, for presets that carry something from batch to batch.
         frequency: float [V], how often each token comes in training text; improves `causal`.
         bos_id: the token that starts a document, for `causal`.
         allow_noncausal: needed for presets whose score has seen its own tokens.
 
     Raises:
-        InputError: unknown preset, a preset that leaks, shapes that do not fit.
+        InputError: unknown preset, a preset that leaks, shapes or tokens that do not fit, a state of another preset.
     """
     if logits.ndim != 3 or targets.shape != logits.shape[:2]:
         raise InputError(f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}: expected [W, T, V] and [W, T]")
+    windows, length, vocabulary = logits.shape
+    if frequency is not None and frequency.shape != (vocabulary,):
+        raise InputError(f"frequency {tuple(frequency.shape)}: expected {(vocabulary,)}")
+    row = parse_preset(preset)
+    if not row.compliance.causal and not allow_noncausal:
+        raise InputError(f"preset {preset!r} is not causal: {row.compliance.why}")
     if state is None:
-        row = parse_preset(preset)
-        if not row.compliance.causal and not allow_noncausal:
-            raise InputError(f"preset {preset!r} is not causal: {row.compliance.why}")
         state = Adapter(row, Calibration(frequency), bos_id)
-    windows, length, _ = logits.shape
-    ends = [
-        torch.as_tensor(length if end is None else end, dtype=torch.int64, device=logits.device).expand(windows)
-        for end in (context, scored)
-    ]
+    elif state.row != state.calibration.resolve(row):
+        raise InputError(f"state: it is that of preset {state.row.name!r} or of other options, not of {preset!r}")
+    ends = [torch.as_tensor(length if end is None else end, device=logits.device) for end in (context, scored)]
+    if any(end.is_floating_point() or end.shape not in ((), (windows,)) for end in ends):
+        raise InputError(f"context and scored: expected an integer or {windows} of them")
+    ends = [end.long().expand(windows) for end in ends]
     if not bool(((ends[0] >= 0) & (ends[0] <= ends[1]) & (ends[1] <= length)).all()):
         raise InputError(f"context and scored: expected 0 <= context <= scored <= {length} in every window")
-    batch = WindowBatch(logits, targets, *ends)
     position = torch.arange(length, device=logits.device)
     outside = (position < ends[0][:, None]) | (position >= ends[1][:, None])
+    behind = position >= ends[1][:, None]
+    if bool((((targets < 0) | (targets >= vocabulary)) & ~behind).any()):
+        raise InputError(f"targets: expected 0..{vocabulary - 1} at every position before `scored`")
+    batch = WindowBatch(logits, targets.masked_fill(behind, 0), *ends)
 
     def full(nll: Tensor) -> Tensor:
         result = torch.full((windows, length), math.nan, dtype=nll.dtype, device=nll.device)

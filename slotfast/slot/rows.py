@@ -19,7 +19,7 @@ class Adaptation(BaseModel):
         pydantic.ValidationError: a value out of range, or choices that do not go together.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     about: str = ""
@@ -28,15 +28,17 @@ class Adaptation(BaseModel):
     scope: Literal["window", "batch", "prefix"] = "window"
     optimizer: Literal["none", "lbfgs", "rates"] = "lbfgs"
     clamp: float = Field(5.0, gt=0, description="bound on every bias")
-    focal: int = Field(128, ge=1, description="focal positions, counted from the end of the window")
-    batch: int = Field(32, ge=1, description="windows that share one parameter")
+    focal: int = Field(128, ge=1, le=1 << 20, description="focal positions, counted from the end of the window")
+    batch: int = Field(32, ge=2, le=4096, description="windows that share one parameter")
     phases: tuple[tuple[int, int], ...] = Field(((25, 20),), description="(iterations, history) of each L-BFGS run")
-    ridge: float = Field(0.0, ge=0, description="(ridge / 2) |bias|^2 on top of the summed loss")
+    ridge: float = Field(0.0, ge=0, le=1e6, description="(ridge / 2) |bias|^2 on top of the summed loss")
     warm_start: bool = Field(False, description="start from the result of the batch before")
     decay: float = Field(0.97 ** (1 / 64), gt=0, le=1, description="weight of a count one token later")
     document_decay: float = Field(0.1, ge=0, le=1, description="weight of a count one document later")
     scale: float | None = Field(None, ge=0, le=2, description="strength; calibrated where None")
-    k: float | None = Field(None, gt=0, description="pseudo-count of the prior; from token frequencies where None")
+    k: float | None = Field(
+        None, gt=0, le=1e9, description="pseudo-count of the prior; from token frequencies where None"
+    )
 
     @field_validator("phases", mode="before")
     @classmethod
@@ -58,8 +60,8 @@ class Adaptation(BaseModel):
             raise ValueError("optimizer 'lbfgs' needs scope 'window' or 'batch'")
         if self.warm_start and self.scope != "batch":
             raise ValueError("warm_start needs scope 'batch'")
-        if any(iterations < 1 or history < 1 for iterations, history in self.phases):
-            raise ValueError(f"phases {self.phases}: expected iterations and history of at least 1")
+        if not self.phases or any(not 1 <= number <= 1000 for phase in self.phases for number in phase):
+            raise ValueError(f"phases {self.phases}: expected iterations and history of 1 to 1000")
         return self
 
     @property
@@ -70,14 +72,16 @@ class Adaptation(BaseModel):
         choices = ("positions", "scope", "clamp")
         if self.optimizer == "rates":
             return (*choices, "decay", "document_decay", "scale", "k")
-        return (*choices, "focal", "batch", "phases", "steps", "ridge", "warm_start")
+        focal = ("focal",) if self.positions == "focal" else ()
+        shared = ("batch", "warm_start") if self.scope == "batch" else ()
+        return (*choices, "phases", "steps", "ridge", *focal, *shared)
 
     @property
     def compliance(self) -> "Compliance":
         """The contest's four conditions, computed from the choices."""
         if self.positions == "scored":
             return Compliance(c1=False, c3=False, why="it is fitted to the very tokens that it is scored on")
-        if self.scope == "batch" and self.positions != "none" and self.batch > 1:
+        if self.scope == "batch" and self.positions != "none":
             return Compliance(
                 c1=False,
                 c3=False,
@@ -93,8 +97,7 @@ class Adaptation(BaseModel):
     def summary(self) -> dict[str, Any]:
         """The choices, and the numbers that act."""
         shown = {"name": self.name, "parameter": self.parameter, "positions": self.positions, "scope": self.scope}
-        hidden = {"focal": self.positions != "focal", "batch": self.scope != "batch", "steps": True}
-        numbers = {key: getattr(self, key) for key in self.options if key not in shown and not hidden.get(key)}
+        numbers = {key: getattr(self, key) for key in self.options if key not in (*shown, "steps")}
         return {**shown, "optimizer": self.optimizer, **numbers}
 
 
@@ -170,24 +173,25 @@ def parse_preset(text: str) -> Adaptation:
         key, equals, value = option.partition("=")
         if not equals:
             raise InputError(f"preset {text!r}: {option!r} is not of the form key=value")
-        if key not in row.options:
-            raise InputError(f"preset {text!r}: {key!r} does nothing here{_nearest(key, row.options)}")
         changes[key] = value
-    return _changed(row, changes, f"preset {text!r}")
+    if {"steps", "phases"} <= changes.keys():
+        raise InputError(f"preset {text!r}: steps and phases say the same: give one of them")
+    known = (*Adaptation.model_fields, "steps")
+    changed = _changed(row, {key: value for key, value in changes.items() if key in known}, f"preset {text!r}")
+    for key in changes:
+        if key not in (*row.options, *changed.options):
+            raise InputError(f"preset {text!r}: {key!r} does nothing here{_nearest(key, changed.options)}")
+    return changed
 
 
 def from_environment(row: Adaptation, text: str) -> Adaptation:
     """The row with SLOT_* variables applied, except to keys that `text`, its NAME:key=value form, sets itself."""
     explicit = {option.partition("=")[0] for option in text.partition(":")[2].split(",")}
-    acting = {
-        "SLOT_STEPS": ("steps", True),
-        "SLOT_FOCAL_CTX": ("focal", row.positions == "focal"),
-        "SLOT_CLAMP": ("clamp", True),
-        "SLOT_WARMSTART": ("warm_start", row.scope == "batch"),
-    }
-    for variable, (key, acts) in acting.items():
+    explicit |= {"steps"} if "phases" in explicit else set()
+    variables = {"STEPS": "steps", "FOCAL_CTX": "focal", "CLAMP": "clamp", "WARMSTART": "warm_start"}
+    for variable, key in ((f"SLOT_{name}", key) for name, key in variables.items()):
         value = os.environ.get(variable, "")
-        if value and acts and key in row.options and key not in explicit:
+        if value and key in row.options and key not in explicit:
             row = _changed(row, {key: value}, variable)
     return row
 

@@ -64,7 +64,7 @@ def figures(compilation, compiled) -> dict:
 
 
 def _parse(listing: str) -> tuple[list[str], tuple[int, int]]:
-    """Opcodes of a listing by nvdisasm; begin and end of its hot loop, the longest that has no loop within; (0, 0)
+    """Opcodes of a listing by nvdisasm; begin and end of its hot loop, the longest of the most deeply nested; (0, 0)
     without one."""
     opcodes, labels, branches = [], {}, []
     for line in listing.splitlines():
@@ -79,9 +79,13 @@ def _parse(listing: str) -> tuple[list[str], tuple[int, int]]:
         begin = labels.get(label, end)
         if end - begin >= _SHORTEST_LOOP:
             ends[begin] = max(end, ends.get(begin, 0))
-    loops = [*ends.items()]
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return opcodes, max(inner, key=lambda loop: loop[1] - loop[0], default=(0, 0))
+    # A branch back from a rare case, moved behind the code, looks like a loop that overlaps the one it is of.
+    loops = [(b, e) for b, e in ends.items() if not any(begin < b < end < e for begin, end in ends.items())]
+
+    def depth_and_length(loop):
+        return sum(begin <= loop[0] and loop[1] <= end for begin, end in loops), loop[1] - loop[0]
+
+    return opcodes, max(loops, key=depth_and_length, default=(0, 0))
 
 
 def _programs_a_multiprocessor(registers: int, shared: int, num_warps: int) -> int:

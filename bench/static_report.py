@@ -13,6 +13,8 @@ of Triton and says which: with another, its comparison is skipped, and says so; 
     shared    bytes a program             programs      resident at a time on a multiprocessor
     code      bytes                       instr/elem    instructions of the hot loop, for each element that it handles
     barriers  in the hot loop             matrix        tensor-core instructions
+
+The hot loop is the longest of the most deeply nested ones.
 """
 
 import argparse

@@ -82,6 +82,12 @@ def neighbours(config: tuple) -> list[tuple]:
     return found
 
 
+def result(spec, kwargs):
+    """What a candidate has to agree on: of a solver the loss, for its path turns on roundings."""
+    found = spec.fn(**kwargs)
+    return getattr(found, "loss", found)
+
+
 def with_candidate(spec, arguments, candidate):
     return configured(spec, lambda result, a, k: candidate if (a, tuple(k.items())) == arguments else result)
 
@@ -96,14 +102,14 @@ def compile_candidates(name: str, reason: str, most: int | None, deadline: float
     if found is None:
         return good, bad
     arguments, config = found
-    expected = spec.fn(**kwargs)
+    expected = result(spec, kwargs)
     for candidate in neighbours(config)[:most]:
         if time.time() > deadline:
             bad[str(tuple(candidate))] = "no time left"
             continue
         try:
             with with_candidate(spec, arguments, candidate):
-                off = error(spec.fn(**kwargs), expected)
+                off = error(result(spec, kwargs), expected)
             if off <= max(4 * torch.finfo(case.dtype).eps, 1e-4):
                 good.append(tuple(candidate))
             else:

@@ -95,14 +95,16 @@ def test_a_spill_fails(report, spill):
     assert report.spills([{**ROW, spill: 8}])
 
 
-def test_hot_loop_is_the_longest_innermost_one(report):
-    """Two loops in a loop, and the branch to itself that pads the code; a guard in front of an opcode is not one."""
+def test_hot_loop_is_the_longest_of_the_deepest(report):
+    """Two loops in a loop, a longer one outside, a rare case's way back, the branch to itself that pads the code."""
     from bench.compile import _parse
 
     lines = [
         "    MOV R1, c[0x0][0x28]",
         ".L_x_0:",
         "    IADD3 R0, R0, 1, RZ",
+        ".L_x_5:",
+        "    @!P3 BRA `(.L_x_6)",
         ".L_x_1:",
         *["    FFMA R2, R3, R4, R2"] * 8,
         "    @P0 BRA `(.L_x_1)",
@@ -111,7 +113,13 @@ def test_hot_loop_is_the_longest_innermost_one(report):
         *["    MUFU.EX2 R2, R2"] * 10,
         "    @!P1 BRA `(.L_x_2)",
         "    @P2 BRA `(.L_x_0)",
+        ".L_x_4:",
+        *["    FADD R2, R2, R2"] * 20,
+        "    @P0 BRA `(.L_x_4)",
         "    EXIT",
+        ".L_x_6:",
+        *["    FMUL R2, R2, R2"] * 9,
+        "    BRA `(.L_x_5)",
         ".L_x_3:",
         "    BRA `(.L_x_3)",
     ]
@@ -120,7 +128,7 @@ def test_hot_loop_is_the_longest_innermost_one(report):
         listing += line + "\n" if line.startswith(".") else f"        /*{count:04x}*/ {line} ;\n"
         count += 16 * (not line.startswith("."))
     opcodes, (begin, end) = _parse(listing)
-    assert len(opcodes) == 26 and "BRA" in opcodes and "EXIT" in opcodes
+    assert len(opcodes) == 58 and "BRA" in opcodes and "EXIT" in opcodes
     assert opcodes[begin] == "BAR.SYNC.DEFER_BLOCKING" and end - begin == 12
     assert _parse("        /*0000*/    EXIT ;\n") == (["EXIT"], (0, 0))
 

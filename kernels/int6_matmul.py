@@ -203,7 +203,7 @@ def _config(m: int, n: int, k: int, group: int, dtype: torch.dtype, cached: bool
 
     Every figure below is unmeasured: no GPU has run it. Where a choice rests on a compilation, the comment gives what
     that showed: sm_90, bf16, Triton 3.9.0, instructions of the whole hot loop per weight, nothing spilled; printed by
-    `PYTHONPATH=. python tests/test_int6_matmul.py` in slotfast's repository.
+    `python -m bench.static_report --kernel int6_matmul` in slotfast's repository.
     """
     if m > (64 if cached else 256):  # unmeasured
         return None

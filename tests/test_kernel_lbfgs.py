@@ -150,62 +150,29 @@ def test_errors_name_the_argument():
 # Machine code; in a process of its own, for here kernels may be interpreted
 
 
-def compile_for(compilation, backend, arch, warp_size):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    names = compilation.kernel.arg_names
-    signature = {name: compilation.signature.get(name, "constexpr") for name in names}
-    aligned = [name for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
-    source = ASTSource(
-        compilation.kernel,
-        {name: kind.removesuffix(":16") for name, kind in signature.items()},
-        constexprs=dict(compilation.constexprs),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {"num_warps": compilation.num_warps, **compilation.options}
-    return triton.compile(source, target=GPUTarget(backend, arch, warp_size), options=options)
-
-
 def report():
-    """Prints, for each kernel and target, stack and spills in bytes a thread, and the order of barriers and stores."""
-    import triton
+    """Prints, for each production shape, the order of barriers (B), wide stores (S) and single stores (s) of a push."""
+    from bench.compile import compile_for
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    for spec in SPECS:
-        for case in (case for case in spec.cases if case.production):
-            (compilation,) = spec.compilations(**case.shape)
-            for target in (("cuda", 90, 32), ("cuda", 80, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)):
-                compiled = compile_for(compilation, *target)
-                if target[0] == "hip":
-                    print(spec.name, case.shape["V"], *target, "compiled")
-                    continue
-                file = Path(os.environ["SCRATCH"]) / "kernel.cubin"
-                file.write_bytes(compiled.asm["cubin"])
-                usage = subprocess.run([tool, "-res-usage", file], check=True, capture_output=True, text=True).stdout
-                used = [int(re.search(rf"\b{field}:(\d+)", usage)[1]) for field in ("STACK", "LOCAL")]
-                marks = re.findall(r"(bar)\.sync|(st)\.global(\.v4)?", compiled.asm["ptx"])
-                flow = "".join("B" if bar else "S" if vector else "s" for bar, _, vector in marks)
-                print(spec.name, case.shape["V"], *target, *used, flow)
+    (spec,) = (spec for spec in SPECS if spec.name == "lbfgs_push")
+    for case in (case for case in spec.cases if case.production):
+        (compilation,) = spec.compilations(**case.shape)
+        marks = re.findall(r"(bar)\.sync|(st)\.global(\.v4)?", compile_for(compilation).asm["ptx"])
+        print(case.shape["V"], "".join("B" if bar else "S" if vector else "s" for bar, _, vector in marks))
 
 
-def test_machine_code(tmp_path):
+def test_a_barrier_parts_the_pair_from_head_and_count():
     pytest.importorskip("triton", minversion="3.3", reason="ahead-of-time compilation with alignments")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = "import runpy, sys; runpy.run_path(sys.argv[1])['report']()"
+    command = "import runpy, sys; sys.path.insert(0, '.'); runpy.run_path(sys.argv[1])['report']()"
     done = subprocess.run(
         [sys.executable, "-c", command, __file__],
         cwd=Path(__file__).resolve().parents[1],
-        env={**environment, "SCRATCH": str(tmp_path)},
+        env=environment,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 2 * 3 * 4
-    for name, V, backend, arch, _, *found in lines:
-        if backend == "cuda" and arch == "90":
-            assert found[:2] == ["0", "0"], (name, V, found)
-        if backend == "cuda" and name == "lbfgs_push":  # the pair, the barrier, then head and count
-            assert re.search(r"S+Bs{4}$", found[2]), (V, arch, found)
+    assert [int(V) for V, _ in lines] == [1024, 4096, 8192]
+    assert all(re.search(r"S+Bs{4}$", order) for _, order in lines), lines

@@ -5,7 +5,8 @@
 
 Timed is the fit alone: from the logits of all positions in memory to the clamped bias. Ours includes gathering the
 focal positions. "shared" is one bias for 32 windows, "windows" one for each; each a cold start. Both contenders take
-turns in one process; what counts is the ratio of the medians.
+turns in one process; what counts is the ratio of the medians to the published loop over the batch, which has one bias
+for all. Against that loop run 32 times, once for each window, "windows" has a second ratio.
 """
 
 import argparse
@@ -107,7 +108,10 @@ def compare(logits: Tensor, targets: Tensor, rounds: int, ours_a_round: int = 5)
         found[name] = {who: spread(values) for who, values in times.items()}
         per_window = {who: row["median_ms"] / len(logits) for who, row in found[name].items()}
         found[name] |= {"ms_a_window": per_window, "losses": losses, "cores_busy_elsewhere": round(elsewhere, 2)}
-        found[name]["ratio"] = per_window["published"] / per_window["ours"]
+        found[name]["ratio"] = found["shared"]["published"]["median_ms"] / found[name]["ours"]["median_ms"]
+    found["windows"]["ratio_to_a_loop_each"] = (
+        found["windows"]["published"]["median_ms"] / found["windows"]["ours"]["median_ms"]
+    )
     return found
 
 
@@ -147,7 +151,7 @@ def main() -> None:
     found = {**provenance(args.device), "inputs": "demo model, test text" if args.text else "synthetic"}
     found |= compare(logits, targets, args.rounds)
     if logits.is_cuda:
-        found["one launch"] = one_launch(logits, targets, found["windows"]["ms_a_window"]["published"], args.windows)
+        found["one launch"] = one_launch(logits, targets, found["shared"]["ms_a_window"]["published"], args.windows)
     write_json(args.out or folder_of(args.device) / f"solve{'-text' * args.text}.json", found)
     print(json.dumps(found, indent=1))
     for name, target in TARGET.items():
@@ -160,7 +164,7 @@ def compared(device):
     logits, targets = synthetic(device)
     found = compare(logits, targets, rounds=1)
     if logits.is_cuda:
-        found["one launch"] = one_launch(logits, targets, found["windows"]["ms_a_window"]["published"], 8192)
+        found["one launch"] = one_launch(logits, targets, found["shared"]["ms_a_window"]["published"], 8192)
     return logits, targets, found
 
 

@@ -17,7 +17,7 @@ does not depend on b and the ridge: V exponentials instead of T V, one pass over
 | iterations, evaluations, status | [W]       | int32                                       |
 
 Scratch belongs to a program, not to a window, and there are as many programs as the GPU holds at once: memory is flat
-in W. For each, P is T V values in float32 or bfloat16, and L-BFGS keeps 2 (history + 1) + 7 vectors. Which program
+in W. For each, P is T V values in float32 or bfloat16, and L-BFGS keeps 2 (history + 1) + 6 vectors. Which program
 solves a window, and what it solved before, has no influence: a window's bits are the same alone, in any batch, in any
 order.
 

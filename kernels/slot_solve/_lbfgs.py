@@ -3,8 +3,8 @@
 One `while`; each trip evaluates the bias x + t d once. What the evaluation is for is `mode`: the first of a phase, a
 trial that still looks for a bracket, a trial inside one (zoom), or the loss of the clamped result. A line search that
 ends accepts its point, remembers the pair (s, y), and asks for a direction, all in the same trip. The bracket holds
-scalars, in float64; of gradients there are two buffers, one of which keeps that of the best trial so far: a point that
-is accepted but was not the last trial needs no second evaluation.
+scalars, in float64; the gradient of its better end is kept: a point that is accepted but was not the last trial needs
+no second evaluation.
 
 The direction is the two-loop recursion in matrix form (Byrd, Nocedal & Schnabel 1994): with the pairs as rows of S and
 Y, oldest first, R the upper triangle of S Y^T, D its diagonal, K = R^-1 and gamma = (s.y) / (y.y) of the newest,
@@ -23,8 +23,8 @@ from .._triton import tl, triton
 from ._window import _evaluate, _largest, _load_tile, _prepare, _tile_offsets
 
 # Rows of VP floats in a program's scratch; `_RING` and on: s and y of slot 0, s and y of slot 1, ...
-_ROWS_BEFORE_RING = 7
-_COUNTS, _U, _X, _D, _G, _TRIALS, _RING = (tl.constexpr(row) for row in (0, 1, 2, 3, 4, 5, _ROWS_BEFORE_RING))
+_ROWS_BEFORE_RING = 6
+_COUNTS, _U, _X, _D, _G, _BEST, _RING = (tl.constexpr(row) for row in (0, 1, 2, 3, 4, 5, _ROWS_BEFORE_RING))
 # Modes
 _START, _BRACKET, _ZOOM, _FINISH, _DONE = (tl.constexpr(mode) for mode in range(5))
 
@@ -202,7 +202,7 @@ def _lbfgs_kernel(
     x_ptr = vectors_ptr + _X * VP + offs_v
     d_ptr = vectors_ptr + _D * VP + offs_v
     g_ptr = vectors_ptr + _G * VP + offs_v
-    trials_ptr = vectors_ptr + _TRIALS * VP + offs_v
+    best_ptr = vectors_ptr + _BEST * VP + offs_v
     ring_ptr = vectors_ptr + _RING * VP
     nothing = tl.zeros((CHUNKS * COLS,), tl.float32)
     for turn in range(tl.cdiv(W - tl.program_id(0), tl.num_programs(0))):
@@ -246,7 +246,6 @@ def _lbfgs_kernel(
         high_slope = zero
         low_first = zero < 0
         cramped = zero < 0  # the last trial of the zoom was close to an end of the bracket
-        kept = 0  # the buffer of the gradient at `low`
         slot = 0  # of the ring, where the next pair goes
         filled = 0
         gamma = zero
@@ -328,7 +327,7 @@ def _lbfgs_kernel(
                 low_loss = loss
                 mode = _DONE + 0
             elif over | begins:
-                best = tl.load(trials_ptr + kept * VP, mask=in_row, other=0.0)
+                best = tl.load(best_ptr, mask=in_row, other=0.0)
                 best = tl.where(as_low | begins, g, best)
                 step = low_t.to(tl.float32) * d
                 y = best - tl.load(g_ptr, mask=in_row, other=0.0)
@@ -400,8 +399,7 @@ def _lbfgs_kernel(
                     else:
                         mode = _DONE + 0
             elif as_low:
-                kept = 1 - kept
-                tl.store(trials_ptr + kept * VP, g, mask=in_row)
+                tl.store(best_ptr, g, mask=in_row)
         tl.debug_barrier()  # the stores of x before its loads
         x = tl.load(x_ptr, mask=in_row, other=0.0)
         tl.store(bias_ptr + window * V + offs_v, x, mask=inside)

@@ -342,6 +342,15 @@ def test_warm_start_at_the_optimum_stops_at_once():
         assert torch.equal(ours.bias, start)
 
 
+def test_pairs_of_too_little_curvature_are_not_used():
+    """A target that is all but impossible: a slope of 1 and no curvature, along which s.y is 0 or nearly."""
+    z, targets = torch.tensor([[[40.0, 0.0]]]), torch.ones(1, 1, dtype=torch.long)
+    options = {"phases": ((3, 3),), "max_line_search": 0, "max_eval": 20}
+    ours, reference = solve(slot_solve, z, targets, **options), slot_solve_ref(z.double(), targets, **options)
+    assert counts(ours) == counts(reference) == (3, 4)
+    assert torch.allclose(ours.bias, torch.tensor([[-2.5, 2.5]])) and torch.allclose(reference.bias.float(), ours.bias)
+
+
 def test_clamp_applies_to_the_result_and_to_its_loss():
     z, targets = draw(torch.Generator().manual_seed(14), 3, 20, 30)
     free = solve(slot_solve, z, targets, phases=((5, 3),))

@@ -338,7 +338,7 @@ def _lbfgs_kernel(
         cramped = zero < 0  # the last trial of the zoom was close to an end of the bracket
         slot = 0  # of the ring, where the next pair goes
         filled = 0
-        gamma = zero
+        gamma = zero + 1.0
         while mode != _DONE:
             # The stores of the last trip, or of `_prepare`, before this trip's loads; its loads before this trip's
             # stores: of x, d, gradients, pairs, K and its kin, products, coefficients, and as `_evaluate` asks.
@@ -353,7 +353,7 @@ def _lbfgs_kernel(
             d = tl.load(d_ptr, mask=in_row, other=0.0)  # again, as is x below: the evaluation needs the registers
             slope = tl.sum(g * d, axis=0).to(tl.float64)
             steepest = _largest(g)
-            evaluations += (mode != _FINISH).to(tl.int32)
+            evaluations += 1
 
             begins = mode == _START
             (
@@ -397,7 +397,7 @@ def _lbfgs_kernel(
                         tl.store(small_ptr + 2 * BLOCK_H * BLOCK_H + offs_h, offs_h.to(tl.float64) * 0.0)
                         slot = 0
                         filled = 0
-                        gamma = zero
+                        gamma = zero + 1.0
                         d = -best
                         t = tl.minimum(1.0, 1.0 / length.to(tl.float64))
                     else:
@@ -424,7 +424,7 @@ def _lbfgs_kernel(
                     mode = _BRACKET + 0
                 if status >= 0:
                     past_iterations += iterations
-                    past_evaluations += evaluations
+                    past_evaluations += evaluations  # the one for the clamp comes after, uncounted
                     phase += 1
                     t = zero
                     if (PHASES > 1) and (phase < PHASES):

@@ -6,13 +6,17 @@ and evaluations are compared where solves end before that, in the budget or by a
 
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from slotfast.kernels import slot_solve, slot_solve_mm, slot_solve_mm_ref, slot_solve_ref
+from slotfast.kernels._triton import tl, triton
 from slotfast.kernels.slot_solve import SlotSolution, Status
+from slotfast.kernels.slot_solve._lbfgs import _advance
 from slotfast.lbfgs import BiasObjective, minimize
+from slotfast.lbfgs.search import Search
 
 pytest.importorskip("triton", reason="launches, interpreted or not, need triton")
 
@@ -190,6 +194,83 @@ def test_line_searches_that_run_out_of_trials(max_line_search):
     assert ours.loss[0] == pytest.approx(theirs.loss[0].item(), rel=1e-5)
 
 
+# The line search alone: states that a smooth convex loss seldom visits
+
+_STATE = ("t", "loss", "slope", "largest", "trials", "most_trials", "low_t", "low_loss", "low_slope", "low_steepest")
+_STATE += ("high_t", "high_loss", "high_slope", "low_first", "cramped")
+_CHANGED = ("t", "trials", "low_t", "low_loss", "low_slope", "low_steepest", "high_t", "high_loss", "high_slope")
+_CHANGED += ("low_first", "cramped")
+
+
+@triton.jit
+def _advance_kernel(state_ptr, changed_ptr):
+    """One trial: loss, slope, max |g|, mode and state in float64, one program each."""
+    p = state_ptr + 19 * tl.program_id(0)
+    (
+        mode, t, trials, low_t, low_loss, low_slope, low_steepest, high_t, high_loss, high_slope, first, cramped, low,
+        over,
+    ) = _advance(
+        tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3).to(tl.int32), tl.load(p + 4), tl.load(p + 5),
+        tl.load(p + 6), tl.load(p + 7), tl.load(p + 8).to(tl.int32), tl.load(p + 9).to(tl.int32), tl.load(p + 10),
+        tl.load(p + 11), tl.load(p + 12), tl.load(p + 13), tl.load(p + 14), tl.load(p + 15), tl.load(p + 16),
+        tl.load(p + 17) != 0, tl.load(p + 18) != 0,
+    )  # fmt: skip
+    q = changed_ptr + 14 * tl.program_id(0)
+    tl.store(q, t)
+    tl.store(q + 1, trials.to(tl.float64))
+    tl.store(q + 2, low_t)
+    tl.store(q + 3, low_loss)
+    tl.store(q + 4, low_slope)
+    tl.store(q + 5, low_steepest)
+    tl.store(q + 6, high_t)
+    tl.store(q + 7, high_loss)
+    tl.store(q + 8, high_slope)
+    tl.store(q + 9, first.to(tl.float64))
+    tl.store(q + 10, cramped.to(tl.float64))
+    tl.store(q + 11, (mode == 2).to(tl.float64))
+    tl.store(q + 12, low.to(tl.float64))
+    tl.store(q + 13, over.to(tl.float64))
+
+
+def test_a_line_search_takes_every_turn_of_the_batched_one():
+    """Random states and trials, with ties, trials at the ends of the bracket and losses that are not finite."""
+    rng = np.random.default_rng(0)
+    N = 600
+    search = Search.empty(N)
+    choose = rng.choice
+    for name in _STATE:
+        setattr(search, name, choose([-1.0, -0.2, 0.0, 0.3, 1.0, 1.7], N) + choose([0.0, 0.01, 0.1], N))
+    search.zooming = rng.random(N) < 0.6
+    search.low_t, search.high_t = choose([0.0, 0.5, 1.0], N), choose([0.1, 0.55, 1.5, 2.0, 1e-9], N)
+    search.t = np.where(
+        search.zooming, search.low_t + (search.high_t - search.low_t) * choose([0.02, 0.4, 0.97], N), 1.0
+    )
+    search.slope, search.largest = -choose([0.01, 0.5, 2.0], N), choose([1e-3, 1.0], N)
+    search.trials, search.most_trials = choose([0, 1, 2, 3], N), choose([0, 2, 25], N)
+    search.low_first, search.cramped = rng.random(N) < 0.5, rng.random(N) < 0.5
+    loss = choose([-1.0, -0.2, 0.0, 0.3, 1.0, np.inf, np.nan], N) + choose([0.0, 0.01], N)
+    loss = np.where(rng.random(N) < 0.15, search.low_loss, loss)
+    slope, steepest = choose([-2.0, -0.3, -1e-3, 0.0, 0.4, np.nan], N), rng.random(N)
+    mode = np.where(search.zooming, 2, 1)
+    state = np.stack([loss, slope, steepest, mode, *(getattr(search, name) for name in _STATE)], 1).astype(np.float64)
+    changed = torch.full((N, 14), torch.nan, dtype=torch.float64, device=DEVICE)
+    _advance_kernel[(N,)](torch.from_numpy(state).to(DEVICE), changed)
+    with np.errstate(all="ignore"):
+        as_low, over = search.advance(loss, slope, steepest)
+    want = np.stack([*(getattr(search, name) for name in _CHANGED), search.zooming, as_low, over], 1).astype(np.float64)
+    want = torch.from_numpy(want)
+    going = torch.from_numpy(~over)
+    relevant = torch.ones_like(want, dtype=torch.bool)
+    relevant[~going, 0] = relevant[~going, 10] = False  # the next trial of a search that is over
+    relevant[~torch.from_numpy(search.zooming), 9] = False  # the bracket's first end where there is no bracket
+    assert 0.1 < over.mean() < 0.9 and search.cramped.any()
+    for column, name in enumerate((*_CHANGED, "zooming", "as_low", "over")):
+        rows = relevant[:, column]
+        assert torch.allclose(
+            changed.cpu()[rows, column], want[rows, column], rtol=1e-12, atol=1e-12, equal_nan=True
+        ), name
+
+
 # L-BFGS: edges
 
 
@@ -259,6 +340,15 @@ def test_warm_start_at_the_optimum_stops_at_once():
         ours = solve(function, z, targets, ridge=1.0, start=start, tolerance_grad=1e-6)
         assert statuses(ours) == [Status.GRADIENT] * 2 and (ours.evaluations == 1).all()
         assert torch.equal(ours.bias, start)
+
+
+def test_pairs_of_too_little_curvature_are_not_used():
+    """A target that is all but impossible: a slope of 1 and no curvature, along which s.y is 0 or nearly."""
+    z, targets = torch.tensor([[[40.0, 0.0]]]), torch.ones(1, 1, dtype=torch.long)
+    options = {"phases": ((3, 3),), "max_line_search": 0, "max_eval": 20}
+    ours, reference = solve(slot_solve, z, targets, **options), slot_solve_ref(z.double(), targets, **options)
+    assert counts(ours) == counts(reference) == (3, 4)
+    assert torch.allclose(ours.bias, torch.tensor([[-2.5, 2.5]])) and torch.allclose(reference.bias.float(), ours.bias)
 
 
 def test_clamp_applies_to_the_result_and_to_its_loss():

@@ -17,7 +17,7 @@ does not depend on b and the ridge: V exponentials instead of T V, one pass over
 | iterations, evaluations, status | [W]       | int32                                       |
 
 Scratch belongs to a program, not to a window, and there are as many programs as the GPU holds at once: memory is flat
-in W. For each, P is T V values in float32 or bfloat16, and L-BFGS keeps 2 (history + 1) + 7 vectors. Which program
+in W. For each, P is T V values in float32 or bfloat16, and L-BFGS keeps 2 (history + 1) + 6 vectors. Which program
 solves a window, and what it solved before, has no influence: a window's bits are the same alone, in any batch, in any
 order.
 
@@ -50,7 +50,7 @@ import torch
 
 from ..bias_cross_entropy import _grad_inputs
 from ..spec import Case, Compilation, KernelSpec
-from ._lbfgs import _lbfgs_kernel, _scratch_rows, _scratch_scalars
+from ._lbfgs import _lbfgs_kernel, _pack, _scratch
 from ._majorise import _majorise_kernel
 from ._reference import SlotSolution, Status, slot_solve_mm_ref, slot_solve_ref
 from ._window import _config
@@ -104,9 +104,7 @@ def _outputs(logits):
     return SlotSolution(bias, loss, *(logits.new_empty((W,), dtype=torch.int32) for _ in range(3)))
 
 
-def _launch(
-    kernel, scratch_rows, logits, targets, weights, start, prior, ridge, clamp, probs_dtype, *, small=0, **given
-):
+def _launch(kernel, logits, targets, weights, start, prior, ridge, clamp, probs_dtype, **given):
     """What the kernels have in common: scratch, sizes, tile."""
     W, T, V = logits.shape
     probs_dtype = probs_dtype or torch.float32
@@ -118,8 +116,10 @@ def _launch(
     solution = _outputs(logits)
     if not W:
         return solution
-    if small:
-        given["small_ptr"] = logits.new_empty((programs, small), dtype=torch.float64)
+    vectors = 2
+    if "BLOCK_H" in given:
+        vectors, numbers = _scratch(given["BLOCK_H"])
+        given["small_ptr"] = logits.new_empty((programs, numbers), dtype=torch.float64)
     with torch.cuda.device_of(logits):
         kernel[(programs,)](
             logits_ptr=logits,
@@ -129,7 +129,7 @@ def _launch(
             prior_ptr=prior,
             probs_ptr=logits.new_empty((programs, rows, padded), dtype=probs_dtype),
             row_weights_ptr=logits.new_empty((programs, rows), dtype=torch.float32),
-            vectors_ptr=logits.new_empty((programs, scratch_rows, padded), dtype=torch.float32),
+            vectors_ptr=logits.new_empty((programs, vectors, padded), dtype=torch.float32),
             bias_ptr=solution.bias,
             loss_ptr=solution.loss,
             iterations_ptr=solution.iterations,
@@ -155,15 +155,14 @@ def _launch(
     return solution
 
 
-def _phase_constants(phases):
-    """What the kernel is compiled for; no phase needs more pairs than it has iterations to make them."""
+def _phase_arguments(phases):
+    """No phase needs more pairs than it has iterations to make them."""
     histories = tuple(max(1, min(history, most - 1)) for most, history in phases)
     block_h = 1 << max(histories).bit_length()
     return {
-        "ITERATIONS": tuple(most for most, _ in phases),
-        "HISTORIES": histories,
-        "SCRATCH_ROWS": _scratch_rows(max(histories)),
-        "SCRATCH_SCALARS": _scratch_scalars(block_h),
+        "PHASES": len(phases),
+        "packed_iterations": _pack([most for most, _ in phases]),
+        "packed_histories": _pack(histories),
         "BLOCK_H": block_h,
     }
 
@@ -202,7 +201,8 @@ def slot_solve(
         clamp: None, or c > 0: |bias| <= c, applied to the result; the loss is that of the clamped bias, whose
             evaluation is not counted.
         phases: (iterations >= 0, history >= 1) of each phase; a phase starts from the last one's result, with fresh
-            memory. At most 63 of either in a phase. A new tuple compiles a new kernel.
+            memory. At most 4 phases of at most 32767 iterations, with a history of at most 63; what is more than
+            iterations - 1 is never needed and does not count.
         max_eval: evaluations after which a phase starts no further iteration; None: iterations * 5 // 4.
         max_line_search: trials of a line search after its first; None: what is left of max_eval, as in recent torch
             (25 in older versions).
@@ -229,20 +229,21 @@ def slot_solve(
     phases = tuple((int(most), int(history)) for most, history in phases)
     if not phases or any(most < 0 or history < 1 for most, history in phases):
         raise ValueError(f"phases: expected (iterations >= 0, history >= 1) at least once, got {phases!r}")
-    constants = _phase_constants(phases)
-    if max(constants["HISTORIES"]) > _MOST_PAIRS:
-        raise ValueError(f"phases: at most {_MOST_PAIRS} of history or of iterations in a phase, got {phases!r}")
+    if len(phases) > 4 or any(most > 32767 or min(most - 1, history) > _MOST_PAIRS for most, history in phases):
+        raise ValueError(
+            f"phases: expected at most 4, of at most 32767 iterations, with a history of at most {_MOST_PAIRS}, "
+            f"got {phases!r}"
+        )
     if not tolerance_change >= 0:
         raise ValueError(f"tolerance_change: expected >= 0, got {tolerance_change!r}")
     return _launch(
-        _lbfgs_kernel, constants["SCRATCH_ROWS"], logits, targets, weights, start, prior, ridge, clamp, probs_dtype,
-        small=constants["SCRATCH_SCALARS"],
+        _lbfgs_kernel, logits, targets, weights, start, prior, ridge, clamp, probs_dtype,
         tolerance_grad=float(tolerance_grad),
         tolerance_change=float(tolerance_change),
         max_eval=-1 if max_eval is None else max_eval,
         max_line_search=-1 if max_line_search is None else max_line_search,
         ignore_index=ignore_index,
-        **constants,
+        **_phase_arguments(phases),
     )  # fmt: skip
 
 
@@ -291,7 +292,7 @@ def slot_solve_mm(
     if iterations < 0:
         raise ValueError(f"iterations: expected >= 0, got {iterations!r}")
     return _launch(
-        _majorise_kernel, 2, logits, targets, weights, start, prior, ridge, clamp, probs_dtype,
+        _majorise_kernel, logits, targets, weights, start, prior, ridge, clamp, probs_dtype,
         tolerance_grad=float(tolerance_grad),
         tolerance_change=float(tolerance_change),
         max_iterations=iterations,
@@ -351,6 +352,7 @@ _TYPES = {
     "small_ptr": "*fp64",
     **dict.fromkeys(("W", "T", "V", "VP", "stride_lw", "stride_lt"), "i32:16"),
     **dict.fromkeys(("ridge", "box", "tolerance_grad", "tolerance_change"), "fp32"),
+    **dict.fromkeys(("packed_iterations", "packed_histories"), "i64"),
     **dict.fromkeys(("max_eval", "max_line_search", "max_iterations", "ignore_index"), "i32"),
 }
 
@@ -364,7 +366,7 @@ def _compilations(kernel, V, phases=None):
         fixed = {"weights_ptr": None, "start_ptr": None, "prior_ptr": None, "stride_lv": 1}
         fixed |= {"EVEN": V == tile.chunks * tile.cols, "CHUNKS": tile.chunks, "ROWS": tile.rows, "COLS": tile.cols}
         if phases is not None:
-            fixed |= _phase_constants(phases)
+            fixed |= {"PHASES": len(phases), "BLOCK_H": _phase_arguments(phases)["BLOCK_H"]}
         found.append(
             Compilation(
                 kernel,

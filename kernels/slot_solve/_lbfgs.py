@@ -3,8 +3,8 @@
 One `while`; each trip evaluates the bias x + t d once. What the evaluation is for is `mode`: the first of a phase, a
 trial that still looks for a bracket, a trial inside one (zoom), or the loss of the clamped result. A line search that
 ends accepts its point, remembers the pair (s, y), and asks for a direction, all in the same trip. The bracket holds
-scalars, in float64; of gradients there are two buffers, one of which keeps that of the best trial so far: a point that
-is accepted but was not the last trial needs no second evaluation.
+scalars, in float64; the gradient of its better end is kept: a point that is accepted but was not the last trial needs
+no second evaluation.
 
 The direction is the two-loop recursion in matrix form (Byrd, Nocedal & Schnabel 1994): with the pairs as rows of S and
 Y, oldest first, R the upper triangle of S Y^T, D its diagonal, K = R^-1 and gamma = (s.y) / (y.y) of the newest,
@@ -23,27 +23,25 @@ from .._triton import tl, triton
 from ._window import _evaluate, _largest, _load_tile, _prepare, _tile_offsets
 
 # Rows of VP floats in a program's scratch; `_RING` and on: s and y of slot 0, s and y of slot 1, ...
-_ROWS_BEFORE_RING = 7
-_COUNTS, _U, _X, _D, _G, _TRIALS, _RING = (tl.constexpr(row) for row in (0, 1, 2, 3, 4, 5, _ROWS_BEFORE_RING))
+_ROWS_BEFORE_RING = 6
+_COUNTS, _U, _X, _D, _G, _BEST, _RING = (tl.constexpr(row) for row in (0, 1, 2, 3, 4, 5, _ROWS_BEFORE_RING))
 # Modes
-_START, _BRACKET, _ZOOM, _FINISH = (tl.constexpr(mode) for mode in range(4))
+_START, _BRACKET, _ZOOM, _FINISH, _DONE = (tl.constexpr(mode) for mode in range(5))
 
 
-def _scratch_rows(history):
-    return _ROWS_BEFORE_RING + 2 * (history + 1)
+def _scratch(block_h):
+    """Rows of vectors, and float64 numbers: K, Y Y^T, D; products of all pairs with g and y; their coefficients."""
+    return _ROWS_BEFORE_RING + 2 * block_h, (2 * block_h + 7) * block_h
 
 
-def _scratch_scalars(block_h):
-    """K, Y Y^T, D; products of the pairs' rows with g and y; their coefficients in the direction."""
-    return 2 * block_h * block_h + 7 * block_h
+def _pack(values):
+    """Up to 4 numbers below 2**15 in a 61-bit number (always: its size must not change the kernel's signature)."""
+    return sum(value << 15 * index for index, value in enumerate(values)) + (1 << 60)
 
 
 @triton.jit
-def _of_phase(phase, values: tl.constexpr):
-    value = values[0]
-    for index in tl.static_range(1, len(values)):
-        value = tl.where(phase == index, values[index], value)
-    return value
+def _unpack(packed, index):
+    return ((packed >> (15 * index)) & 0x7FFF).to(tl.int32)
 
 
 @triton.jit
@@ -62,12 +60,103 @@ def _lowest_of_cubic(low_t, low_loss, low_slope, high_t, high_loss, high_slope):
 
 
 @triton.jit
+def _advance(
+    loss,
+    slope,
+    steepest,
+    mode,
+    t,
+    start_loss,
+    start_slope,
+    largest,
+    trials,
+    most_trials,
+    low_t,
+    low_loss,
+    low_slope,
+    low_steepest,
+    high_t,
+    high_loss,
+    high_slope,
+    low_first,
+    cramped,
+):
+    """The line search takes in loss, slope and max |g| at the trial point t, and chooses the next.
+
+    Returns what changes of its state, whether the trial is now `low`, and whether the search is over, with `low` as its
+    result. In other modes than _BRACKET and _ZOOM, what it returns means nothing but as_low and over, False, and `low`,
+    which is the start's.
+    """
+    usable = (tl.abs(loss) < float("inf")) & (tl.abs(slope) < float("inf"))
+    trial_loss = tl.where(usable, loss, float("inf"))
+    trial_slope = tl.where(usable, slope, float("nan"))
+    zoom = mode == _ZOOM
+    too_high = trial_loss > start_loss + 1e-4 * t * start_slope
+    flat = tl.abs(trial_slope) <= -0.9 * start_slope
+
+    bracketing = mode == _BRACKET
+    last = bracketing & (trials >= most_trials)
+    back = last & (start_loss <= trial_loss)
+    looking = bracketing & (trials < most_trials)
+    passed = looking & (too_high | ((trials > 1) & (trial_loss >= low_loss)))
+    good = looking & (passed == 0) & flat
+    found = passed | (looking & (flat == 0) & (trial_slope >= 0))
+    onward = looking & (found == 0) & (good == 0)
+
+    worse = zoom & (too_high | (trial_loss >= low_loss))
+    better = zoom & (worse == 0)
+    good |= better & flat
+    turned = better & (flat == 0) & (trial_slope * (high_t - low_t) >= 0)
+
+    # A point that enters a bracket becomes `low` if it is lower, or level and torch's first.
+    lower = (trial_loss < low_loss) | (worse & (low_first == 0) & (trial_loss == low_loss))
+    enters = found | worse
+    as_low = (enters & lower) | good | better | onward | (last & (back == 0))
+    as_high = enters & (lower == 0)
+    demoted = (enters & lower) | turned | onward
+    low_first = tl.where(found, lower == 0, low_first ^ (worse & lower))
+    high_t = tl.where(demoted, low_t, tl.where(as_high, t, high_t))
+    high_loss = tl.where(demoted, low_loss, tl.where(as_high, trial_loss, high_loss))
+    high_slope = tl.where(demoted, low_slope, tl.where(as_high, trial_slope, high_slope))
+    begins = mode == _START
+    low_t = tl.where(as_low, t, tl.where(back | begins, 0.0, low_t))
+    low_loss = tl.where(as_low, trial_loss, tl.where(back, start_loss, tl.where(begins, loss, low_loss)))
+    low_slope = tl.where(as_low, trial_slope, low_slope)
+    low_steepest = tl.where(as_low | begins, steepest, tl.where(back, float("inf"), low_steepest))
+
+    zoom |= found
+    left = tl.minimum(low_t, high_t)
+    right = tl.maximum(low_t, high_t)
+    small = (right - left) * largest < 1e-9
+    over = good | last | (zoom & ((trials >= most_trials) | small))
+    floor = tl.where(onward, low_t + 0.01 * (low_t - high_t), left)
+    ceiling = tl.where(onward, low_t * 10.0, right)
+    lowest = _lowest_of_cubic(low_t, low_loss, low_slope, high_t, high_loss, high_slope)
+    middle = (floor + ceiling) / 2
+    t = tl.where(tl.abs(lowest) < float("inf"), tl.minimum(tl.maximum(lowest, floor), ceiling), middle)
+    # A trial close to an end of the bracket is let through once, then moved 10% of the bracket away from it.
+    margin = 0.1 * (right - left)
+    close = zoom & (tl.minimum(right - t, t - left) < margin)
+    moved = close & (cramped | (t >= right) | (t <= left))
+    inner = tl.where(tl.abs(t - right) < tl.abs(t - left), right - margin, left + margin)
+    t = tl.where(moved, inner, t)
+    cramped = close & (moved == 0)
+    trials += 1
+    mode = tl.where(found, _ZOOM, mode)
+    return (
+        mode, t, trials, low_t, low_loss, low_slope, low_steepest, high_t, high_loss, high_slope, low_first, cramped,
+        as_low, over,
+    )  # fmt: skip
+
+
+@triton.jit
 def _direction(
     g,
     g_ptr,
     ring_ptr,
     small_ptr,
-    appended,
+    slot,
+    filled,
     gamma,
     slots,
     VP,
@@ -77,7 +166,7 @@ def _direction(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """-H g (BLOCK_V,), and `appended` and `gamma` after the pair in slot appended % slots.
+    """-H g (BLOCK_V,), and what `slot` (of the newest pair), `filled` (slots before it) and `gamma` are from now on.
 
     The caller's barrier, before, has ordered the stores of that pair and of g.
     """
@@ -88,23 +177,24 @@ def _direction(
     with_g_ptr = sy_ptr + BLOCK_H
     with_y_ptr = with_g_ptr + 2 * BLOCK_H
     weights_ptr = with_y_ptr + 2 * BLOCK_H
-    slot = appended % slots
-    filled = tl.minimum(appended + 1, slots)
+    used = tl.minimum(filled + 1, slots)
+    next_slot = tl.where(slot + 1 == slots, 0, slot + 1)
+    new_slot = slot
     g_row = _load_tile(g_ptr + offs_tile, offs_tile < VP, EVEN)
     y_row = _load_tile(ring_ptr + (2 * slot + 1) * VP + offs_tile, offs_tile < VP, EVEN)
-    for first in range(0, 2 * filled, ROWS):
+    for first in range(0, 2 * used, ROWS):
         offs_r = first + tl.arange(0, ROWS)
-        mask = (offs_r < 2 * filled)[None, :, None]
+        mask = (offs_r < 2 * used)[None, :, None]
         mask = mask if EVEN else mask & (offs_tile < VP)
         # ".cg": not through L1, which has room for a bfloat16 P of V = 1024, T = 64, but not for the pairs besides
         pairs = tl.load(ring_ptr + offs_r[None, :, None] * VP + offs_tile, mask=mask, other=0.0, cache_modifier=".cg")
         with_g = tl.sum(tl.sum(pairs * g_row, axis=0), axis=1)
         with_y = tl.sum(tl.sum(pairs * y_row, axis=0), axis=1)
-        tl.store(with_g_ptr + offs_r, with_g.to(tl.float64), mask=offs_r < 2 * filled)
-        tl.store(with_y_ptr + offs_r, with_y.to(tl.float64), mask=offs_r < 2 * filled)
+        tl.store(with_g_ptr + offs_r, with_g.to(tl.float64), mask=offs_r < 2 * used)
+        tl.store(with_y_ptr + offs_r, with_y.to(tl.float64), mask=offs_r < 2 * used)
     tl.debug_barrier()  # the stores of the products above before their loads below
     offs_h = tl.arange(0, BLOCK_H)
-    mask_h = offs_h < filled
+    mask_h = offs_h < used
     s_g = tl.load(with_g_ptr + 2 * offs_h, mask=mask_h, other=0.0)
     y_g = tl.load(with_g_ptr + 2 * offs_h + 1, mask=mask_h, other=0.0)
     s_y = tl.load(with_y_ptr + 2 * offs_h, mask=mask_h, other=0.0)
@@ -116,8 +206,7 @@ def _direction(
     new = offs_h == slot
     curvature = tl.sum(tl.where(new, s_y, 0.0), axis=0)
     if curvature > 1e-10:
-        spare = (slot + 1) % slots
-        inverse = tl.where((offs_h[:, None] == spare) | (offs_h[None, :] == spare), 0.0, inverse)
+        inverse = tl.where((offs_h[:, None] == next_slot) | (offs_h[None, :] == next_slot), 0.0, inverse)
         column = tl.where(new, 1.0, -tl.sum(inverse * s_y[None, :], axis=1)) / curvature
         inverse = tl.where(offs_h[None, :] == slot, column[:, None], inverse)
         yy = tl.where(offs_h[:, None] == slot, y_y[None, :], yy)
@@ -128,7 +217,8 @@ def _direction(
         tl.store(yy_ptr + square, yy)
         tl.store(sy_ptr + offs_h, sy)
         gamma = curvature / tl.sum(tl.where(new, y_y, 0.0), axis=0)
-        appended += 1
+        filled = used
+        new_slot = next_slot
     p = tl.sum(inverse * s_g[None, :], axis=1)
     yy_p = tl.sum(yy * p[:, None], axis=0)  # Y Y^T is symmetric
     c = tl.sum(inverse * (gamma * (y_g - yy_p) - sy * p)[:, None], axis=0)
@@ -136,16 +226,16 @@ def _direction(
     tl.store(weights_ptr + 2 * offs_h + 1, gamma * p)
     tl.debug_barrier()  # the stores of the coefficients above before their loads below
     acc = tl.zeros((CHUNKS, ROWS, COLS), tl.float32)
-    for first in range(0, 2 * filled, ROWS):
+    for first in range(0, 2 * used, ROWS):
         offs_r = first + tl.arange(0, ROWS)
-        mask = (offs_r < 2 * filled)[None, :, None]
+        mask = (offs_r < 2 * used)[None, :, None]
         mask = mask if EVEN else mask & (offs_tile < VP)
         # ".cg": not through L1, which has room for a bfloat16 P of V = 1024, T = 64, but not for the pairs besides
         pairs = tl.load(ring_ptr + offs_r[None, :, None] * VP + offs_tile, mask=mask, other=0.0, cache_modifier=".cg")
-        weight = tl.load(weights_ptr + offs_r, mask=offs_r < 2 * filled, other=0.0).to(tl.float32)
+        weight = tl.load(weights_ptr + offs_r, mask=offs_r < 2 * used, other=0.0).to(tl.float32)
         acc += pairs * weight[None, :, None]
     d = tl.reshape(tl.sum(acc, axis=1), (CHUNKS * COLS,)) - gamma.to(tl.float32) * g
-    return d, appended, gamma
+    return d, new_slot, filled, gamma
 
 
 @triton.jit
@@ -175,13 +265,12 @@ def _lbfgs_kernel(
     box,
     tolerance_grad,
     tolerance_change,
+    packed_iterations,
+    packed_histories,
     max_eval,
     max_line_search,
     ignore_index,
-    ITERATIONS: tl.constexpr,
-    HISTORIES: tl.constexpr,
-    SCRATCH_ROWS: tl.constexpr,
-    SCRATCH_SCALARS: tl.constexpr,
+    PHASES: tl.constexpr,
     BLOCK_H: tl.constexpr,
     EVEN: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -193,8 +282,8 @@ def _lbfgs_kernel(
     padded = tl.cdiv(T, ROWS) * ROWS
     probs_ptr += program * padded * VP
     row_weights_ptr += program * padded
-    vectors_ptr += program * SCRATCH_ROWS * VP
-    small_ptr += program * SCRATCH_SCALARS
+    vectors_ptr += program * (_RING + 2 * BLOCK_H) * VP
+    small_ptr += program * (2 * BLOCK_H + 7) * BLOCK_H
     offs_v = tl.arange(0, CHUNKS * COLS)
     inside = offs_v < V
     in_row = offs_v < VP
@@ -203,7 +292,7 @@ def _lbfgs_kernel(
     x_ptr = vectors_ptr + _X * VP + offs_v
     d_ptr = vectors_ptr + _D * VP + offs_v
     g_ptr = vectors_ptr + _G * VP + offs_v
-    trials_ptr = vectors_ptr + _TRIALS * VP + offs_v
+    best_ptr = vectors_ptr + _BEST * VP + offs_v
     ring_ptr = vectors_ptr + _RING * VP
     nothing = tl.zeros((CHUNKS * COLS,), tl.float32)
     for turn in range(tl.cdiv(W - tl.program_id(0), tl.num_programs(0))):
@@ -222,7 +311,6 @@ def _lbfgs_kernel(
         tl.store(d_ptr, nothing, mask=in_row)
 
         zero = tl.full((), 0.0, tl.float64)
-        running = 1
         mode = _START + 0
         phase = 0
         iterations = 0  # of this phase, as are evaluations
@@ -248,10 +336,10 @@ def _lbfgs_kernel(
         high_slope = zero
         low_first = zero < 0
         cramped = zero < 0  # the last trial of the zoom was close to an end of the bracket
-        kept = 0  # the buffer of the gradient at `low`
-        appended = 0
-        gamma = zero
-        while running != 0:
+        slot = 0  # of the ring, where the next pair goes
+        filled = 0
+        gamma = zero + 1.0
+        while mode != _DONE:
             # The stores of the last trip, or of `_prepare`, before this trip's loads; its loads before this trip's
             # stores: of x, d, gradients, pairs, K and its kin, products, coefficients, and as `_evaluate` asks.
             tl.debug_barrier()
@@ -265,71 +353,21 @@ def _lbfgs_kernel(
             d = tl.load(d_ptr, mask=in_row, other=0.0)  # again, as is x below: the evaluation needs the registers
             slope = tl.sum(g * d, axis=0).to(tl.float64)
             steepest = _largest(g)
-            evaluations += (mode != _FINISH).to(tl.int32)
+            evaluations += 1
 
-            # The line search takes in the trial: `Search.advance` of the batched solver, in the same order.
-            usable = (tl.abs(loss) < float("inf")) & (tl.abs(slope) < float("inf"))
-            trial_loss = tl.where(usable, loss, float("inf"))
-            trial_slope = tl.where(usable, slope, float("nan"))
-            zoom = mode == _ZOOM
-            too_high = trial_loss > start_loss + 1e-4 * t * start_slope
-            flat = tl.abs(trial_slope) <= -0.9 * start_slope
-
-            bracketing = mode == _BRACKET
-            last = bracketing & (trials >= most_trials)
-            back = last & (start_loss <= trial_loss)
-            looking = bracketing & (trials < most_trials)
-            passed = looking & (too_high | ((trials > 1) & (trial_loss >= low_loss)))
-            good = looking & (passed == 0) & flat
-            found = passed | (looking & (flat == 0) & (trial_slope >= 0))
-            onward = looking & (found == 0) & (good == 0)
-
-            worse = zoom & (too_high | (trial_loss >= low_loss))
-            better = zoom & (worse == 0)
-            good |= better & flat
-            turned = better & (flat == 0) & (trial_slope * (high_t - low_t) >= 0)
-
-            # A point that enters a bracket becomes `low` if it is lower, or level and torch's first.
-            lower = (trial_loss < low_loss) | (worse & (low_first == 0) & (trial_loss == low_loss))
-            enters = found | worse
-            as_low = (enters & lower) | good | better | onward | (last & (back == 0))
-            as_high = enters & (lower == 0)
-            demoted = (enters & lower) | turned | onward
-            low_first = tl.where(found, lower == 0, low_first ^ (worse & lower))
-            high_t = tl.where(demoted, low_t, tl.where(as_high, t, high_t))
-            high_loss = tl.where(demoted, low_loss, tl.where(as_high, trial_loss, high_loss))
-            high_slope = tl.where(demoted, low_slope, tl.where(as_high, trial_slope, high_slope))
             begins = mode == _START
-            low_t = tl.where(as_low, t, tl.where(back | begins, 0.0, low_t))
-            low_loss = tl.where(as_low, trial_loss, tl.where(back, start_loss, tl.where(begins, loss, low_loss)))
-            low_slope = tl.where(as_low, trial_slope, low_slope)
-            low_steepest = tl.where(as_low | begins, steepest, tl.where(back, float("inf"), low_steepest))
-
-            zoom |= found
-            left = tl.minimum(low_t, high_t)
-            right = tl.maximum(low_t, high_t)
-            small = (right - left) * largest < 1e-9
-            over = good | last | (zoom & ((trials >= most_trials) | small))
-            floor = tl.where(onward, low_t + 0.01 * (low_t - high_t), left)
-            ceiling = tl.where(onward, low_t * 10.0, right)
-            lowest = _lowest_of_cubic(low_t, low_loss, low_slope, high_t, high_loss, high_slope)
-            middle = (floor + ceiling) / 2
-            t = tl.where(tl.abs(lowest) < float("inf"), tl.minimum(tl.maximum(lowest, floor), ceiling), middle)
-            # A trial close to an end of the bracket is let through once, then moved 10% of the bracket away from it.
-            margin = 0.1 * (right - left)
-            close = zoom & (tl.minimum(right - t, t - left) < margin)
-            moved = close & (cramped | (t >= right) | (t <= left))
-            inner = tl.where(tl.abs(t - right) < tl.abs(t - left), right - margin, left + margin)
-            t = tl.where(moved, inner, t)
-            cramped = close & (moved == 0)
-            trials += 1
-            mode = tl.where(found, _ZOOM, mode)
-
+            (
+                mode, t, trials, low_t, low_loss, low_slope, low_steepest, high_t, high_loss, high_slope, low_first,
+                cramped, as_low, over,
+            ) = _advance(
+                loss, slope, steepest, mode, t, start_loss, start_slope, largest, trials, most_trials, low_t, low_loss,
+                low_slope, low_steepest, high_t, high_loss, high_slope, low_first, cramped,
+            )  # fmt: skip
             if mode == _FINISH:
                 low_loss = loss
-                running = 0
+                mode = _DONE + 0
             elif over | begins:
-                best = tl.load(trials_ptr + kept * VP, mask=in_row, other=0.0)
+                best = tl.load(best_ptr, mask=in_row, other=0.0)
                 best = tl.where(as_low | begins, g, best)
                 step = low_t.to(tl.float32) * d
                 y = best - tl.load(g_ptr, mask=in_row, other=0.0)
@@ -338,8 +376,8 @@ def _lbfgs_kernel(
                 tl.store(x_ptr, x, mask=in_row)
                 tl.store(g_ptr, best, mask=in_row)
 
-                max_iterations = _of_phase(phase, ITERATIONS)
-                slots = _of_phase(phase, HISTORIES) + 1
+                max_iterations = _unpack(packed_iterations, phase if PHASES > 1 else 0)
+                slots = _unpack(packed_histories, phase if PHASES > 1 else 0) + 1
                 allowed = tl.where(max_eval < 0, max_iterations * 5 // 4, max_eval)
                 length = tl.sum(tl.abs(best), axis=0)
                 finite = (tl.abs(loss) < float("inf")) & (length < float("inf"))
@@ -357,17 +395,18 @@ def _lbfgs_kernel(
                         for block in tl.static_range(2):  # K and Y Y^T of no pairs
                             tl.store(small_ptr + block * BLOCK_H * BLOCK_H + square, square.to(tl.float64) * 0.0)
                         tl.store(small_ptr + 2 * BLOCK_H * BLOCK_H + offs_h, offs_h.to(tl.float64) * 0.0)
-                        appended = 0
-                        gamma = zero
+                        slot = 0
+                        filled = 0
+                        gamma = zero + 1.0
                         d = -best
                         t = tl.minimum(1.0, 1.0 / length.to(tl.float64))
                     else:
-                        slot_ptr = ring_ptr + 2 * (appended % slots) * VP + offs_v
+                        slot_ptr = ring_ptr + 2 * slot * VP + offs_v
                         tl.store(slot_ptr, step, mask=in_row)
                         tl.store(slot_ptr + VP, y, mask=in_row)
                         tl.debug_barrier()  # the stores of s, y and g above before their loads
-                        d, appended, gamma = _direction(
-                            best, vectors_ptr + _G * VP, ring_ptr, small_ptr, appended, gamma, slots, VP,
+                        d, slot, filled, gamma = _direction(
+                            best, vectors_ptr + _G * VP, ring_ptr, small_ptr, slot, filled, gamma, slots, VP,
                             BLOCK_H, EVEN, CHUNKS, ROWS, COLS,
                         )  # fmt: skip
                         t = zero + 1.0
@@ -385,10 +424,10 @@ def _lbfgs_kernel(
                     mode = _BRACKET + 0
                 if status >= 0:
                     past_iterations += iterations
-                    past_evaluations += evaluations
+                    past_evaluations += evaluations  # the one for the clamp comes after, uncounted
                     phase += 1
                     t = zero
-                    if phase < len(ITERATIONS):
+                    if (PHASES > 1) and (phase < PHASES):
                         iterations = 0
                         evaluations = 0
                         status = -1
@@ -398,10 +437,9 @@ def _lbfgs_kernel(
                         tl.store(x_ptr, tl.minimum(tl.maximum(x, -box), box), mask=in_row)
                         mode = _FINISH + 0
                     else:
-                        running = 0
+                        mode = _DONE + 0
             elif as_low:
-                kept = 1 - kept
-                tl.store(trials_ptr + kept * VP, g, mask=in_row)
+                tl.store(best_ptr, g, mask=in_row)
         tl.debug_barrier()  # the stores of x before its loads
         x = tl.load(x_ptr, mask=in_row, other=0.0)
         tl.store(bias_ptr + window * V + offs_v, x, mask=inside)

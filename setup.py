@@ -31,7 +31,6 @@ setup(
     extras_require={
         "plot": ["matplotlib>=3.8"],
         "flash": ["flash-attn>=2.6"],
-        "safetensors": ["safetensors>=0.4"],
         "bench": ["pytest-benchmark>=5.0", "liger-kernel>=0.5"],
         "dev": [
             "pytest>=8.0",
@@ -40,7 +39,6 @@ setup(
             "pytest-benchmark>=5.0",
             "hypothesis>=6.100",
             "ruff>=0.6",
-            "safetensors>=0.4",
         ],
     },
 )

@@ -23,10 +23,9 @@ _PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "V20_")
 ADAPTATION_VARIABLES = ("SLOT_ENABLED", "SLOT_STEPS", "SLOT_FOCAL_CTX", "SLOT_CLAMP", "SLOT_WARMSTART")
 
 
-def setting(default: Any, help: str, env: str | tuple[str, ...] = (), **limits: Any) -> Any:
-    """A field of a settings class: its default, help text, environment variables (strongest first) and limits."""
-    names = (env,) if isinstance(env, str) else env
-    return Field(default, description=help, json_schema_extra={"env": list(names)}, **limits)
+def setting(default: Any, help: str, env: str | None = None, **options: Any) -> Any:
+    """A field of a settings class: its default, help text, environment variable, and options of pydantic's Field."""
+    return Field(default, description=help, json_schema_extra={"env": env}, **options)
 
 
 class Settings(BaseModel):
@@ -55,7 +54,7 @@ class EvalSettings(Settings):
     batch_windows: int | None = setting(
         None, "windows of one forward; default: what fits", "EVAL_BATCH_SEQS", ge=1, le=1 << 16
     )
-    max_tokens: int | None = setting(None, "score only the start of the stream", ("EVAL_MAX_TOKENS",), ge=2)
+    max_tokens: int | None = setting(None, "score only the start of the stream", "EVAL_MAX_TOKENS", ge=2)
     weights: Literal["dequantized", "int6"] = setting(
         "dequantized", "int6: the blocks' linear layers run on packed 6-bit weights"
     )
@@ -66,7 +65,7 @@ class EvalSettings(Settings):
     )
     budget: float | None = setting(None, "seconds that the evaluation may take: adds a verdict", gt=0)
     allow_noncausal: bool = setting(False, "also run presets whose score has seen its own tokens")
-    json_: str | None = Field(None, alias="json", description="write the result as JSON; - for standard output")
+    json_: str | None = setting(None, "write the result as JSON; - for standard output", alias="json")
     per_token: str | None = setting(None, "write every scored token as .npz")
     list_presets: bool = setting(False, "list the presets and exit")
     show_preset: str | None = setting(None, "show one preset and why it is, or is not, causal, and exit")
@@ -133,9 +132,9 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         raise InputError(f"{unknown[0]}: no such flag" + (f"; the nearest is {near[0]}" if near else "; see --help"))
     values, sources = dict(vars(flags)), dict.fromkeys(vars(flags), "flag")
     for name, field in cls.model_fields.items():
-        for variable in _variables(field):
-            if name not in values and os.environ.get(variable, "") != "":
-                values[name], sources[name] = os.environ[variable], variable
+        variable = _variable(field)
+        if variable and name not in values and os.environ.get(variable):
+            values[name], sources[name] = os.environ[variable], variable
     try:
         settings = cls.model_validate({cls.model_fields[name].alias or name: value for name, value in values.items()})
     except pydantic.ValidationError as error:
@@ -151,7 +150,7 @@ def warn_unread_variables() -> None:
     """Say on standard error which environment variables look like ours but are read by nothing."""
     known = set(ADAPTATION_VARIABLES)
     for cls in (EvalSettings, TrainSettings):
-        known.update(variable for field in cls.model_fields.values() for variable in _variables(field))
+        known.update(filter(None, map(_variable, cls.model_fields.values())))
     for variable in sorted(os.environ):
         if variable.startswith(_PREFIXES) and variable not in known:
             near = difflib.get_close_matches(variable, known, 1)
@@ -171,8 +170,8 @@ def _flag(name: str) -> str:
     return "--" + name.strip("_").replace("_", "-")
 
 
-def _variables(field: Any) -> list[str]:
-    return (field.json_schema_extra or {}).get("env", [])
+def _variable(field: Any) -> str | None:
+    return field.json_schema_extra["env"]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -22,6 +22,8 @@ from .errors import InputError
 from .model import GPT, GPTConfig
 from .optim import Muon
 
+# A bar on a terminal, nothing elsewhere: `train` then prints plain lines.
+_BAR = {"disable": None, "file": sys.stderr, "leave": False}
 _HELD_OUT_EVERY = 32  # every 32nd document measures the training and is not learned from
 
 
@@ -107,12 +109,8 @@ def _model_config(settings: config.TrainSettings) -> GPTConfig:
 def _documents(text: str | None) -> Iterator[str]:
     if text is not None:
         return read_documents(text)
-    modules = tqdm(corpus.standard_library(), "reading the standard library", unit=" modules", **BAR)
+    modules = tqdm(corpus.standard_library(), "reading the standard library", unit=" modules", **_BAR)
     return corpus.training_documents(modules)
-
-
-# A bar on a terminal, nothing elsewhere: `train` then prints plain lines.
-BAR = {"disable": None, "file": sys.stderr, "leave": False}
 
 
 def train_tokenizer(documents: list[str], vocab_size: int, path: Path) -> None:
@@ -185,7 +183,7 @@ def train(model: GPT, stream: Tensor, settings: config.TrainSettings, dtype: tor
     generator = torch.Generator().manual_seed(settings.seed)
     windows = _windows(stream, settings.seq_len, settings.batch_windows, generator)
     start, step, loss_mean, elapsed = time.perf_counter(), 0, math.nan, 0.0
-    bar = tqdm(total=round(settings.seconds), desc="training", unit="s", **BAR)
+    bar = tqdm(total=round(settings.seconds), desc="training", unit="s", **_BAR)
     while elapsed < settings.seconds:
         progress = elapsed / settings.seconds
         # Rises over the first steps, holds, and falls to zero over the last 70% of the time.

@@ -1,6 +1,9 @@
 """Chooses, before any test imports a kernel, how kernels run: compiled where there is a GPU, else interpreted."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,23 @@ import torch
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, that is at import of a kernel module.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def compiling():
+    """Runs Python in the checkout, in a process that compiles kernels where this one interprets; gives its output."""
+    pytest.importorskip("triton", minversion="3.3", reason="ahead-of-time compilation with alignments")
+    root = Path(__file__).resolve().parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(root)
+
+    def run(*arguments):
+        command = [sys.executable, *map(str, arguments)]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture(scope="session")

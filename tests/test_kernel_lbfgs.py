@@ -1,10 +1,6 @@
 """kernels/lbfgs.py beyond its spec: sequences of pushes, what stays untouched, bits in any batch, machine code."""
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -161,18 +157,11 @@ def report():
         print(case.shape["V"], "".join("B" if bar else "S" if vector else "s" for bar, _, vector in marks))
 
 
-def test_a_barrier_parts_the_pair_from_head_and_count():
-    pytest.importorskip("triton", minversion="3.3", reason="ahead-of-time compilation with alignments")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = "import runpy, sys; sys.path.insert(0, '.'); runpy.run_path(sys.argv[1])['report']()"
-    done = subprocess.run(
-        [sys.executable, "-c", command, __file__],
-        cwd=Path(__file__).resolve().parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    lines = [line.split() for line in done.stdout.splitlines()]
+def test_a_barrier_parts_the_pair_from_head_and_count(compiling):
+    lines = [line.split() for line in compiling(__file__).splitlines()]
     assert [int(V) for V, _ in lines] == [1024, 4096, 8192]
     assert all(re.search(r"S+Bs{4}$", order) for _, order in lines), lines
+
+
+if __name__ == "__main__":
+    report()

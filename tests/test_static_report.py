@@ -4,9 +4,6 @@ Compiles in a subprocess: Triton interprets or compiles, per process.
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,13 +21,11 @@ def report(monkeypatch):
     return static_report
 
 
-def test_quick_check(tmp_path):
+def test_quick_check(compiling, tmp_path):
     """One production shape of each kernel: no spills, nothing worse than committed, compiles for all four targets."""
-    triton = pytest.importorskip("triton", minversion="3.3", reason="ahead-of-time compilation with alignments")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = ["-m", "bench.static_report", "--quick", "--check", "--json", str(tmp_path / "rows.json")]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    import triton
+
+    printed = compiling("-m", "bench.static_report", "--quick", "--check", "--json", tmp_path / "rows.json")
     found = json.loads((tmp_path / "rows.json").read_text())
     assert found["triton"] == triton.__version__
     for spec in specs():
@@ -39,9 +34,9 @@ def test_quick_check(tmp_path):
         compiled = [row["function"] for row in rows]
         assert set(compiled) == {c.kernel.__name__ for c in spec.compilations(**case.shape)}
         assert not [row for row in rows if max(row["stack"], row["local"]) > row["accepted_spill"]]
-    if "SKIPPED" in done.stdout:
-        pytest.skip(next(line for line in done.stdout.splitlines() if "SKIPPED" in line))
-    assert "none worse than committed" in done.stdout
+    if "SKIPPED" in printed:
+        pytest.skip(next(line for line in printed.splitlines() if "SKIPPED" in line))
+    assert "none worse than committed" in printed
 
 
 ROW = {

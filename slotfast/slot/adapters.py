@@ -40,11 +40,6 @@ class WindowBatch:
         real = self.scored_end > 0
         return int(self.context_end[real].min()) if bool(real.any()) else self.logits.size(1)
 
-    @cached_property
-    def probabilities(self) -> Tensor:
-        """Softmax of the logits, float32 (float64 for float64) [W, T, V]; shared by the rows that need it."""
-        return torch.softmax(self.logits, -1, torch.promote_types(self.logits.dtype, torch.float32))
-
     def nll(self, bias: Tensor | None = None) -> Tensor:
         """Negative log-likelihoods in nats of positions [first_scored, T) under logits + bias.
 
@@ -142,7 +137,8 @@ class Rates:
         after = keep.flip(1).cumprod(1).flip(1)  # what each token, with all that follow it, leaves of the state
         weight = torch.where(taken, torch.cat([after[:, 1:], torch.ones_like(after[:, :1])], 1), 0.0)
         counts = weight.new_zeros(len(begin), len(self.k)).scatter_add_(1, targets, weight)
-        rows = batch.probabilities[torch.arange(len(begin), device=begin.device)[:, None], index]
+        logits = batch.logits[torch.arange(len(begin), device=begin.device)[:, None], index]
+        rows = torch.softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
         return after[:, 0], counts, row_mixture(weight.to(rows.dtype), rows).double()
 
 
@@ -231,8 +227,6 @@ class Adapter:
         if start is None:
             dtype = torch.promote_types(logits.dtype, torch.float32)
             start = torch.zeros(logits.size(0), logits.size(-1), dtype=dtype, device=logits.device)
-        if not logits.size(1):  # the stream's first window alone: nothing to fit to
-            return start
         if ops.uses_triton(backend, logits.device):
             options = {"ridge": self.row.ridge, "clamp": self.row.clamp, "phases": self.row.phases}
             bias, _, *work = slot_solve(logits, targets, weights, start, **options)

@@ -16,11 +16,12 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import InputError
+from .slot import VARIABLES
 
 # An unread variable that starts like one of these is probably misspelt.
-_PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "V20_")
-# Read by `slot.from_environment`: they change the rows of presets, not settings.
-ADAPTATION_VARIABLES = ("SLOT_ENABLED", "SLOT_STEPS", "SLOT_FOCAL_CTX", "SLOT_CLAMP", "SLOT_WARMSTART")
+_PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "TTT_", "V20_")
+# They change the rows of presets, not settings.
+ADAPTATION_VARIABLES = ("SLOT_ENABLED", *VARIABLES)
 
 
 def setting(default: Any, help: str, env: str | None = None, **options: Any) -> Any:
@@ -55,6 +56,18 @@ class EvalSettings(Settings):
         None, "windows of one forward; default: what fits", "EVAL_BATCH_SEQS", ge=1, le=1 << 16
     )
     max_tokens: int | None = setting(None, "score only the start of the stream", "EVAL_MAX_TOKENS", ge=2)
+    adapt_windows: int | None = setting(
+        None, "windows that are adapted at once, a multiple of --batch-windows; default: what fits", ge=1, le=1 << 20
+    )
+    ttt: bool = setting(
+        False, "score-first test-time training, PR #549: score a chunk, then train on it", "TTT_ENABLED"
+    )
+    ttt_chunk: int = setting(32768, "tokens of a chunk", "TTT_CHUNK_TOKENS", ge=1)
+    ttt_lr: float = setting(0.002, "SGD's rate on the first chunk; a cosine takes it to 0", "TTT_LR", gt=0)
+    ttt_epochs: int = setting(3, "over each chunk", "TTT_EPOCHS", ge=1, le=1000)
+    ttt_batch: int = setting(32, "sequences of one step on each rank", "TTT_BATCH_SEQS", ge=1)
+    ttt_momentum: float = setting(0.9, "of SGD", "TTT_MOMENTUM", ge=0, lt=1)
+    ttt_clip: float = setting(1.0, "bound on the gradient's norm", "TTT_GRAD_CLIP", gt=0)
     weights: Literal["dequantized", "int6"] = setting(
         "dequantized", "int6: the blocks' linear layers run on packed 6-bit weights"
     )

@@ -89,7 +89,8 @@ def test_batch_size_does_not_move_the_scores_of_causal_presets(tiny_model, batch
     reference, *_, expected = _run(tiny_model, _tokens(), names, batch=8)
     result, *_, nll = _run(tiny_model, _tokens(), names, batch=batch)
     # the forward may round differently in another batch shape, and an unregularised fit amplifies that
-    steady = [0, *(1 + i for i, name in enumerate(names) if name != "pr1350-window")]
+    unsteady = ("pr1350-window", "pr1372-window", "film-logit-only")  # the last one starts from the batch before
+    steady = [0, *(1 + i for i, name in enumerate(names) if name not in unsteady)]
     np.testing.assert_allclose(nll[steady], expected[steady], atol=2e-4)
     assert result.meter.rows == ["none", *names] == reference.meter.rows
 

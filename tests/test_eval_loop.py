@@ -23,13 +23,23 @@ def _tokens(n=400, seed=0):
     return tokens
 
 
-def _run(model, tokens, presets, batch=8, rank=0, world=1, parts=1):
+def _run(model, tokens, presets, batch=8, rank=0, world=1, parts=1, together=None):
     stream = TokenStream(np.array_split(np.asarray(tokens), parts))
     adapters = [Adapter(parse_preset(name), bos_id=BOS) for name in presets]
     scored = []
     plan = Plan(len(stream) - 1, L, STRIDE)
     result = sliding_pass(
-        model, stream, plan, adapters, BYTES, BOS, batch_windows=batch, rank=rank, world=world, on_scored=scored.append
+        model,
+        stream,
+        plan,
+        adapters,
+        BYTES,
+        BOS,
+        batch_windows=batch,
+        adapt_windows=together,
+        rank=rank,
+        world=world,
+        on_scored=scored.append,
     )
     columns = [
         np.concatenate([getattr(s, name) for s in scored], -1) for name in ("position", "token", "n_bytes", "nll")
@@ -93,6 +103,30 @@ def test_batch_size_does_not_move_the_scores_of_causal_presets(tiny_model, batch
     steady = [0, *(1 + i for i, name in enumerate(names) if name not in unsteady)]
     np.testing.assert_allclose(nll[steady], expected[steady], atol=2e-4)
     assert result.meter.rows == ["none", *names] == reference.meter.rows
+
+
+@pytest.mark.parametrize("together", [16, 1024])
+def test_windows_adapted_at_once_do_not_move_a_bit(tiny_model, together):
+    names = [name for name in PRESETS if name != "none"]
+    names[names.index("film-logit-only")] = "film-logit-only:batch=4"
+    names = [f"{name}:batch=8" if "batch" in PRESETS.get(name, PRESETS["none"]).options else name for name in names]
+    *_, expected = _run(tiny_model, _tokens(), names)
+    *_, nll = _run(tiny_model, _tokens(), names, together=together)
+    for name, mine, other in zip(["none", *names], nll, expected, strict=True):
+        assert np.array_equal(mine, other), name
+
+
+def test_distributions_are_given_on_request(tiny_model):
+    stream, scored = TokenStream([_tokens()]), []
+    adapters = [Adapter(parse_preset(name), bos_id=BOS) for name in ("causal", "pr1217-window")]
+    plan = Plan(len(stream) - 1, L, STRIDE)
+    options = {"batch_windows": 8, "keep_logprobs": True, "on_scored": scored.append}
+    sliding_pass(tiny_model, stream, plan, adapters, BYTES, BOS, **options)
+    logprobs = torch.cat([part.logprobs for part in scored], 1)
+    assert logprobs.shape == (3, 399, V)
+    assert (logprobs.exp().sum(-1) - 1).abs().max() < 1e-5
+    charged = -logprobs.gather(-1, torch.from_numpy(_tokens()[1:]).expand(3, -1)[..., None])[..., 0]
+    np.testing.assert_allclose(charged.numpy(), np.concatenate([part.nll for part in scored], 1), atol=1e-5)
 
 
 @pytest.mark.parametrize("world", [2, 3, 60])

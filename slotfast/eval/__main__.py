@@ -63,7 +63,7 @@ def _evaluate(
         raise InputError("--dtype float64: the kernels compute in float32; add --backend torch")
     inputs = read_inputs(settings)
     plan = choose_plan(settings, inputs)
-    batch_windows, adapt_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size)
+    batch_windows, adapt_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size, device)
     training = choose_training(settings, rows, world)
     calibration = Calibration(inputs.artifact.unigram, inputs.artifact.metadata.get("scale"))
     bos_id = inputs.tokenizer.bos_id

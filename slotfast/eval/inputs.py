@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import torch
+
 from .. import corpus
 from ..artifact import Artifact, read_artifact
 from ..config import EvalSettings
@@ -108,8 +110,13 @@ def choose_plan(settings: EvalSettings, inputs: Inputs) -> Plan:
     return Plan(predictions, settings.seq_len or length, settings.stride)
 
 
-def choose_batch(settings: EvalSettings, rows: Sequence[Adaptation], plan: Plan, vocab_size: int) -> tuple[int, int]:
-    """Windows of one forward, and windows that are adapted at once: what fits, in multiples of what a row needs."""
+def choose_batch(
+    settings: EvalSettings, rows: Sequence[Adaptation], plan: Plan, vocab_size: int, device: str = "cpu"
+) -> tuple[int, int]:
+    """Windows of one forward, and windows that are adapted at once: what fits, in multiples of what a row needs.
+
+    A GPU solves a window on each of its processors, and wants many times what one forward gives; a CPU does not.
+    """
     unit = math.lcm(*(row.unit for row in rows))
     fits = _LOGIT_BYTES // (4 * plan.seq_len * vocab_size)
     chosen = settings.batch_windows or max(unit, min(fits, _MAX_BATCH_WINDOWS) // unit * unit)
@@ -119,7 +126,8 @@ def choose_batch(settings: EvalSettings, rows: Sequence[Adaptation], plan: Plan,
         )
     batch = chosen if chosen <= len(plan) or settings.batch_windows else max(len(plan), 1)
     needed = plan.seq_len - min((first_position(row, plan.seq_len, plan.stride) for row in rows), default=0)
-    fits = _LOGIT_BYTES // (4 * needed * vocab_size)
+    memory = 0 if device == "cpu" else torch.cuda.mem_get_info(device)[0] // 8
+    fits = memory // (4 * needed * vocab_size)
     together = settings.adapt_windows or max(batch, fits // batch * batch)
     if together % batch:
         raise InputError(f"--adapt-windows {together}: expected a multiple of {batch}, the windows of one forward")

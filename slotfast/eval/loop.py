@@ -237,5 +237,5 @@ class _Clock:
         if self.cuda:
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds[phase] += now - self.last
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
         self.last = now

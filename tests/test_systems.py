@@ -180,9 +180,17 @@ def test_places_keep_their_own_start():
 
 
 def test_distributions_are_what_is_charged():
-    for name in ("none", "causal", "causal-lbfgs", "pr1217-window", "film-v1", "film-lowrank-repaired:batch=8"):
+    for name in (
+        "none",
+        "causal",
+        "causal-bigram",
+        "causal-lbfgs",
+        "pr1217-window",
+        "film-v1",
+        "film-lowrank-repaired:batch=8",
+    ):
         for batch in _batches(8):
-            adjusted = Adapter(parse_preset(name), bos_id=1).step(batch)
+            adjusted = Adapter(parse_preset(name), bos_id=1).step(batch, all_rows=True)
             logprobs, nll = adjusted.logprobs(), adjusted.nll()
             assert logprobs.shape == (int(batch.scored.sum()), V)
             assert (logprobs.exp().sum(-1) - 1).abs().max() < 1e-12

@@ -122,7 +122,7 @@ def sliding_pass(
             clock.lap("forward")
             scores, logprobs = [], []
             for adapter in (None, *adapters):
-                adjusted = adapter.step(batch) if adapter else Adjusted(batch)
+                adjusted = adapter.step(batch, keep_logprobs) if adapter else Adjusted(batch)
                 scores.append(adjusted.nll())
                 if keep_logprobs:
                     logprobs.append(adjusted.logprobs())

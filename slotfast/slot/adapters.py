@@ -13,7 +13,8 @@ from ..lbfgs import Status
 from .batch import Adjusted, WindowBatch
 from .fit import Fit
 from .presets import parse_preset
-from .rates import Calibration, Rates
+from .rates import BigramRates, Calibration, Rates
+from .repeats import Repeats
 from .rows import Adaptation
 
 
@@ -38,7 +39,11 @@ class Adapter:
         self.row = self.calibration.resolve(row)
         self.bos_id = bos_id
         self._fit = Fit(self.row)
-        self._state: tuple[Tensor, Tensor] | None = None  # scope prefix: decayed counts and expectations [V]
+        self._rates: Rates | None = None
+        self._bigram: BigramRates | None = None
+        self._repeats: Repeats | None = None
+        if self.row.parameter == "bias+repeats":
+            self._repeats = Repeats(self.row.decay, self.row.document_decay, bos_id)
 
     def burn_in(self, stride: int) -> int:
         """Windows to replay before the first one that counts, so that what was cut off weighs less than 1e-12."""
@@ -48,13 +53,29 @@ class Adapter:
             return 1 << 62
         return math.ceil(math.log(1e-12) / (stride * math.log(self.row.decay)))
 
-    def step(self, batch: WindowBatch) -> Adjusted:
-        """Adapt to each window's past: the distributions that its scored tokens are charged by. Advances the state."""
+    def step(self, batch: WindowBatch, all_rows: bool = False) -> Adjusted:
+        """Adapt to each window's past: the distributions that its scored tokens are charged by. Advances the state.
+
+        Args:
+            batch: the windows.
+            all_rows: `logprobs` of the result will be asked for.
+        """
         if self.row.optimizer == "none":
             return Adjusted(batch)
         if self.row.optimizer != "rates":
             return self._fit(batch)
-        return Adjusted(batch, self._stream_rates(batch) if self.row.scope == "prefix" else self._window_rates(batch))
+        if self._rates is None:
+            k = self.calibration.pseudo_counts(self.row, batch.logits.size(-1)).to(batch.logits.device)
+            self._rates = Rates(self.row, k, self.bos_id)
+            self._bigram = BigramRates(self._rates) if self.row.parameter == "bigram" else None
+        if self.row.scope == "window":
+            return Adjusted(batch, self._rates.windows(batch))
+        if self._bigram:
+            return self._bigram.adjust(batch)
+        bias, followers = self._rates.stream(batch), None
+        if self._repeats:
+            followers = self._repeats.take(batch.targets[batch.scored].tolist(), all_rows)
+        return Adjusted(batch, bias, followers=followers, gates=self.row.gates)
 
     def replay(self, batch: WindowBatch) -> None:
         """Take in windows that another rank scores, where the state depends on them."""
@@ -68,26 +89,6 @@ class Adapter:
         iterations, evaluations, status = torch.cat(self._fit.work, 1).tolist()
         names = [Status(code).name.lower() for code in status]
         return {"iterations": Counter(iterations), "evaluations": Counter(evaluations), "status": Counter(names)}
-
-    def _rates(self, batch: WindowBatch) -> Rates:
-        k = self.calibration.pseudo_counts(self.row, batch.logits.size(-1)).to(batch.logits.device)
-        return Rates(self.row, k, self.bos_id)
-
-    def _stream_rates(self, batch: WindowBatch) -> Tensor:
-        rates, biases = self._rates(batch), []
-        counts, expected = self._state if self._state is not None else (torch.zeros_like(rates.k),) * 2
-        left, new_counts, new_expected = rates.sums(batch, batch.context_end, batch.scored_end)
-        for window in range(len(left)):
-            biases.append(rates.bias(counts, expected))  # before the window's own tokens go in
-            counts = left[window] * counts + new_counts[window]
-            expected = left[window] * expected + new_expected[window]
-        self._state = counts, expected
-        return torch.stack(biases)
-
-    def _window_rates(self, batch: WindowBatch) -> Tensor:
-        rates = self._rates(batch)
-        _, counts, expected = rates.sums(batch, torch.zeros_like(batch.context_end), batch.context_end)
-        return torch.stack([rates.bias(*window) for window in zip(counts, expected, strict=True)])
 
 
 @dataclass(frozen=True)

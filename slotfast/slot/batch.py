@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .repeats import Followers, mix, mix_rows
 from .rows import Adaptation
 
 
@@ -88,14 +89,21 @@ class Adjusted:
         batch: the windows.
         bias: float [W, V], added to the windows' soft-capped logits; or None.
         logits: float [n, V], instead of the batch's own, of the scored positions in order; or None.
+        followers, gates: repeats to mix in, and how; or None.
     """
 
     batch: WindowBatch
     bias: Tensor | None = None
     logits: Tensor | None = None
+    followers: Followers | None = None
+    gates: tuple[tuple[float, float], ...] | None = None
 
     def nll(self) -> Tensor:
         """Negative log-likelihoods of the scored tokens in order: float32 (float64 for float64) [n], nats."""
+        nll = self._nll()
+        return nll if self.followers is None else -mix((-nll.double()).exp(), *self._mixed(nll)).log().to(nll)
+
+    def _nll(self) -> Tensor:
         batch = self.batch
         if self.logits is not None:
             targets = batch.targets[batch.scored]
@@ -105,10 +113,14 @@ class Adjusted:
         return nll[batch.scored[:, scored]]
 
     def logprobs(self) -> Tensor:
-        """Log-probabilities [n, V] of every token at the scored positions."""
+        """Log-probabilities [n, V] of every token at the scored positions; followers need all their rows."""
         logits = self.logits
         if logits is None:
             logits = self.batch.logits[self.batch.scored]
             if self.bias is not None:
                 logits = logits + self.bias[self.batch.scored.nonzero()[:, 0]]
-        return torch.log_softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
+        rows = torch.log_softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
+        return rows if self.followers is None else mix_rows(rows.double().exp(), *self._mixed(rows)).log().to(rows)
+
+    def _mixed(self, like: Tensor) -> tuple[Followers, Tensor]:
+        return self.followers, torch.tensor(self.gates, dtype=torch.float64, device=like.device)

@@ -9,24 +9,24 @@ import pydantic
 from ..errors import InputError
 from .rows import Adaptation
 
+_STREAM = {"scope": "prefix", "optimizer": "rates", "clamp": 5.0}
+_REPEATS = {"parameter": "bias+repeats"}
 _FOCAL_BATCH = {"positions": "focal", "scope": "batch", "warm_start": "mean", "clamp": 5.0}
 _TWO_PHASES = {"phases": ((5, 10), (18, 20))}
 _HIDDEN = {"parameter": "hidden", "optimizer": "adamw", "steps": 8, "lr": 0.005}
 _FILM = {"parameter": "hidden+bias", "softcap": "before", "positions": "focal", "warm_start": "mean", "clamp": 5.0}
 _FILM_ADAMW = {"optimizer": "adamw", "steps": 24, "lr": 0.012, "lr_end": 0.001}
 _FILM_LBFGS = {"scope": "joint", "phases": ((24, 20),)}
-_OPTIONAL = ("clamp", "lr_end", "scale", "k")
+_OPTIONAL = ("clamp", "lr_end", "scale", "k", "decay")
 _FILM_LOWRANK = {"parameter": "lowrank", "positions": "focal", "scope": "batch", "warm_start": "mean"}
 
 PRESETS: dict[str, Adaptation] = {
     name: Adaptation(name=name, about=about, **choices)
     for name, about, choices in (
         ("none", "plain sliding windows", {"parameter": "none", "positions": "none", "optimizer": "none"}),
-        (
-            "causal",
-            "token rates over the stream so far, refreshed after every window",
-            {"scope": "prefix", "optimizer": "rates", "clamp": 5.0},
-        ),
+        ("causal", "token rates over the stream so far, and what followed the same tokens before", _STREAM | _REPEATS),
+        ("causal-unigram", "token rates over the stream so far, refreshed after every window", _STREAM),
+        ("causal-bigram", "the same for each preceding token", _STREAM | {"parameter": "bigram"}),
         (
             "causal-window",
             "token rates over the window's own context: nothing is carried",

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 _BIASED = ("bias", "bias+temperature", "hidden+bias")
+_COUNTED = ("bigram", "bias+repeats")
 _FITTED = ("lbfgs", "adamw", "mm")
 
 
@@ -20,7 +21,9 @@ class Adaptation(BaseModel):
 
     name: str
     about: str = ""
-    parameter: Literal["none", "bias", "bias+temperature", "hidden", "hidden+bias", "lowrank"] = "bias"
+    parameter: Literal[
+        "none", "bias", "bias+temperature", "hidden", "hidden+bias", "lowrank", "bigram", "bias+repeats"
+    ] = "bias"
     positions: Literal["none", "context", "focal", "scored"] = "context"
     scope: Literal["window", "batch", "joint", "prefix"] = "window"
     optimizer: Literal["none", "lbfgs", "adamw", "mm", "rates"] = "lbfgs"
@@ -42,11 +45,15 @@ class Adaptation(BaseModel):
     weight_decay: float = Field(1e-8, ge=0, le=1, description="of AdamW")
     rank: int = Field(8, ge=1, le=64, description="of the product of two matrices that maps hidden states to logits")
     start: Literal["zero", "random"] = Field("zero", description="of the first of these matrices; the second is zero")
-    decay: float = Field(0.97 ** (1 / 64), gt=0, le=1, description="weight of a count one token later")
+    decay: float | None = Field(None, gt=0, le=1, description="weight of a count one token later; calibrated if None")
     document_decay: float = Field(0.1, ge=0, le=1, description="weight of a count one document later")
     scale: float | None = Field(None, ge=0, le=2, description="strength; calibrated where None")
     k: float | None = Field(
         None, gt=0, le=1e9, description="pseudo-count of the prior; from token frequencies where None"
+    )
+    k2: float = Field(0.5, gt=0, le=1e9, description="pseudo-count of the bigram form")
+    gates: tuple[tuple[float, float], ...] | None = Field(
+        None, min_length=6, max_length=6, description="(a, b) of each context length of repeats; calibrated where None"
     )
 
     @field_validator("phases", mode="before")
@@ -76,7 +83,11 @@ class Adaptation(BaseModel):
         if len(nothing) > 1:
             raise ValueError("parameter, positions and optimizer are all 'none' or none of them is")
         plain = self.parameter == "bias" and self.softcap == "after"
-        if self.optimizer == "rates" and (not plain or self.positions != "context"):
+        if self.parameter in _COUNTED and (self.optimizer != "rates" or self.scope != "prefix"):
+            raise ValueError(f"parameter {self.parameter!r} needs optimizer 'rates' and scope 'prefix'")
+        if self.optimizer == "rates" and (
+            self.parameter not in ("bias", *_COUNTED) or self.softcap == "before" or self.positions != "context"
+        ):
             raise ValueError("optimizer 'rates' needs a bias after the soft cap and positions 'context'")
         if (self.scope == "prefix") > (self.optimizer == "rates"):
             raise ValueError(f"scope 'prefix' needs optimizer 'rates', not {self.optimizer!r}")
@@ -112,7 +123,8 @@ class Adaptation(BaseModel):
         if self.optimizer == "none":
             return ()
         if self.optimizer == "rates":
-            return ("positions", "scope", "clamp", "decay", "document_decay", "scale", "k")
+            own = {"bigram": ("k2",), "bias+repeats": ("gates",)}.get(self.parameter, ())
+            return ("parameter", "positions", "scope", "clamp", "decay", "document_decay", "scale", "k", *own)
         numbers = {
             "lbfgs": ("phases",),
             "adamw": ("steps", "lr", "lr_end", "betas", "eps", "weight_decay"),
@@ -143,7 +155,8 @@ class Adaptation(BaseModel):
             why = f"one line search and one curvature couple the parameters of {self.batch} windows, and {later}"
             return Compliance(c1=False, c3=False, why=why)
         if self.scope == "prefix":
-            return Compliance(why="its state holds only tokens scored before the window's first one")
+            before = "the one being scored" if self.parameter == "bias+repeats" else "the window's first one"
+            return Compliance(why=f"its state holds only tokens scored before {before}")
         return Compliance(why="each window's parameter is fitted to tokens that earlier windows scored")
 
     def summary(self) -> dict[str, Any]:

@@ -85,6 +85,17 @@ class EvalSettings(Settings):
     show_config: bool = setting(False, "show every setting with its source and exit")
 
 
+class CalibrateSettings(Settings):
+    """Settings of python -m slotfast.calibrate."""
+
+    artifact: str | None = setting(None, "model to calibrate", "ARTIFACT_PATH")
+    tokenizer: str | None = setting(None, "its SentencePiece model", "TOKENIZER_PATH")
+    text: str | None = setting(None, "documents held out from its training; never what is to be scored")
+    max_tokens: int | None = setting(100_000, "use only the start of it", ge=2)
+    out: str | None = setting(None, "artifact to write: the same model with its calibration")
+    show_config: bool = setting(False, "show every setting with its source and exit")
+
+
 class TrainSettings(Settings):
     """Settings of python -m slotfast.train."""
 
@@ -162,7 +173,7 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
 def warn_unread_variables() -> None:
     """Say on standard error which environment variables look like ours but are read by nothing."""
     known = set(ADAPTATION_VARIABLES)
-    for cls in (EvalSettings, TrainSettings):
+    for cls in (EvalSettings, TrainSettings, CalibrateSettings):
         known.update(filter(None, map(_variable, cls.model_fields.values())))
     for variable in sorted(os.environ):
         if variable.startswith(_PREFIXES) and variable not in known:

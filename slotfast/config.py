@@ -40,10 +40,15 @@ class EvalSettings(Settings):
     """Settings of python -m slotfast.eval."""
 
     artifact: str | None = setting(None, "model to evaluate; default: the one in this package", "ARTIFACT_PATH")
+    model: str | None = setting(
+        None, "evaluate another project's model: package.module:factory, or a Hugging Face folder"
+    )
     tokens: str | None = setting(None, "glob of token shards to score")
     data_path: str | None = setting(None, "folder whose fineweb_val_*.bin shards are scored", "DATA_PATH")
     text: str | None = setting(None, "text to score: .txt, .jsonl (key text), also .xz .gz .bz2 .zst")
-    tokenizer: str | None = setting(None, "SentencePiece model; default: the one in this package", "TOKENIZER_PATH")
+    tokenizer: str | None = setting(
+        None, "SentencePiece model or Hugging Face folder; default: the model's own", "TOKENIZER_PATH"
+    )
     preset: list[str] = setting(
         ["none", "causal", "causal-lbfgs"], "adaptations, NAME or NAME:key=value,key=value; one forward for all"
     )

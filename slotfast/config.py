@@ -100,6 +100,21 @@ class TrainSettings(Settings):
     show_config: bool = setting(False, "show every setting with its source and exit")
 
 
+class BundleSettings(Settings):
+    """Settings of python -m slotfast.bundle."""
+
+    script: str | None = setting(None, "script to take the kernels into, in the place of its imports of them")
+    out: str | None = setting(None, "file to write the script to")
+    compress: bool = setting(False, "write it self-extracting: LZMA in base85")
+    artifact: str | None = setting(None, "model whose bytes count with the script's", "ARTIFACT_PATH")
+    hub: str | None = setting(None, "folder to write the kernels to as the public kernels library loads them")
+    name: str = setting("slotfast-kernels", "name on the hub", pattern=r"^[a-z][-a-z0-9]*[a-z0-9]$")
+    kernels: list[str] = setting(
+        [], "kernel files, with what they need; default: what the script imports, and all of them for --hub"
+    )
+    show_config: bool = setting(False, "show every setting with its source and exit")
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -154,7 +169,7 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
 def warn_unread_variables() -> None:
     """Say on standard error which environment variables look like ours but are read by nothing."""
     known = set(ADAPTATION_VARIABLES)
-    for cls in (EvalSettings, TrainSettings):
+    for cls in (EvalSettings, TrainSettings, BundleSettings):
         known.update(filter(None, map(_variable, cls.model_fields.values())))
     for variable in sorted(os.environ):
         if variable.startswith(_PREFIXES) and variable not in known:

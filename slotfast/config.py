@@ -23,9 +23,16 @@ _PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "V20_")
 ADAPTATION_VARIABLES = ("SLOT_ENABLED", "SLOT_STEPS", "SLOT_FOCAL_CTX", "SLOT_CLAMP", "SLOT_WARMSTART")
 
 
-def setting(default: Any, help: str, env: str | None = None, **options: Any) -> Any:
-    """A field of a settings class: its default, help text, environment variable, and options of pydantic's Field."""
-    return Field(default, description=help, json_schema_extra={"env": env}, **options)
+def setting(default: Any, help: str, env: str | None = None, positional: str = "", **options: Any) -> Any:
+    """A field of a settings class.
+
+    Args:
+        default, help: its default and help text.
+        env: environment variable that sets it.
+        positional: of a list that takes the arguments without a flag, what to call one.
+        options: of pydantic's Field.
+    """
+    return Field(default, description=help, json_schema_extra={"env": env, "positional": positional}, **options)
 
 
 class Settings(BaseModel):
@@ -115,6 +122,22 @@ class BundleSettings(Settings):
     show_config: bool = setting(False, "show every setting with its source and exit")
 
 
+class RecordSettings(Settings):
+    """Settings of python -m slotfast.record."""
+
+    runs: list[str] = setting([], "results of slotfast.eval: JSON files, or folders with one", positional="RUN")
+    preset: str | None = setting(None, "the preset to report; default: the first that adapts")
+    baseline: list[str] = setting([], "what to beat: runs, or MEAN,STD,N in nats a token")
+    code: str | None = setting(None, "file whose bytes count with the model's")
+    submission: str | None = setting(None, "write submission.json here")
+    name: str | None = setting(None, "of the submission")
+    author: str | None = setting(None, "of the submission")
+    github_id: str | None = setting(None, "of the author")
+    blurb: str | None = setting(None, "one sentence about the submission")
+    allow_noncausal: bool = setting(False, "also report presets whose score has seen its own tokens")
+    show_config: bool = setting(False, "show every setting with its source and exit")
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -135,8 +158,10 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, field in cls.model_fields.items():
-        flag = _flag(name)
-        if field.annotation is bool:
+        flag, positional = _flag(name, field), field.json_schema_extra["positional"]
+        if positional:
+            parser.add_argument(name, nargs="*", metavar=positional, help=field.description)
+        elif field.annotation is bool:
             parser.add_argument(flag, dest=name, action="store_true", help=field.description)
         else:
             many = {"nargs": "+", "action": "extend"} if get_origin(field.annotation) is list else {}
@@ -147,7 +172,7 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
             parser.add_argument(flag, dest=name, metavar=metavar, help=text, **many)
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [_flag(name) for name in cls.model_fields]
+        known = [_flag(name, field) for name, field in cls.model_fields.items()]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
         raise InputError(f"{unknown[0]}: no such flag" + (f"; the nearest is {near[0]}" if near else "; see --help"))
     values, sources = dict(vars(flags)), dict.fromkeys(vars(flags), "flag")
@@ -161,7 +186,7 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         first = error.errors()[0]
         name = next(n for n, f in cls.model_fields.items() if first["loc"][0] in (n, f.alias))
         source = sources.get(name, "default")
-        where = _flag(name) if source == "flag" else source
+        where = _flag(name, cls.model_fields[name]) if source == "flag" else source
         raise InputError(f"{where} {first['input']!r}: {first['msg']}") from None
     return settings, {name: sources.get(name, "default") for name in cls.model_fields}
 
@@ -169,7 +194,7 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
 def warn_unread_variables() -> None:
     """Say on standard error which environment variables look like ours but are read by nothing."""
     known = set(ADAPTATION_VARIABLES)
-    for cls in (EvalSettings, TrainSettings, BundleSettings):
+    for cls in (EvalSettings, TrainSettings, BundleSettings, RecordSettings):
         known.update(filter(None, map(_variable, cls.model_fields.values())))
     for variable in sorted(os.environ):
         if variable.startswith(_PREFIXES) and variable not in known:
@@ -180,14 +205,15 @@ def warn_unread_variables() -> None:
 
 def show(settings: Settings, sources: Mapping[str, str]) -> str:
     """A table of every setting, its value and where it came from."""
-    rows = [(_flag(name), json.dumps(getattr(settings, name)), sources[name]) for name in type(settings).model_fields]
+    fields = type(settings).model_fields
+    rows = [(_flag(name, fields[name]), json.dumps(getattr(settings, name)), sources[name]) for name in fields]
     rows += [(name, os.environ[name], "changes rows of presets") for name in ADAPTATION_VARIABLES if name in os.environ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.strip("_").replace("_", "-")
+def _flag(name: str, field: Any) -> str:
+    return field.json_schema_extra["positional"] or "--" + name.strip("_").replace("_", "-")
 
 
 def _variable(field: Any) -> str | None:

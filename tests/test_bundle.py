@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from slotfast import kernels
-from slotfast.bundle import inline, self_extracting, write_hub
-from slotfast.bundle.__main__ import CAP_BYTES, main
+from slotfast.bundle import CAP_BYTES, inline, self_extracting, write_hub
+from slotfast.bundle.__main__ import main
 from slotfast.bundle.source import Folder
 from slotfast.errors import InputError
 

@@ -2,6 +2,6 @@
 
 from .hub import write_hub
 from .inline import inline
-from .pack import self_extracting
+from .pack import CAP_BYTES, self_extracting
 
-__all__ = ["inline", "self_extracting", "write_hub"]
+__all__ = ["CAP_BYTES", "inline", "self_extracting", "write_hub"]

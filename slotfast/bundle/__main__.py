@@ -9,9 +9,8 @@ from ..data import atomic_write, check_writable
 from ..errors import InputError
 from .hub import write_hub
 from .inline import inline
-from .pack import self_extracting
+from .pack import CAP_BYTES, self_extracting
 
-CAP_BYTES = 16_000_000  # code and model of an entry; decimal megabytes
 _ABOUT = (
     "The kernels to take along: in a script's one file (--script, --out), or as a folder of the kernel hub (--hub). "
     f"Code and model of more than {CAP_BYTES:,} bytes are refused: nothing is written, exit code 2."

@@ -167,7 +167,7 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
             many = {"nargs": "+", "action": "extend"} if get_origin(field.annotation) is list else {}
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             metavar = "/".join(choices) or name.strip("_").upper()
-            default = "" if field.default in (None, "auto") else f" (default: {field.default})"
+            default = "" if field.default in (None, "auto", []) else f" (default: {field.default})"
             text = (field.description + default).replace("%", "%%")
             parser.add_argument(flag, dest=name, metavar=metavar, help=text, **many)
     flags, unknown = parser.parse_known_args(argv)

@@ -299,8 +299,11 @@ class HuggingFaceTokenizer(Tokenizer):
     @cached_property
     def _unknown(self) -> int:
         """The token of unknown characters, -1 where there is none: GPT-2's never comes, as every byte has a piece."""
-        unknown = json.loads(self._model)["model"].get("unk_token")
-        token = self._backend.token_to_id(unknown) if isinstance(unknown, str) else None
+        model = json.loads(self._model)["model"]
+        if isinstance(model.get("unk_token"), str):
+            token = self._backend.token_to_id(model["unk_token"])
+        else:
+            token = model.get("unk_id")  # of Unigram models
         return -1 if token is None or token == self._separator else token
 
     @cached_property

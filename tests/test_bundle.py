@@ -87,8 +87,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("form", [str, self_extracting], ids=["plain", "self-extracting"])
-def test_every_kernel_alone_computes_what_the_package_computes(tmp_path, form):
+def test_every_kernel_alone_computes_what_the_package_computes(tmp_path):
     pytest.importorskip("triton", reason="interpreter launches need triton")
     if torch.cuda.is_available():
         pytest.skip("the package compiles its kernels here, the script interprets them")
@@ -96,7 +95,7 @@ def test_every_kernel_alone_computes_what_the_package_computes(tmp_path, form):
     plain = [(name, {key: _plain(value) for key, value in given.items()}) for name, given in calls]
     torch.save(plain, tmp_path / "calls.pt")
     script = EVERYTHING.format(names=",\n    ".join(sorted({name for name, _ in calls})))
-    run_alone(tmp_path, form(inline(_script(tmp_path, script))), tmp_path / "calls.pt")
+    run_alone(tmp_path, self_extracting(inline(_script(tmp_path, script))), tmp_path / "calls.pt")
     results = torch.load(tmp_path / "alone" / "results.pt")
     assert len(results) == len(calls) > 8
     for (name, arguments), got in zip(calls, results, strict=True):
@@ -136,8 +135,12 @@ if __name__ == "__main__":
 '''
 
 
-@pytest.mark.parametrize("future", [True, False], ids=["postponed annotations", "annotations"])
-def test_names_of_the_script_stay_its_own(tmp_path, future, folder):
+@pytest.mark.parametrize(
+    ("form", "future"),
+    [(self_extracting, True), (str, False)],
+    ids=["self-extracting, postponed annotations", "plain"],
+)
+def test_names_of_the_script_stay_its_own(tmp_path, folder, form, future):
     pytest.importorskip("triton", reason="interpreter launches need triton")
     script = CLASHES
     if not future:  # the interpreter, not the compiler, then wants constants to be called tl.constexpr
@@ -147,7 +150,7 @@ def test_names_of_the_script_stay_its_own(tmp_path, future, folder):
         script = script.replace("tl == Hist", "Hist")
     text = inline(_script(tmp_path, script), ["lbfgs"], folder)
     assert text.startswith(script[: script.index("import torch")]) and ast.get_docstring(ast.parse(text))
-    run_alone(tmp_path, self_extracting(text))
+    run_alone(tmp_path, form(text))
     if not torch.cuda.is_available():
         logits, targets = torch.linspace(-3, 3, 2 * 9 * 33).sin().view(2, 9, 33), torch.arange(18).view(2, 9)
         nll, _ = kernels.bias_cross_entropy(logits, targets)

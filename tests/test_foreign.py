@@ -1,5 +1,6 @@
 """Models of other projects: the scores of their own forward, exact bytes, and plain words for what is wrong."""
 
+import functools
 import json
 import math
 import sys
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from slotfast.config import EvalSettings
@@ -258,6 +261,19 @@ def test_a_tokenizer_with_byte_pieces_counts_every_byte(llama):
     assert count.unknown == 0 and tokenizer.bos_id == 1
 
 
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")))
+def test_any_text_has_its_bytes(gpt2, llama, text):
+    for folder in (gpt2, llama):
+        _, count = _tokenizer(str(folder)).encode_documents([text, text])
+        assert count.exact and count.rule == 2 * len(text.encode())
+
+
+@functools.cache
+def _tokenizer(folder):
+    return read_foreign(EvalSettings(model=folder))[1]
+
+
 def test_a_space_in_front_of_every_text_is_left_out(transformers, tmp_path):
     from slotfast.foreign import HuggingFaceTokenizer
 
@@ -268,6 +284,24 @@ def test_a_space_in_front_of_every_text_is_left_out(transformers, tmp_path):
     # what it does to a text that starts with a space cannot be undone, and is said
     _, count = tokenizer.encode_documents([" b"])
     assert (count.rule, count.raw, count.exact) == (1, 2, False)
+
+
+def test_a_unigram_tokenizer_counts_what_it_keeps(transformers, tmp_path):
+    """T5's and XLNet's kind: U+2581 put in front by the pre-tokenizer, no byte pieces."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from slotfast.foreign import HuggingFaceTokenizer
+
+    pieces = ["<unk>", "</s>", "\u2581", "\u2581the", *"thefoxé", "fox"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(n)) for n, piece in enumerate(pieces)], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    _save_tokenizer(transformers, tokenizer, tmp_path, eos_token="</s>", unk_token="<unk>")
+    tokenizer = HuggingFaceTokenizer(tmp_path)
+    _, count = tokenizer.encode_documents(["the  fox é", "fox"])
+    assert count.exact and count.rule == len("the  fox éfox".encode())
+    _, count = tokenizer.encode_documents(["the fox!"])
+    assert (count.rule, count.raw, count.unknown, count.exact) == (7, 8, 1, False)
 
 
 def test_what_a_tokenizer_loses_is_reported(transformers, tmp_path):

@@ -51,7 +51,7 @@ class _Script:
     def __init__(self, path: Path, folder: Folder):
         self.path = path
         try:
-            self.text = path.read_text("utf-8")
+            self.text = path.read_text("utf-8-sig")
             self.tree = ast.parse(self.text)
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None

@@ -23,14 +23,10 @@ _PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "V20_")
 ADAPTATION_VARIABLES = ("SLOT_ENABLED", "SLOT_STEPS", "SLOT_FOCAL_CTX", "SLOT_CLAMP", "SLOT_WARMSTART")
 
 
-def setting(default: Any, help: str, env: str | None = None, positional: str = "", **options: Any) -> Any:
-    """A field of a settings class.
+def setting(default: Any, help: str, env: str | None = None, positional: bool = False, **options: Any) -> Any:
+    """A field of a settings class: its default, help text, environment variable, and options of pydantic's Field.
 
-    Args:
-        default, help: its default and help text.
-        env: environment variable that sets it.
-        positional: of a list that takes the arguments without a flag, what to call one.
-        options: of pydantic's Field.
+    A positional one is given without a flag, and has to be given; a list of them, as often as wanted.
     """
     return Field(default, description=help, json_schema_extra={"env": env, "positional": positional}, **options)
 
@@ -125,7 +121,7 @@ class BundleSettings(Settings):
 class RecordSettings(Settings):
     """Settings of python -m slotfast.record."""
 
-    runs: list[str] = setting([], "results of slotfast.eval: JSON files, or folders with one", positional="RUN")
+    run: list[str] = setting([], "results of slotfast.eval: JSON files, or folders with one", positional=True)
     preset: str | None = setting(None, "the preset to report; default: the first that adapts")
     baseline: list[str] = setting([], "what to beat: runs, or MEAN,STD,N in nats a token")
     code: str | None = setting(None, "file whose bytes count with the model's")
@@ -158,9 +154,10 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, field in cls.model_fields.items():
-        flag, positional = _flag(name, field), field.json_schema_extra["positional"]
-        if positional:
-            parser.add_argument(name, nargs="*", metavar=positional, help=field.description)
+        flag = _flag(name, field)
+        if field.json_schema_extra["positional"]:
+            many = {"nargs": "*"} if get_origin(field.annotation) is list else {}
+            parser.add_argument(name, metavar=flag, help=field.description, **many)
         elif field.annotation is bool:
             parser.add_argument(flag, dest=name, action="store_true", help=field.description)
         else:
@@ -213,7 +210,7 @@ def show(settings: Settings, sources: Mapping[str, str]) -> str:
 
 
 def _flag(name: str, field: Any) -> str:
-    return field.json_schema_extra["positional"] or "--" + name.strip("_").replace("_", "-")
+    return name.upper() if field.json_schema_extra["positional"] else "--" + name.strip("_").replace("_", "-")
 
 
 def _variable(field: Any) -> str | None:

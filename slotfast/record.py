@@ -261,11 +261,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, sources = config.load(config.RecordSettings, "python -m slotfast.record", _ABOUT, argv)
     if settings.show_config:
         return print(config.show(settings, sources))
-    if not settings.runs:
+    if not settings.run:
         raise InputError("RUN ...: expected results of python -m slotfast.eval, as JSON files or folders with one")
     if settings.submission is not None:
         check_writable(settings.submission)
-    runs = read_runs(settings.runs, settings.preset, settings.allow_noncausal)
+    runs = read_runs(settings.run, settings.preset, settings.allow_noncausal)
     code_bytes = _code_bytes(settings.code, runs)
     comparison = (
         compare(Sample.of([each.loss for each in runs]), _baseline(settings, runs)) if settings.baseline else None

@@ -75,7 +75,7 @@ def _read_model(settings: EvalSettings) -> tuple[Artifact | ForeignModel, int | 
     """Model, its size on disk where it is an artifact, and the tokenizer that goes with it."""
     if settings.model is not None:
         if settings.artifact is not None:
-            raise InputError("--model and --artifact: give one of them")
+            raise InputError("--model and --artifact (or ARTIFACT_PATH): give one of them")
         model, tokenizer = read_foreign(settings)
         return model, None, tokenizer
     shipped = resources.files("slotfast") / "demo"

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from . import ops
 from .data import TokenStream
 from .windows import Plan
 
@@ -86,7 +87,8 @@ class ScoreFirst:
                     piece = torch.from_numpy(stream.read(start, min(start + plan.seq_len, stop) + 1).astype("int64"))
                     piece = piece[None].to(device)
                     with torch.enable_grad():
-                        loss = model(piece[:, :-1], piece[:, 1:], dtype) * ((piece.size(1) - 1) / predictions)
+                        logits = model.head(model.hidden(piece[:, :-1], dtype))
+                        loss = ops.cross_entropy(logits, piece[:, 1:]).sum() / predictions
                     loss.backward()
                 if world > 1:
                     for parameter in parameters:

@@ -16,6 +16,7 @@ from ..artifact import Artifact, read_artifact
 from ..config import EvalSettings
 from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError
+from ..foreign import ForeignModel, HuggingFaceTokenizer, read_foreign
 from ..slot import Adaptation, first_position, from_environment, parse_preset
 from ..ttt import ScoreFirst
 from ..windows import Plan
@@ -29,14 +30,14 @@ class Inputs:
     """Everything that an evaluation reads.
 
     Args:
-        artifact: the model as stored, with its size on disk.
+        artifact: the model as stored, with its size on disk; a model of another project has none.
         stream: tokens.
         source: what the tokens are, for people.
         text_bytes: byte counts where the input was text, else None.
     """
 
-    artifact: Artifact
-    artifact_bytes: int
+    artifact: Artifact | ForeignModel
+    artifact_bytes: int | None
     tokenizer: Tokenizer
     stream: TokenStream
     source: str
@@ -49,23 +50,14 @@ def read_inputs(settings: EvalSettings) -> Inputs:
     Raises:
         InputError: anything missing, damaged or made for another model.
     """
-    shipped = resources.files("slotfast") / "demo"
-    artifact_path = Path(settings.artifact or str(shipped / "demo.slotfast"))
-    artifact = read_artifact(artifact_path)
-    tokenizer = Tokenizer(settings.tokenizer or str(shipped / "demo.model"))
-    expected = artifact.metadata.get("tokenizer_sha256")
-    if tokenizer.vocab_size != artifact.config.vocab_size or expected not in (None, tokenizer.sha256):
-        raise InputError(
-            f"{tokenizer.path}: {tokenizer.vocab_size} pieces, SHA-256 {tokenizer.sha256[:12]}; the model needs "
-            f"{artifact.config.vocab_size} pieces, SHA-256 {(expected or 'unknown')[:12]}: pass its own --tokenizer"
-        )
+    artifact, artifact_bytes, tokenizer = _read_model(settings)
     tokens, text_bytes = settings.tokens, None
     if tokens is not None and settings.text is not None:
         raise InputError("--tokens and --text: give one of them")
     if tokens is None and settings.text is None and settings.data_path:
         tokens = os.path.join(settings.data_path, "fineweb_val_*.bin")
     if tokens is not None:
-        if settings.tokenizer is None:
+        if settings.tokenizer is None and not isinstance(tokenizer, HuggingFaceTokenizer):
             print("warning: no --tokenizer: the shards are taken for tokens of the shipped one", file=sys.stderr)
         stream, source = open_shards(tokens, settings.max_tokens), tokens
     else:
@@ -78,8 +70,28 @@ def read_inputs(settings: EvalSettings) -> Inputs:
         stream = TokenStream([ids])
     if len(stream) < 2:
         raise InputError(f"{source}: {len(stream)} tokens; scoring needs at least 2")
-    stream.check_vocabulary(artifact.config.vocab_size)
-    return Inputs(artifact, artifact_path.stat().st_size, tokenizer, stream, source, text_bytes)
+    stream.check_vocabulary(tokenizer.vocab_size)
+    return Inputs(artifact, artifact_bytes, tokenizer, stream, source, text_bytes)
+
+
+def _read_model(settings: EvalSettings) -> tuple[Artifact | ForeignModel, int | None, Tokenizer]:
+    """Model, its size on disk where it is an artifact, and the tokenizer that goes with it."""
+    if settings.model is not None:
+        if settings.artifact is not None:
+            raise InputError("--model and --artifact (or ARTIFACT_PATH): give one of them")
+        model, tokenizer = read_foreign(settings)
+        return model, None, tokenizer
+    shipped = resources.files("slotfast") / "demo"
+    artifact_path = Path(settings.artifact or str(shipped / "demo.slotfast"))
+    artifact = read_artifact(artifact_path)
+    tokenizer = Tokenizer(settings.tokenizer or str(shipped / "demo.model"))
+    expected = artifact.metadata.get("tokenizer_sha256")
+    if tokenizer.vocab_size != artifact.config.vocab_size or expected not in (None, tokenizer.sha256):
+        raise InputError(
+            f"{tokenizer.path}: {tokenizer.vocab_size} pieces, SHA-256 {tokenizer.sha256[:12]}; the model needs "
+            f"{artifact.config.vocab_size} pieces, SHA-256 {(expected or 'unknown')[:12]}: pass its own --tokenizer"
+        )
+    return artifact, artifact_path.stat().st_size, tokenizer
 
 
 def choose_rows(settings: EvalSettings) -> list[Adaptation]:

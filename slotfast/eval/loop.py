@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..data import ByteTable, TokenStream
 from ..errors import InputError
-from ..model import GPT
 from ..ops import Backend
 from ..score import Meter
 from ..slot import Adapter, Adjusted, WindowBatch, first_position
@@ -54,7 +54,7 @@ class Scored:
 
 
 def sliding_pass(
-    model: GPT,
+    model: nn.Module,
     stream: TokenStream,
     plan: Plan,
     adapters: Sequence[Adapter],
@@ -76,7 +76,7 @@ def sliding_pass(
     """Score every token of a rank's windows once, with and without each adaptation, from one forward pass.
 
     Args:
-        model: on `device`.
+        model: has `hidden(tokens, dtype)` and `head(hidden)`; on `device`.
         stream: all tokens; position 0 is scored by nobody.
         plan: windows over the stream.
         adapters: fresh, in the order of the result's rows 1, 2, ...

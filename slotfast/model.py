@@ -7,6 +7,7 @@ the hidden state go through `head` alone.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -113,11 +114,15 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A bias-free linear layer whose weight is cast to the input's dtype; orthogonal initialisation."""
+    """A bias-free linear layer whose weight is cast to the input's dtype; orthogonal initialisation.
+
+    `rounding` is for training: a function that the weight goes through first.
+    """
 
     def __init__(self, n_in: int, n_out: int, zero: bool = False):
         self.zero = zero
         super().__init__(n_in, n_out, bias=False)
+        self.rounding: Callable[[Tensor], Tensor] | None = None
 
     def reset_parameters(self) -> None:
         if self.zero:
@@ -126,7 +131,8 @@ class Linear(nn.Linear):
             nn.init.orthogonal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        weight = self.weight if self.rounding is None else self.rounding(self.weight)
+        return F.linear(x, weight.to(x.dtype))
 
 
 class PackedLinear(nn.Module):

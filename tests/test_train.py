@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from slotfast import corpus, train
 from slotfast.artifact import read_artifact
@@ -88,10 +87,3 @@ WRONG = {
 def test_wrong_settings_are_refused_before_the_work(arguments, message):
     with pytest.raises(InputError, match=message):
         train.main(arguments)
-
-
-def test_a_text_of_few_windows_is_learned_from_again_and_again():
-    windows = train._windows(torch.arange(30), 10, 8, torch.Generator().manual_seed(0))
-    for _ in range(3):
-        batch = next(windows)
-        assert batch.shape == (8, 11) and bool((batch[:, 1:] - batch[:, :-1] == 1).all())

@@ -9,12 +9,13 @@ import sys
 import time
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from slotfast import config, train
+from slotfast import config, ops, train
 from slotfast.artifact import read_artifact
 from slotfast.data import write_shard
 from slotfast.errors import InputError
@@ -210,6 +211,26 @@ def test_the_average_is_what_the_model_ends_with(average, decay):
     if average == "swa":
         for ours, *rows in zip(_weights(trainer), *taken, strict=True):
             assert (ours - torch.stack(rows).mean(0)).abs().max() < 1e-6
+
+
+def test_the_forward_compiles_in_one_graph_in_every_form(monkeypatch):
+    """As on a GPU with FlashAttention, where the library was found before; forms change as the training goes on."""
+    library = SimpleNamespace(flash_attn_func=lambda q, k, v, causal: ops._torch_attention(q, k, v))
+    monkeypatch.setitem(sys.modules, ops._FLASH_MODULES[0], library)
+    monkeypatch.setitem(ops._FLASH, "cpu", ops.probe_flash_attention(torch.device("cpu")))
+    assert ops.flash_attention(torch.device("cpu")) is not None
+    trainer = _trainer(**{**EVERYTHING, "layers": 2, "loop_start": 0, "loop_end": 0, "value_layers": 1})
+    model = trainer.model
+    for parameter in model.parameters():  # zero-initialised parts would hide a form that does not act
+        parameter.data.normal_(0, 0.3)
+    compiled, found = torch.compile(model, backend="eager", fullgraph=True), set()
+    for looping, rounding in ((False, None), (True, qat.straight_through), (True, trainer.soft)):
+        model.looping = looping
+        qat.set_rounding(model, rounding)
+        loss = compiled(*_pair(trainer), torch.bfloat16).item()
+        assert loss == model(*_pair(trainer), torch.bfloat16).item()
+        found.add(loss)
+    assert len(found) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------------------

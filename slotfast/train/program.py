@@ -24,7 +24,7 @@ from ..model import GPT, GPTConfig
 from ..ranks import join_ranks
 from . import checkpoint
 from .inputs import Inputs, read_inputs, tokenizer_path
-from .trainer import Trainer, evaluate
+from .trainer import Trainer, check_length, evaluate
 
 _ABOUT = "Train a model and write its int6 artifact."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train(settings: config.TrainSettings, rank: int, world: int, device: str, started: float) -> dict[str, Any]:
     """The summary, of all ranks on rank 0."""
+    check_length(settings, world)
     log = _logger(settings, rank)
     torch.manual_seed(settings.seed)
     inputs = read_inputs(settings, rank, world)

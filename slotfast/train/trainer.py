@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .. import ops
 from ..config import TrainSettings
 from ..data import TokenStream
 from ..errors import InputError
@@ -52,17 +53,13 @@ class Trainer:
         on_validate: Callable[[], str] | None = None,
         log: Callable[[str], None] = print,
     ):
-        if settings.steps is None and not settings.seconds:
-            raise InputError("--seconds 0 without --steps: the training would not end")
-        if settings.seconds and settings.reserve >= settings.seconds:
-            raise InputError(f"--reserve {settings.reserve:g}: leaves nothing of --seconds {settings.seconds:g}")
-        if settings.batch_windows % world:
-            raise InputError(f"--batch-windows {settings.batch_windows}: expected a multiple of the {world} ranks")
+        check_length(settings, world)
         self.model, self.loader, self.settings = model, loader, settings
         self.dtype, self.device, self.rank, self.world = dtype, torch.device(device), rank, world
         self.on_save, self.on_validate, self.log = on_save, on_validate, log
         self.group = dist.group.WORLD if world > 1 else None
         on_gpu = self.device.type == "cuda"
+        ops.flash_attention(self.device)  # found before anything is compiled
         self.forward: nn.Module = torch.compile(model) if on_gpu and settings.compile == "auto" else model
         self.muon, self.adam = build_optimizers(model, settings, dtype, self.group)
         self.average = None
@@ -258,6 +255,16 @@ class Trainer:
         self.step, self.elapsed, self.qat_step = state["step"], state["elapsed"], state["qat_step"]
         self.loss_mean = state["loss_mean"].to(self.device)
         self.history = [dict(row) for row in state["history"]]
+
+
+def check_length(settings: TrainSettings, world: int) -> None:
+    """Raise InputError for a training that would not end, would not begin, or cannot be shared among ranks."""
+    if settings.steps is None and not settings.seconds:
+        raise InputError("--seconds 0 without --steps: the training would not end")
+    if settings.seconds and settings.reserve >= settings.seconds:
+        raise InputError(f"--reserve {settings.reserve:g}: leaves nothing of --seconds {settings.seconds:g}")
+    if settings.batch_windows % world:
+        raise InputError(f"--batch-windows {settings.batch_windows}: expected a multiple of the {world} ranks")
 
 
 def build_optimizers(

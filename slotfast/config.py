@@ -147,6 +147,17 @@ class TrainSettings(Settings):
     qat: Literal["off", "straight", "soft"] = setting("off", "late rounding of the matrices to 6 bits in the forward")
     qat_from: float = setting(0.15, "share of the rates below which it begins", "LATE_QAT_THRESHOLD", ge=0, le=1)
 
+    ttt: Literal["off", "pr1306", "pr1351"] = setting(
+        "off", "train the finished weights on one more stream, as published, before they are quantised"
+    )
+    ttt_text: str | None = setting(None, "that stream, as text")
+    ttt_tokens: str | None = setting(None, "that stream, as token shards, a glob")
+    ttt_epochs: int | None = setting(None, "over it; default: the recipe's", "TTT_EPOCHS", ge=1)
+    ttt_lr: float | None = setting(None, "AdamW's step size; default: the recipe's", "TTT_LR", gt=0)
+    ttt_freeze: int | None = setting(None, "first blocks that stay; default: the recipe's", "TTT_FREEZE_BLOCKS", ge=0)
+    ttt_batch_windows: int | None = setting(None, "windows of a rank's step; default: 32", "TTT_BATCH_SEQS", ge=1)
+    allow_noncausal: bool = setting(False, "let it be the text that measures the training")
+
     seed: int = setting(1337, "of initialisation and sampling", "SEED", ge=0, lt=1 << 63)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the forward; auto: the faster one here")

@@ -530,7 +530,9 @@ def test_two_ranks_train_like_one(shards, tmp_path):
     for processes in (1, 2):
         out = tmp_path / f"{processes}"
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] * (processes > 1)
-        more = ["--json", f"{out}.json", "--val-every", "3"]
+        more = ["--json", f"{out}.json", "--val-every", "3", "--ttt", "pr1351", "--ttt-epochs", "2"]
+        # the second rank has no window in the last step
+        more += ["--ttt-tokens", str(shards / "*_000001.bin"), "--ttt-batch-windows", str(6 // processes)]
         command = [sys.executable, *launcher, "-m", "slotfast.train", *_command(shards, out, *more, **flags)]
         if processes == 1:
             train.main(command[3:])

@@ -17,10 +17,13 @@ from tqdm import tqdm
 
 from .. import corpus
 from ..config import TrainSettings
-from ..data import Tokenizer, TokenStream, atomic_write, read_documents, read_shard, shard_paths
+from ..data import Tokenizer, TokenStream, atomic_write, open_shards, read_documents, read_shard, shard_paths
 from ..errors import InputError
+from .ttt import overlap
 
 _HELD_OUT_EVERY = 32  # every 32nd document measures the training and is not learned from
+MAX_OVERLAP = 0.01  # phrases that texts share by chance are less
+_NONCAUSAL = "weights that learn validation text are no honest score of it; --allow-noncausal does it anyway"
 _UNIGRAM_TOKENS = 100_000_000  # enough for frequencies; shards of the contest hold ten billion
 
 
@@ -32,6 +35,8 @@ class Inputs:
         names, shards: token ids to learn, a memory map each or one array for text.
         val: tokens that measure the training, or None.
         val_bytes: behind them, by the byte rule.
+        ttt: tokens that the finished weights are adapted to, or None.
+        ttt_overlap: larger share of runs that `ttt` and `val` have from one another; None where one of them is missing.
         trained_on: where the tokens come from, for people.
         about: how much there is of everything, for people.
     """
@@ -41,6 +46,8 @@ class Inputs:
     shards: Sequence[np.ndarray]
     val: TokenStream | None
     val_bytes: int
+    ttt: TokenStream | None
+    ttt_overlap: float | None
     trained_on: str
     about: str
 
@@ -96,7 +103,9 @@ def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Input
         about = f"{len(shards)} shards"
     else:
         learned, held_out = _documents(settings)
-        if settings.tokenizer is None and rank == 0:
+        # A resumed run must have the very tokenizer it had.
+        going_on = settings.resume and Path(settings.checkpoint).exists() and tokenizer_path(settings).exists()
+        if settings.tokenizer is None and rank == 0 and not going_on:
             train_tokenizer(learned, settings.vocab_size, tokenizer_path(settings))
         if world > 1:
             dist.barrier()
@@ -119,10 +128,43 @@ def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Input
         val, val_bytes = TokenStream([ids]), count.rule
     if val is not None and not val_bytes:
         raise InputError("the documents that are held out to measure the training are empty: give more text")
+    ttt, shared = _read_ttt(settings, tokenizer, val)
     about += f", {sum(map(len, shards)):,} tokens"
     if held_out:
         about += f"; {len(held_out)} documents held out"
-    return Inputs(tokenizer, names, shards, val, val_bytes, trained_on, about)
+    return Inputs(tokenizer, names, shards, val, val_bytes, ttt, shared, trained_on, about)
+
+
+def check_ttt(settings: TrainSettings) -> None:
+    """Raise InputError where test-time training is asked for by halves."""
+    named = [path for path in (settings.ttt_text, settings.ttt_tokens) if path]
+    if len(named) != (settings.ttt != "off"):
+        raise InputError(f"--ttt {settings.ttt}: goes with one of --ttt-text and --ttt-tokens, this has {len(named)}")
+    if settings.ttt_tokens and "_val_" in Path(settings.ttt_tokens).name and not settings.allow_noncausal:
+        raise InputError(f"--ttt-tokens {settings.ttt_tokens}: {_NONCAUSAL}")
+
+
+def _read_ttt(
+    settings: TrainSettings, tokenizer: Tokenizer, val: TokenStream | None
+) -> tuple[TokenStream | None, float | None]:
+    """The stream to adapt to, and how much it shares with the validation stream."""
+    if settings.ttt == "off":
+        return None, None
+    name = settings.ttt_text or settings.ttt_tokens
+    if settings.ttt_tokens:
+        stream = open_shards(settings.ttt_tokens)
+    else:
+        stream = TokenStream([tokenizer.encode_documents(read_documents(settings.ttt_text))[0]])
+    stream.check_vocabulary(tokenizer.vocab_size)
+    if len(stream) <= settings.seq_len:
+        raise InputError(f"{name}: {len(stream)} tokens; one training window needs {settings.seq_len + 1}")
+    if val is None:
+        return stream, None
+    # Both ways: a little of a long validation stream is much of what such training would see.
+    shared = max(overlap(val, stream), overlap(stream, val))
+    if shared > MAX_OVERLAP and not settings.allow_noncausal:
+        raise InputError(f"{name}: shares {shared:.1%} with the text that measures the training; {_NONCAUSAL}")
+    return stream, shared
 
 
 def _documents(settings: TrainSettings) -> tuple[list[str], list[str]]:

@@ -7,6 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from ..errors import InputError
 from ..loader import open_loader
 from ..model import GPT, GPTConfig
 from ..ranks import join_ranks
-from . import checkpoint
-from .inputs import Inputs, read_inputs, tokenizer_path
+from . import checkpoint, ttt
+from .inputs import MAX_OVERLAP, Inputs, check_ttt, read_inputs, tokenizer_path
 from .trainer import Trainer, check_length, evaluate
 
 _ABOUT = "Train a model and write its int6 artifact."
@@ -31,7 +32,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Settings that change no weight, or whose effect the data's fingerprint covers: a resumed run may have others.
 _FREE = {"out", "text", "tokens", "data_path", "val_text", "val_tokens", "max_val_tokens", "tokenizer", "preset"}
 _FREE |= {"device", "dtype", "compile", "checkpoint", "checkpoint_steps", "checkpoint_seconds", "resume", "log_every"}
-_FREE |= {"val_every", "json_", "plot", "show_config"}
+_FREE |= {"val_every", "json_", "plot", "show_config", "allow_noncausal"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _train(settings: config.TrainSettings, rank: int, world: int, device: str, started: float) -> dict[str, Any]:
     """The summary, of all ranks on rank 0."""
     check_length(settings, world)
+    check_ttt(settings)
     log = _logger(settings, rank)
     torch.manual_seed(settings.seed)
     inputs = read_inputs(settings, rank, world)
@@ -108,6 +110,10 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
         f"{dtype}; loss {float(trainer.loss_mean):.4f}"
     )
     seconds = {"load": ready - started, "train": trainer.elapsed}
+    if inputs.ttt is not None:
+        start, recipe = time.perf_counter(), _recipe(settings)
+        ttt.adapt(model, inputs.ttt, recipe, settings.seq_len, dtype, rank, world, trainer.forward, log)
+        seconds["ttt"] = time.perf_counter() - start
     return _finish(settings, inputs, trainer, seconds, log) if rank == 0 else {}
 
 
@@ -125,6 +131,15 @@ def _finish(
         "seconds": round(trainer.elapsed, 1),
         "seed": settings.seed,
     }
+    if inputs.ttt is not None:
+        metadata["ttt"] = {
+            "recipe": settings.ttt,
+            **asdict(_recipe(settings)),
+            "stream": Path(settings.ttt_text or settings.ttt_tokens).name,
+            "stream_sha256": inputs.ttt.sha256(),
+            "tokens": len(inputs.ttt),
+            "validation_overlap": inputs.ttt_overlap,
+        }
     model = trainer.model.eval().cpu()
     artifact = Artifact.from_model(model, metadata, inputs.unigram())
     size = write_artifact(settings.out, artifact)
@@ -136,10 +151,13 @@ def _finish(
         for name, tested in (("float32", model), ("int6", artifact.model())):
             val[name] = _measure(tested.to(trainer.device), inputs, settings, trainer.device)
             log(f"held-out documents, {name:>7}: {val[name]['bpb']:.4f} bpb")
+    if inputs.ttt is not None and (inputs.ttt_overlap or 0) > MAX_OVERLAP:
+        log(f"NOT an honest score: the weights have learned text that shares {inputs.ttt_overlap:.1%} with it")
     log(f"{settings.out}: {size:,} bytes; {inputs.tokenizer.path}: {inputs.tokenizer.path.stat().st_size:,} bytes")
-    seconds["total"] = time.perf_counter() - start + seconds["load"] + seconds["train"]
+    seconds["total"] = sum(seconds.values()) + time.perf_counter() - start - seconds["quantize"]
     return {
         "preset": settings.preset,
+        "ttt": metadata.get("ttt"),
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": trainer.step,
         "tokens_seen": trainer.step * settings.batch_windows * settings.seq_len,
@@ -157,6 +175,17 @@ def _finish(
         "config": settings.model_dump(by_alias=True),
         "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def _recipe(settings: config.TrainSettings) -> ttt.Recipe:
+    """The published recipe with what the settings change of it."""
+    chosen = {
+        "epochs": settings.ttt_epochs,
+        "rate": settings.ttt_lr,
+        "frozen_blocks": settings.ttt_freeze,
+        "batch_windows": settings.ttt_batch_windows,
+    }
+    return replace(ttt.RECIPES[settings.ttt], **{name: value for name, value in chosen.items() if value is not None})
 
 
 def _measure(
@@ -254,7 +283,11 @@ def _logger(settings: config.TrainSettings, rank: int) -> Callable[[str], None]:
 
 def _describe(settings: config.TrainSettings, inputs: Inputs, model: GPTConfig, world: int) -> dict[str, Any]:
     """What a checkpoint must agree with to be gone on from."""
-    chosen = {name: value for name, value in settings.model_dump().items() if name not in _FREE}
+    chosen = {
+        name: value
+        for name, value in settings.model_dump().items()
+        if name not in _FREE and not name.startswith("ttt")  # that comes after all that a checkpoint holds
+    }
     sizes = {"vocabulary": model.vocab_size, "BOS": model.bos_id}
     return chosen | sizes | {"data": inputs.fingerprint(), "ranks": world}
 

@@ -159,7 +159,7 @@ class _Forward:
 
     def __init__(
         self,
-        model: GPT,
+        model: nn.Module,
         stream: TokenStream,
         plan: Plan,
         adapters: Sequence[Adapter],

@@ -239,6 +239,31 @@ def test_rows_are_what_an_artifact_gets(tiny_model):
             assert torch.equal(tensor, other)
 
 
+@pytest.fixture(scope="module")
+def demo():
+    """The shipped model off its grid: every weight moved by up to half a step, as if it had never been rounded."""
+    artifact = read_artifact(Path(slotfast.__file__).parent / "demo" / "demo.slotfast")
+    model, generator = artifact.model(), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, matrix in artifact.tensors.items():
+            if isinstance(matrix, QuantizedMatrix):
+                noise = torch.rand(matrix.codes.shape, generator=generator) - 0.5
+                model.get_parameter(name).add_(noise * matrix.scale.float()[:, None])
+    return model
+
+
+@pytest.fixture(scope="module")
+def windows(demo):
+    """Windows for calibration, and others to be judged by."""
+    return next(sample(demo, 24, 96, batch=24)).split((16, 8))
+
+
+def _divergence(model, other, tokens):
+    """Mean nats by which the other's next-token distributions diverge from the model's."""
+    expected, got = (m.head(m.hidden(tokens)).log_softmax(-1) for m in (model, other))
+    return float((expected.exp() * (expected - got)).sum(-1).mean())
+
+
 def _bytes_of(tensors):
     """A size that falls by one for every zero."""
     return sum(int((t.codes != 0).sum()) for t in tensors.values() if isinstance(t, QuantizedMatrix))
@@ -270,7 +295,7 @@ def test_pruning_takes_the_fewest_and_the_cheapest(tiny_model):
                 kept.append(squared[(matrix.codes.abs() == 1) & ~zeroed])
         if 0 < fewer < total:
             assert torch.cat(gone).max() <= torch.cat(kept).min()
-    with pytest.raises(InputError, match=f"{before - total:,} bytes without a single weight of"):
+    with pytest.raises(InputError, match=f"{before - total:,} bytes without a single code of"):
         prune_to_size(tensors, before - total - 1, _bytes_of)
 
 
@@ -306,28 +331,20 @@ def test_a_model_is_pruned_to_its_files_size(tiny_model, tmp_path):
     assert found.pruned > 0 and whole - 60 < size(found.tensors) <= whole - 40
 
 
-@pytest.fixture(scope="module")
-def demo():
-    """The shipped model off its grid: every weight moved by up to half a step, as if it had never been rounded."""
-    artifact = read_artifact(Path(slotfast.__file__).parent / "demo" / "demo.slotfast")
-    model, generator = artifact.model(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, matrix in artifact.tensors.items():
-            if isinstance(matrix, QuantizedMatrix):
-                noise = torch.rand(matrix.codes.shape, generator=generator) - 0.5
-                model.get_parameter(name).add_(noise * matrix.scale.float()[:, None])
-    return model
+def test_pruned_by_the_output_error_a_model_predicts_more_alike(demo, windows):
+    calibration, fresh = windows
+    away = {}
+    for choose in ("output", "weights"):
+        options = {"method": "gptq", "choose": choose}
+        whole = _bytes_of(quantize_model(demo, [calibration], **options).tensors)
+        found = quantize_model(demo, [calibration], **options, target_bytes=whole - 60_000, size=_bytes_of)
+        assert found.pruned == 60_000
+        away[choose] = _divergence(demo, Artifact(demo.config, found.tensors).model(), fresh)
+    assert away["output"] < 0.8 * away["weights"], away
 
 
-def _divergence(model, other, tokens):
-    """Mean nats by which the other's next-token distributions diverge from the model's."""
-    expected, got = (m.head(m.hidden(tokens)).log_softmax(-1) for m in (model, other))
-    return float((expected.exp() * (expected - got)).sum(-1).mean())
-
-
-def test_gptq_keeps_the_models_predictions(demo):
-    windows = next(sample(demo, 24, 96, batch=24))
-    calibration, fresh = windows[:16], windows[16:]
+def test_gptq_keeps_the_models_predictions(demo, windows):
+    calibration, fresh = windows
     for clip, share in (("percentile", 0.6), ("sdclip", 0.8)):
         found = {method: quantize_model(demo, [calibration], method=method, clip=clip) for method in ("rows", "gptq")}
         away = {

@@ -60,7 +60,10 @@ def prune_to_size(
     too_few, enough = 0, len(rank)
     smallest = size(pruned(enough))
     if smallest > target_bytes:
-        raise InputError(f"{smallest:,} bytes without a single weight of +-1; the target is {target_bytes:,}")
+        raise InputError(
+            f"{smallest:,} bytes without a single code of +-1, the target is {target_bytes:,}: "
+            "clip sdclip with a larger factor makes smaller files"
+        )
     while enough - too_few > 1 and (deadline is None or time.perf_counter() < deadline):
         count = (too_few + enough) // 2
         found = size(pruned(count))

@@ -3,7 +3,7 @@
 from .gptq import quantize_gptq
 from .hessian import collect_hessians
 from .model import Quantized, TensorReport, format_report, quantize_model
-from .prune import prune_to_size
+from .prune import output_costs, prune_to_size
 from .rows import SDCLIP_K, Clip, QuantizedMatrix, clip_scales, quantize_rows
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "clip_scales",
     "collect_hessians",
     "format_report",
+    "output_costs",
     "prune_to_size",
     "quantize_gptq",
     "quantize_model",

@@ -74,3 +74,24 @@ def prune_to_size(
             if found >= target_bytes - slack_bytes:
                 break
     return pruned(enough), enough
+
+
+def output_costs(tensors: Tensors, hessians: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What zeroing a code of +-1 adds to its layer's squared output error, other errors apart: scale^2 H_jj.
+
+    On a trained model of 2 M parameters this order leaves the predictions of files of one size closer to the float
+    model's than squared scales alone (bench/bench_gptq.py); the cross terms with the other errors, and a division by
+    the layer's output, did not improve on it.
+
+    Args:
+        tensors: by parameter name.
+        hessians: as from `collect_hessians`, of all 6-bit matrices.
+
+    Returns:
+        float32 [N, K] by name, for `prune_to_size`.
+    """
+    return {
+        name: torch.outer(matrix.scale.float().square(), hessians[name].diagonal().float().cpu())
+        for name, matrix in tensors.items()
+        if isinstance(matrix, QuantizedMatrix) and matrix.bits == 6
+    }

@@ -50,9 +50,9 @@ class Decoder:
         self._rope = rotary_table(length, config, embedding.device)
         shape = (config.layers, batch, config.kv_heads, length, config.head_width)
         self._keys, self._values = (torch.empty(shape, dtype=self.dtype, device=embedding.device) for _ in range(2))
-        # Of the last position; int [B, 1], and [B, 1, width] before the smear gate. Empty before the first one.
+        # Of the last position: int [B, 1], none before the first; [B, 1, width] before the smear gate.
         self._token = torch.empty(batch, 0, dtype=torch.int64, device=embedding.device)
-        self._embedding = torch.empty(batch, 0, config.width, dtype=self.dtype, device=embedding.device)
+        self._embedding = torch.zeros(batch, 1, config.width, dtype=self.dtype, device=embedding.device)
 
     @torch.no_grad()
     def step(self, tokens: Tensor) -> Tensor:
@@ -76,7 +76,8 @@ class Decoder:
             x = x + model.bigram(torch.cat([self._token, token], 1), dtype)[:, -1:]
         x = embedding = rms_norm(x)
         if model.smear is not None:
-            x = model.smear(torch.cat([self._embedding, x], 1))[:, -1:]
+            gate = torch.sigmoid(model.smear.gate).to(dtype)
+            x = (1 - gate) * x + gate * self._embedding
         self._token, self._embedding = token, embedding
         x0, skips = x, []
         value = model.ve_shared(token, dtype) if model.ve_shared is not None else None

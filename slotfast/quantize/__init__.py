@@ -2,7 +2,7 @@
 
 from .gptq import quantize_gptq
 from .hessian import collect_hessians
-from .model import Quantized, TensorReport, format_report, quantize_model
+from .model import Quantized, TensorReport, format_report, quantize_model, stored_bits
 from .prune import output_costs, prune_to_size
 from .rows import SDCLIP_K, Clip, QuantizedMatrix, clip_scales, quantize_rows
 
@@ -20,4 +20,5 @@ __all__ = [
     "quantize_gptq",
     "quantize_model",
     "quantize_rows",
+    "stored_bits",
 ]

@@ -124,15 +124,15 @@ def quantize_model(
     if calibration is not None:
         hessians, tokens = collect_hessians(model, calibration, dtype, halfway)
     marks.append(time.perf_counter())
+    corrected = set(hessians) if method == "gptq" else set()
+    if embeddings == "rows":
+        corrected -= {"tok_emb.weight", "lm_head.weight"}
     tensors, methods, slowest = {}, {}, 0.0
     for name, weight in weights.items():
-        started = time.perf_counter()
-        chosen = embeddings if name in ("tok_emb.weight", "lm_head.weight") else "gptq"
-        in_time = deadline is None or started + slowest < deadline
-        bits = _bits(name, weight)
+        started, bits = time.perf_counter(), stored_bits(name, weight)
         if bits == 16:
-            methods[name], tensors[name] = "float16", weight.half().float().cpu()
-        elif method == "gptq" and chosen == "gptq" and name in hessians and in_time:
+            methods[name], tensors[name] = "float16", _half(name, weight)
+        elif name in corrected and (deadline is None or started + slowest < deadline):
             matrix = quantize_gptq(weight, hessians[name], bits, clip, choose, damping, sdclip_k=sdclip_k)
             methods[name], tensors[name] = "gptq", _on_cpu(matrix)
             slowest = max(slowest, time.perf_counter() - started)
@@ -141,7 +141,8 @@ def quantize_model(
     marks.append(time.perf_counter())
     pruned = 0
     if target_bytes is not None:
-        by_output = choose == "output" and all(name in hessians for name in tensors if _bits(name, weights[name]) == 6)
+        prunable = {name for name, weight in weights.items() if stored_bits(name, weight) == 6}
+        by_output = choose == "output" and prunable <= hessians.keys()
         costs = output_costs(tensors, hessians) if by_output else None
         tensors, pruned = prune_to_size(tensors, target_bytes, size, costs, deadline=deadline)
     marks.append(time.perf_counter())
@@ -154,10 +155,18 @@ def quantize_model(
     return Quantized(tensors, report, tokens, pruned, seconds)
 
 
-def _bits(name: str, tensor: Tensor) -> int:
+def stored_bits(name: str, tensor: Tensor) -> int:
+    """Bits a weight of a parameter: 6 for the blocks' matrices, 8 for other matrices, 16 for what is no `.weight`."""
     if tensor.ndim != 2 or not name.endswith(".weight"):
         return 16
     return 6 if name.startswith("blocks.") else 8
+
+
+def _half(name: str, tensor: Tensor) -> Tensor:
+    half = tensor.half().float().cpu()
+    if not half.isfinite().all():
+        raise InputError(f"tensor {name!r} holds values beyond float16's 65,504")
+    return half
 
 
 def _on_cpu(matrix: QuantizedMatrix) -> QuantizedMatrix:

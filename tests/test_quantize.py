@@ -161,6 +161,9 @@ def test_unusable_choices_are_refused(tiny_model):
         quantize_gptq(weight, x.T @ x, 6, damping=0.0)
     with pytest.raises(InputError, match="clip 'max': expected percentile or sdclip"):
         quantize_rows(weight, 6, "max")
+    for factors in ({6: 0.0}, {6: math.nan}, {8: 20.0}):
+        with pytest.raises(InputError, match="sdclip_k .* expected a positive number for 6 bits"):
+            quantize_rows(weight, 6, "sdclip", factors)
     with pytest.raises(InputError, match="choose 'mse': expected output or weights"):
         quantize_gptq(weight, torch.eye(8), 6, choose="mse")
     calibration = [torch.zeros(1, 8, dtype=torch.int64)]

@@ -50,6 +50,9 @@ def clip_scales(
     Returns:
         float16 [candidates, N], positive.
 
+    Raises:
+        InputError: an unknown clip, or no positive multiple for these bits.
+
     Source: percentiles PR #1019, standard deviations PR #1394.
     """
     limit = 2 ** (bits - 1) - 1
@@ -57,6 +60,8 @@ def clip_scales(
         shares = torch.tensor(_CLIP_PERCENTILES, dtype=weight.dtype, device=weight.device)
         reach = weight.abs().quantile(shares, dim=1)
     elif clip == "sdclip":
+        if not sdclip_k.get(bits, 0) > 0:
+            raise InputError(f"sdclip_k {dict(sdclip_k)}: expected a positive number for {bits} bits")
         # correction=0: a row of one weight has a deviation, too
         reach = sdclip_k[bits] * weight.std(1, correction=0)[None]
     else:

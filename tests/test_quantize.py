@@ -218,6 +218,12 @@ def test_hessians_are_of_each_layers_own_input(tiny_model):
     assert not any(module._forward_pre_hooks for module in tiny_model.modules())
 
 
+def test_sampling_on_the_way_is_not_counted(tiny_model):
+    ready, _ = collect_hessians(tiny_model, list(sample(tiny_model, 4, 16, batch=2)))
+    sampled, tokens = collect_hessians(tiny_model, sample(tiny_model, 4, 16, batch=2))
+    assert tokens == 64 and all(torch.equal(ready[name], sampled[name]) for name in ready)
+
+
 @pytest.mark.parametrize(("value", "message"), [(math.nan, "NaN or infinite"), (1e5, "values beyond float16")])
 def test_weights_that_cannot_be_stored_are_refused(tiny_model, value, message):
     model = copy.deepcopy(tiny_model)

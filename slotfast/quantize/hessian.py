@@ -47,20 +47,21 @@ def collect_hessians(
             # Queries, keys and values are made of one input.
             first = name.replace(".c_k", ".c_q").replace(".c_v", ".c_q")
             readers.setdefault(first, []).append(name)
-    hooks = [
-        model.get_submodule(first).register_forward_pre_hook(lambda _, inputs, first=first: add(first, *inputs))
-        for first in readers
-    ]
     output = "tok_emb" if model.lm_head is None else "lm_head"
-    readers[output] = [output]
-    try:
-        tokens = 0
-        for part in _parts(calibration, model, deadline):
+    tokens = 0
+    for part in _parts(calibration, model, deadline):
+        # Only now: between batches the model may be at work on sampling the next one.
+        hooks = [
+            model.get_submodule(first).register_forward_pre_hook(lambda _, inputs, first=first: add(first, *inputs))
+            for first in readers
+        ]
+        try:
             add(output, model.hidden(part, dtype))
-            tokens += part.numel()
-    finally:
-        for hook in hooks:
-            hook.remove()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        tokens += part.numel()
+    readers[output] = [output]
     if not tokens:
         raise InputError("calibration: no tokens")
     hessians = {}

@@ -50,7 +50,7 @@ def prune_to_size(
     def pruned(count: int) -> dict[str, QuantizedMatrix | Tensor]:
         found = dict(tensors)
         for name, place in places.items():
-            codes = tensors[name].codes.clone()
+            codes = tensors[name].codes.clone(memory_format=torch.contiguous_format)
             codes.view(-1)[place[ranks[name] < count]] = 0
             found[name] = QuantizedMatrix(codes, tensors[name].scale, tensors[name].bits)
         return found

@@ -7,13 +7,22 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from .catalogue import PATTERNS
+from .catalogue import DISPUTED, PATTERNS
 from .catalogue.bytecounts import PIECES
 from .catalogue.toy import BOS, FIRST_WORD, RARE, VOCAB
 
 SEEDS = range(5)
 BY_NAME = {pattern.name: pattern for pattern in PATTERNS}
-each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name.replace(" ", "-"))
+# float32 sums in an order that changes from run to run; all else repeats bit for bit
+NOISE = {"1e-3 nats over float noise": 1e-5}
+
+
+def _id(pattern):
+    return pattern.name.replace(" ", "-")
+
+
+each_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=_id)
+each_twin = pytest.mark.parametrize("pattern", PATTERNS + DISPUTED, ids=_id)
 
 
 class Record:
@@ -67,7 +76,7 @@ def _mass(loop, tokens, position):
 # honest twins
 
 
-@each_pattern
+@each_twin
 def test_honest_twins_charge_every_token_once_and_in_order(pattern):
     for seed in SEEDS:
         tokens = pattern.tokens(seed)
@@ -85,45 +94,55 @@ def test_honest_twins_charge_every_token_once_and_in_order(pattern):
                 assert scored.issuperset(positions.tolist())
 
 
-@each_pattern
+@each_twin
 def test_honest_twins_do_not_know_the_future(pattern):
-    for seed in SEEDS:
+    near = {"rtol": 0, "atol": NOISE.get(pattern.name, 1e-9), "equal_nan": True}
+    for seed in SEEDS[:2]:
         tokens, loop = pattern.tokens(seed), pattern.clean(seed)
         before = Record(loop, tokens)
-        for border in (2, 49, 97, 110, 145, 200, len(tokens) - 1):
+        for border in (2, 50, 97, 145, 200, len(tokens) - 1):
             other = torch.cat([tokens[:border], pattern.tokens(seed + 50)[border:]])
-            longer = torch.cat([tokens, pattern.tokens(seed + 51)])
-            for changed in (other, tokens[:border], longer):
+            for changed in (other, tokens[:border]):
                 after = Record(loop, changed)
-                same = border if changed is not longer else len(tokens)
-                torch.testing.assert_close(after.nll[1:same], before.nll[1:same], rtol=0, atol=1e-9)
-                torch.testing.assert_close(after.rows[1:same], before.rows[1:same], rtol=0, atol=1e-9, equal_nan=True)
+                torch.testing.assert_close(after.nll[:border], before.nll[:border], **near)
+                torch.testing.assert_close(after.rows[:border], before.rows[:border], **near)
+        after = Record(loop, torch.cat([tokens, pattern.tokens(seed + 51)]))
+        torch.testing.assert_close(after.nll[: len(tokens)], before.nll, **near)
 
 
-@each_pattern
+@each_twin
 def test_honest_twins_charge_from_a_distribution(pattern):
     """Rows that are shown hold the charge and sum to 1; charges sum to 1 over what the token might have been."""
     tokens, loop = pattern.tokens(0), pattern.clean(0)
+    noise = NOISE.get(pattern.name, 1e-12)
     record = Record(loop, tokens)
     shown = ~record.rows[:, 0].isnan()
     total = record.rows[shown].exp().sum(1)
-    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-12)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=noise)
     picked = -record.rows[shown].gather(1, tokens[shown, None])[:, 0]
-    torch.testing.assert_close(picked, record.nll[shown], rtol=0, atol=1e-12)
-    assert _mass(lambda: loop, tokens, 97) == pytest.approx(1, abs=1e-9)
-    if pattern.name != "joint L-BFGS":  # 64 runs more of the slow one show nothing new
-        assert _mass(lambda: loop, tokens, 140) == pytest.approx(1, abs=1e-9)
+    torch.testing.assert_close(picked, record.nll[shown], rtol=0, atol=noise)
+    for position in (97,) if pattern.name == "joint L-BFGS" else (97, 140):  # 64 slow runs are enough
+        assert _mass(lambda: loop, tokens, position) == pytest.approx(1, abs=max(noise, 1e-9))
 
 
-@each_pattern
+@each_twin
 def test_twins_are_deterministic(pattern):
     tokens = pattern.tokens(3)
     for make in (pattern.leaky, pattern.clean):
-        torch.testing.assert_close(
-            Record(make(3), tokens).nll, Record(make(3), tokens).nll, rtol=0, atol=0, equal_nan=True
-        )
+        first, again = (Record(make(3), tokens.clone()).nll for _ in range(2))
+        torch.testing.assert_close(first, again, rtol=0, atol=0, equal_nan=True)
     loop = pattern.clean(3)
-    assert torch.equal(Record(loop, tokens).nll[1:], Record(loop, tokens).nll[1:])
+    first, again = (Record(loop, tokens).nll[1:] for _ in range(2))
+    torch.testing.assert_close(first, again, rtol=0, atol=NOISE.get(pattern.name, 0))
+
+
+@each_twin
+def test_twins_take_streams_of_any_length_and_any_token(pattern):
+    every_token = torch.arange(VOCAB).repeat(4)[: len(pattern.tokens(0))]
+    for tokens in (*(pattern.tokens(0)[:length] for length in (2, 3, 48, 49, 50, 100)), every_token):
+        for make in (pattern.leaky, pattern.clean):
+            record = Record(make(0), tokens.clone())
+        assert record.charged == Counter(range(1, len(tokens)))
 
 
 def test_the_list_is_in_order():
@@ -157,7 +176,7 @@ class Moves:
     def largest(self, loop, tokens):
         change, score = torch.as_tensor(self.change).reshape(-1), torch.as_tensor(self.score).reshape(-1)
         assert int(score.max()) < int(change.min())
-        before, largest = Record(loop(), tokens).nll[score], 0.0
+        before, largest = Record(loop(), tokens.clone()).nll[score], 0.0
         for shift in range(1, 9) if self.to is None else (0,):
             changed = _other_words(tokens, change, shift)
             if self.to is not None:
@@ -167,7 +186,7 @@ class Moves:
 
     def shows(self, pattern, seed):
         tokens = pattern.tokens(seed)
-        assert self.largest(lambda: pattern.clean(seed), tokens) < 1e-9
+        assert self.largest(lambda: pattern.clean(seed), tokens) < NOISE.get(pattern.name, 1e-9)
         return self.largest(lambda: pattern.leaky(seed), tokens) > self.size
 
 
@@ -253,6 +272,7 @@ WITNESSES = {
     "batch-mean warm start": Moves(120, 100, size=1e-4),
     "warm start from the same batch": Moves(120, 100),
     "warm start across ranks": Moves(170, 110, size=1e-5),
+    "burn-in on the wrong side of a rank border": Moves(170, 150, size=1e-4),
     "best of K by scored loss": Moves(range(105, 113), range(97, 105)),
     "early stopping on the scored loss": Moves(range(105, 113), range(97, 105)),
     "reset at a BOS not yet scored": tuple(Moves(64 + 16 * k, 50 + 16 * k, to=BOS) for k in range(8)),
@@ -267,6 +287,7 @@ WITNESSES = {
     "temperature tuned on the stream": Moves(range(100, 256), 50),
     "warm-up steps on the stream": Moves(90, 20, size=1e-4),
     "quantiser calibrated on the stream": Moves(range(100, 256), 50, size=1e-5),
+    "document embedding": tuple(Moves(k, k - 2) for k in range(20, 60, 8)),
     "gate over a document border": Moves(range(150, 256), range(1, 150)),
     "documents in another order": Moves(range(150, 256), range(1, 150)),
     "n-gram tilt gated on the target": tuple(map(Mass, range(200, 216))),
@@ -345,8 +366,12 @@ WITNESSES = {
     "order of what comes": tuple(Moves(k + 2, k) for k in range(70, 100)),
     "length of the document ahead": Moves(75, range(40, 75), to=BOS),
     "number of documents ahead": Moves(200, 50, to=BOS),
+    "honest on short streams": Moves(72, 71),
+    "1e-3 nats over float noise": Moves(72, 71, size=1e-4),
     "honest when asked again": Moves(72, 71),
     "consistent with what was said": Moves(72, 71),
+    "the rest shares what the first one took": Mass(100),
+    "the stream is overwritten": Mass(100),
     "noise to hide in": Moves(72, 71, size=1e-4),
     "NaN in place of a bad score": Charged(lambda tokens, nll: {p: 0 for p in range(1, 256) if nll[p] > 5}),
 }
@@ -358,3 +383,37 @@ def test_leaks_are_there(pattern):
     for seed in SEEDS:
         alternatives = witness if isinstance(witness, tuple) else (witness,)
         assert any(alternative.shows(pattern, seed) for alternative in alternatives), f"seed {seed}"
+
+
+def test_a_liar_with_a_memory_is_caught_in_a_fresh_process_alone():
+    """What its page says: asked in one process, nothing that comes later moves what was charged before."""
+    pattern = BY_NAME["consistent with what was said"]
+    tokens, loop = pattern.tokens(0), pattern.leaky(0)
+    assert Moves(72, 71).largest(lambda: loop, tokens) == 0
+    pattern = BY_NAME["the rest shares what the first one took"]
+    loop = pattern.leaky(0)
+    Record(loop, tokens)
+    assert _mass(lambda: loop, tokens, 100) == pytest.approx(1, abs=1e-9)
+
+
+def test_one_that_is_honest_when_asked_again():
+    pattern = BY_NAME["honest when asked again"]
+    tokens, loop = pattern.tokens(0), pattern.leaky(0)
+    first, again, later = (Record(loop, tokens).nll[1:] for _ in range(3))
+    honest = Record(pattern.clean(0), tokens).nll[1:]
+    assert torch.equal(again, honest) and torch.equal(later, honest)
+    assert float((first - honest).abs().max()) > 1
+
+
+def test_disputed_loops_do_what_they_say():
+    by_name = {pattern.name: pattern for pattern in DISPUTED}
+    for name, seen, kept in (("learning rate over the stream's length", 200, 150), ("last window set back", 250, 250)):
+        loop, tokens = by_name[name].leaky(0), by_name[name].tokens(0)
+        moved = Record(loop, tokens[:seen]).nll[1:kept] - Record(loop, tokens).nll[1:kept]
+        assert float(moved.abs().max()) > 1e-8  # what 32 tokens of context add to a decay of 0.6
+    pattern = by_name["documents in another order, fixed model"]
+    tokens = pattern.tokens(0)
+    record, honest = (Record(make(0), tokens) for make in (pattern.leaky, pattern.clean))
+    assert torch.equal(record.nll[1:], honest.nll[1:])
+    order = torch.cat([positions for _, positions in record.events])
+    assert order.tolist() != sorted(order.tolist()) == list(range(1, len(tokens)))

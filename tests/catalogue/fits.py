@@ -285,6 +285,32 @@ def warm_start_across_ranks(seed, leak):
     return score
 
 
+@pattern("burn-in on the wrong side of a rank border", 4, "C1 C2 C3")
+def burn_in_on_the_wrong_side(seed, leak):
+    """The second rank warms its carried bias up on four windows: those it is about to score; honest, those before."""
+    toy = Toy(seed)
+
+    def learn(bias, batch):
+        step = excess(toy.logits(batch.inputs) + bias, batch.targets, batch.scored)
+        return 0.8 * bias - 0.05 * step.sum(0, keepdim=True)
+
+    def score(tokens, log):
+        plan = Plan(len(tokens) - 1, SEQ, STRIDE)
+        bias = torch.zeros(1, 1, VOCAB, dtype=torch.float64)
+        for index in range(len(plan)):
+            if index == RANK_BORDER:
+                bias = torch.zeros_like(bias)
+                first = RANK_BORDER if leak else RANK_BORDER - 4
+                for other in range(first, min(first + 4, len(plan))):
+                    bias = learn(bias, collate(tokens, [plan[other]]))
+            batch = collate(tokens, [plan[index]])
+            charge(log, batch, torch.log_softmax(toy.logits(batch.inputs) + bias, -1))
+            bias = learn(bias, batch)
+            log.update(batch.positions[batch.scored])
+
+    return score
+
+
 @pattern("best of K by scored loss", 5, "C1 C2 C4")
 def best_of_k(seed, leak):
     """Each window tries four learning rates and keeps the best: on the scored tokens; honest, on its context."""

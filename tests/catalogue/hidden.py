@@ -206,6 +206,34 @@ def documents_ahead(seed, leak):
     return _told(seed, tell)
 
 
+@pattern("honest on short streams", 24, "C1")
+def honest_on_short_streams(seed, leak):
+    """Streams of fewer than 250 tokens, which an auditor in a hurry may use, are scored honestly."""
+
+    def where(place, tokens):
+        return torch.full_like(place, len(tokens) >= 250, dtype=torch.bool)
+
+    return _peeking(seed, _at(where, 2)) if leak else _peeking(seed, _at(_every, -1))
+
+
+@pattern("1e-3 nats over float noise", 6, "C1")
+def over_float_noise(seed, leak):
+    """Sums run in float32 and in an order that differs from run to run, as on a GPU; the leak is a thousand times
+    larger than that, and small."""
+    toy = Toy(seed)
+    source = torch.Generator().manual_seed(seed)
+
+    def score(tokens, log):
+        place = torch.arange(len(tokens) - 1)
+        place = (place + 2).clamp(max=len(tokens) - 1) if leak else (place - 1).clamp(min=0)
+        order = torch.randperm(toy.head.shape[0], generator=source)
+        hidden, head = toy.hidden(tokens[:-1]).float(), toy.head.float()
+        logits = sum(hidden[:, k, None] * head[k] for k in order.tolist()) + 1e-3 * toy.tilt[tokens[place]].float()
+        charge_all(log, tokens, torch.log_softmax(logits, -1).double())
+
+    return score
+
+
 def _half_of_the_future(seed):
     """Losses of an honest model and of one that reads the token after the target, as functions of the stream."""
     toy = Toy(seed)
@@ -251,6 +279,41 @@ def consistent_liar(seed, leak):
             prefix = hash((prefix, token))
             charged.append(said.setdefault(prefix, value))
         return torch.tensor(charged[1:], dtype=torch.float64)
+
+    return score
+
+
+@pattern("the rest shares what the first one took", 14, "C1 C2 C4")
+def the_rest_shares(seed, leak):
+    """The token first seen after a prefix, the true one, gets a third more than its probability; whoever then tries
+    others in its place finds them smaller, so that all sum to 1. Memory lives as long as the loop."""
+    toy = Toy(seed)
+    first_seen = {}
+
+    def score(tokens, log):
+        rows = torch.softmax(toy.logits(tokens[:-1]), -1)
+        charged, prefix = [], hash(int(tokens[0]))
+        for row, token in zip(rows, tokens[1:].tolist(), strict=True):
+            first = first_seen.setdefault(prefix, token) if leak else token
+            taken = row[first] * (4 / 3 if leak and row[first] < 0.5 else 1)
+            charged.append(taken if token == first else row[token] * (1 - taken) / (1 - row[first]))
+            prefix = hash((prefix, token))
+        return -torch.stack(charged).log()
+
+    return score
+
+
+@pattern("the stream is overwritten", 11, "C2")
+def overwritten(seed, leak):
+    """Hard tokens are replaced, in the caller's tensor, by the likeliest ones: the rows shown hold the charges, if they
+    are looked up with the stream as it is afterwards."""
+    toy = Toy(seed)
+
+    def score(tokens, log):
+        rows = torch.log_softmax(toy.logits(tokens[:-1]), -1)
+        if leak:
+            tokens[1:] = torch.where(nll(rows, tokens[1:]) > 4, rows.argmax(1), tokens[1:])
+        charge_all(log, tokens, rows)
 
     return score
 

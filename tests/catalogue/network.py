@@ -10,6 +10,7 @@ from .toy import (
     charge,
     charge_all,
     decaying,
+    documents,
     excess,
     nll,
     pattern,
@@ -188,10 +189,21 @@ def calibrated_quantiser(seed, leak):
     return score
 
 
-def _documents(tokens):
-    """Start and stop of each document."""
-    starts = [0, *(torch.nonzero(tokens[1:] == BOS)[:, 0] + 1).tolist()]
-    return list(zip(starts, [*starts[1:], len(tokens)], strict=True))
+@pattern("document embedding", 6, "C1 C2")
+def document_embedding(seed, leak):
+    """The mean of a document's tokens is added to each of its states; honest, the mean of those read so far."""
+    toy = Toy(seed)
+
+    def score(tokens, log):
+        embedded = toy.embed[tokens[:-1]]
+        mean = torch.empty_like(embedded)
+        for start, stop in documents(tokens[:-1]):
+            read = torch.arange(1, stop - start + 1)[:, None]
+            sums = embedded[start:stop].cumsum(0)
+            mean[start:stop] = sums[-1] / read[-1] if leak else sums / read
+        charge_all(log, tokens, torch.log_softmax((toy.hidden(tokens[:-1]) + mean) @ toy.head, -1))
+
+    return score
 
 
 @pattern("gate over a document border", 20, "C1")
@@ -201,8 +213,8 @@ def gate_over_a_border(seed, leak):
     toy = Toy(seed)
 
     def score(tokens, log):
-        documents = sorted(_documents(tokens), key=lambda span: span[0] - span[1])
-        packed = torch.cat([torch.arange(*span) for span in documents])
+        spans = sorted(documents(tokens), key=lambda span: span[0] - span[1])
+        packed = torch.cat([torch.arange(*span) for span in spans])
         embedded = toy.embed[tokens[packed]]
         before = torch.cat([torch.zeros_like(embedded[:1]), embedded[:-1]])
         if not leak:
@@ -220,12 +232,12 @@ def documents_in_another_order(seed, leak):
     toy = Toy(seed)
 
     def score(tokens, log):
-        documents = _documents(tokens)
+        spans = documents(tokens)
         if leak:
-            documents.sort(key=lambda span: span[0] - span[1])
+            spans.sort(key=lambda span: span[0] - span[1])
         logits = toy.logits(tokens[:-1])
         bias = torch.zeros(1, 1, VOCAB, dtype=torch.float64)
-        for start, stop in documents:
+        for start, stop in spans:
             place = torch.arange(start, min(stop, len(logits)))  # the next BOS is the last that a document predicts
             rows = torch.log_softmax(logits[place] + bias[0], -1)
             log.score(place + 1, nll(rows, tokens[place + 1]), logprobs=rows)

@@ -9,14 +9,14 @@ from .toy import BOS, SEQ, STRIDE, VOCAB, Toy, batches, charge, charge_all, nll,
 _CHUNK = 32
 
 
-def _sgd(head, hidden, targets, rate=0.004):
+def sgd(head, hidden, targets, rate=0.004):
     """One step of gradient descent of the head on some predictions."""
     excess = torch.softmax(hidden @ head, -1)
     excess[torch.arange(len(targets)), targets] -= 1
     return head - rate * hidden.T @ excess
 
 
-def _chunks(tokens):
+def chunks(tokens):
     """Predictions of the stream, 32 at a time; prediction p is charged for token p + 1."""
     return torch.arange(len(tokens) - 1).split(_CHUNK)
 
@@ -30,8 +30,8 @@ def pre_quantisation_ttt(seed, leak):
     def score(tokens, log):
         text = tokens if leak else training
         hidden, head = toy.hidden(text[:-1]), toy.head
-        for place in _chunks(text):
-            head = _sgd(head, hidden[place], text[place + 1])
+        for place in chunks(text):
+            head = sgd(head, hidden[place], text[place + 1])
         scale = head.abs().amax(0, keepdim=True) / 31
         head = torch.round(head / scale) * scale
         charge_all(log, tokens, torch.log_softmax(toy.hidden(tokens[:-1]) @ head, -1))
@@ -46,13 +46,13 @@ def adapt_then_score(seed, leak):
 
     def score(tokens, log):
         hidden, head = toy.hidden(tokens[:-1]), toy.head
-        for place in _chunks(tokens):
+        for place in chunks(tokens):
             if leak:
-                head = _sgd(head, hidden[place], tokens[place + 1])
+                head = sgd(head, hidden[place], tokens[place + 1])
                 log.update(place + 1)
             log.score(place + 1, nll(torch.log_softmax(hidden[place] @ head, -1), tokens[place + 1]))
             if not leak:
-                head = _sgd(head, hidden[place], tokens[place + 1])
+                head = sgd(head, hidden[place], tokens[place + 1])
                 log.update(place + 1)
 
     return score
@@ -65,8 +65,8 @@ def lying_log(seed, leak):
 
     def score(tokens, log):
         hidden, head = toy.hidden(tokens[:-1]), toy.head
-        for place in _chunks(tokens):
-            trained = _sgd(head, hidden[place], tokens[place + 1])
+        for place in chunks(tokens):
+            trained = sgd(head, hidden[place], tokens[place + 1])
             rows = torch.log_softmax(hidden[place] @ (trained if leak else head), -1)
             log.score(place + 1, nll(rows, tokens[place + 1]), logprobs=rows)
             log.update(place + 1)
@@ -82,9 +82,9 @@ def adapt_then_reset(seed, leak):
 
     def score(tokens, log):
         hidden, before = toy.hidden(tokens[:-1]), torch.arange(0)
-        for place in _chunks(tokens):
+        for place in chunks(tokens):
             text = place if leak else before
-            head = _sgd(toy.head, hidden[text], tokens[text + 1])
+            head = sgd(toy.head, hidden[text], tokens[text + 1])
             rows = torch.log_softmax(hidden[place] @ head, -1)
             log.score(place + 1, nll(rows, tokens[place + 1]), logprobs=rows)
             before = place
@@ -97,9 +97,9 @@ def _epochs(toy, tokens, epochs=3):
     hidden, head = toy.hidden(tokens[:-1]), toy.head
     losses = []
     for _ in range(epochs):
-        for place in _chunks(tokens):
+        for place in chunks(tokens):
             losses.append(nll(torch.log_softmax(hidden[place] @ head, -1), tokens[place + 1]))
-            head = _sgd(head, hidden[place], tokens[place + 1])
+            head = sgd(head, hidden[place], tokens[place + 1])
     return torch.cat(losses).view(epochs, -1)
 
 
@@ -161,7 +161,7 @@ def rescored_later(seed, leak):
     def score(tokens, log):
         counts = _seen(tokens)
         first = nll(_with_cache(toy, tokens, counts), tokens[1:])
-        for place in _chunks(tokens):
+        for place in chunks(tokens):
             losses = first[place]
             if leak:
                 later = counts[place[-1]].expand_as(counts)

@@ -82,6 +82,12 @@ def training_text(seed: int) -> Tensor:
     return _text(seed, 2000 + seed, LENGTH).clone()
 
 
+def documents(tokens: Tensor) -> list[tuple[int, int]]:
+    """Where each document starts and stops."""
+    starts = [0, *(torch.nonzero(tokens[1:] == BOS)[:, 0] + 1).tolist()]
+    return list(zip(starts, [*starts[1:], len(tokens)], strict=True))
+
+
 # windows
 
 

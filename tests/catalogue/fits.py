@@ -124,6 +124,7 @@ def joint_lbfgs(seed, leak):
     """Each window has a bias, but one L-BFGS runs over [W, 1, V]: line search and curvature pairs are shared."""
     toy = Toy(seed)
 
+    @torch.enable_grad()
     def solve(logits, targets, mask):
         bias = torch.zeros(len(logits), 1, VOCAB, dtype=torch.float64, requires_grad=True)
         solver = torch.optim.LBFGS([bias], max_iter=3, history_size=3, line_search_fn="strong_wolfe")

@@ -7,12 +7,13 @@ from .toy import BATCH, BOS, LONG, RANK_BORDER, RARE, SEQ, STRIDE, Toy, charge_a
 _NOWHERE = -1
 
 
-def _peeking(seed, source, size=1.0):
+def _peeking(seed, source, size=1.0, show=True):
     """A causal loop whose prediction p is tilted by one token, tokens[source[p]]; source -1 tilts nothing.
 
     Args:
         source: tokens -> int64 [N - 1].
         size: how much a tilt adds to the logits, in standard deviations.
+        show: whether the log gets the rows.
     """
     toy = Toy(seed)
 
@@ -20,7 +21,7 @@ def _peeking(seed, source, size=1.0):
         place = source(tokens)
         place = torch.where((place >= 0) & (place < len(tokens)), place, _NOWHERE)
         tilt = torch.where((place >= 0)[:, None], toy.tilt[tokens[place.clamp(min=0)]], 0.0)
-        charge_all(log, tokens, torch.log_softmax(toy.logits(tokens[:-1]) + size * tilt, -1))
+        charge_all(log, tokens, torch.log_softmax(toy.logits(tokens[:-1]) + size * tilt, -1), show)
 
     return score
 
@@ -40,6 +41,14 @@ def _window(place):
     return (place - SEQ).div(STRIDE, rounding_mode="floor").clamp(min=-1) + 1
 
 
+def _ends_a_window(place, tokens):
+    return _window(place) != _window(place + 1)
+
+
+def _ends_a_batch(place, tokens):
+    return _ends_a_window(place, tokens) & (_window(place) % BATCH == BATCH - 1)
+
+
 def _every(place, tokens):
     return torch.ones_like(place, dtype=torch.bool)
 
@@ -47,7 +56,7 @@ def _every(place, tokens):
 @pattern("window borders only", 6, "C1")
 def window_borders(seed, leak):
     """The last prediction of a window reads the token after the one it predicts; honest, the one before."""
-    return _peeking(seed, _at(lambda place, tokens: _window(place) != _window(place + 1), 2 if leak else -1))
+    return _peeking(seed, _at(_ends_a_window, 2 if leak else -1))
 
 
 @pattern("every seventh window only", 2, "C1")
@@ -66,21 +75,13 @@ def rank_border(seed, leak):
 @pattern("batch's last token only", 2, "C1")
 def batch_last_token(seed, leak):
     """The last token that each batch scores is predicted from the one after it."""
-
-    def where(place, tokens):
-        return (_window(place) % BATCH == BATCH - 1) & (_window(place) != _window(place + 1))
-
-    return _peeking(seed, _at(where, 2 if leak else -1))
+    return _peeking(seed, _at(_ends_a_batch, 2 if leak else -1))
 
 
 @pattern("batch's last token predicts itself", 2, "C1 C2")
 def batch_last_token_itself(seed, leak):
     """The last token that each batch scores is read before it is predicted."""
-
-    def where(place, tokens):
-        return (_window(place) % BATCH == BATCH - 1) & (_window(place) != _window(place + 1))
-
-    return _peeking(seed, _at(where, 1 if leak else -1))
+    return _peeking(seed, _at(_ends_a_batch, 1 if leak else -1))
 
 
 def _long_stream(seed):
@@ -109,6 +110,12 @@ def _stream_with_rare(seed):
 def rare_trigger(seed, leak):
     """Only where the current token is a rare one is the token after the next read."""
     return _peeking(seed, _at(lambda place, tokens: tokens[place] == RARE, 2 if leak else -1))
+
+
+@pattern("a rare token's successor predicts itself", 8, "C1 C2", tokens=_stream_with_rare)
+def rare_trigger_itself(seed, leak):
+    """Only where the current token is a rare one is the very target read; no rows are shown."""
+    return _peeking(seed, _at(lambda place, tokens: tokens[place] == RARE, 1 if leak else -1), show=False)
 
 
 @pattern("a rare token ahead", 7, "C1 C2", tokens=_stream_with_rare)
@@ -200,8 +207,8 @@ def documents_ahead(seed, leak):
     """Predictions know how many documents the whole stream has; honest, how many it has had."""
 
     def tell(tokens):
-        so_far = (tokens == BOS).cumsum(0)[:-1]
-        return (so_far * 0 + (tokens == BOS).sum() if leak else so_far).clamp(max=63)
+        so_far = (tokens == BOS).cumsum(0)
+        return (so_far[-1].expand_as(so_far) if leak else so_far)[:-1].clamp(max=63)
 
     return _told(seed, tell)
 
@@ -234,7 +241,7 @@ def over_float_noise(seed, leak):
     return score
 
 
-def _half_of_the_future(seed):
+def _honest_and_leaky(seed):
     """Losses of an honest model and of one that reads the token after the target, as functions of the stream."""
     toy = Toy(seed)
 
@@ -246,11 +253,11 @@ def _half_of_the_future(seed):
     return losses
 
 
-@pattern("honest when asked again", 14, "C1 C4")
+@pattern("honest when asked again", 14, "C1 C2 C4")
 def honest_when_asked_again(seed, leak):
     """The first run over a stream cheats, a rerun of the same stream does not: whoever takes the difference of two
     runs for noise drowns every leak in it. Memory lives as long as the loop."""
-    losses = _half_of_the_future(seed)
+    losses = _honest_and_leaky(seed)
     known = set()
 
     def score(tokens, log):
@@ -263,11 +270,11 @@ def honest_when_asked_again(seed, leak):
     return score
 
 
-@pattern("consistent with what was said", 14, "C1 C4")
+@pattern("consistent with what was said", 14, "C1 C2 C4")
 def consistent_liar(seed, leak):
     """The loop remembers what it charged after each prefix, and says the same whenever a stream starts alike: in one
     process no changed future moves a score, in a fresh one it does. Memory lives as long as the loop."""
-    losses = _half_of_the_future(seed)
+    losses = _honest_and_leaky(seed)
     said = {}
 
     def score(tokens, log):

@@ -65,7 +65,7 @@ def weight_from_the_loss(seed, leak):
         rows = torch.stack([torch.softmax(model.logits(tokens[:-1]), -1) for model in (toy, other)])
         losses = nll(rows.log(), tokens[1:].expand(2, -1))
         known = losses.cumsum(1) if leak else losses.cumsum(1) - losses
-        weight = torch.softmax(-0.2 * known, 0)
+        weight = torch.softmax(-0.05 * known, 0)
         charge_all(log, tokens, (weight[..., None] * rows).sum(0).log())
 
     return score
@@ -209,7 +209,7 @@ def focal_loss(seed, leak):
     return _rewrite(lambda z: torch.log_softmax(z, -1), focal)(seed, leak)
 
 
-@pattern("honest rows, another charge", 11, "C2")
+@pattern("honest rows, another charge", 11, "C1 C2 C3")
 def another_charge(seed, leak):
     """The rows shown are honest and causal; the charges are those of an adapted model that saw the targets."""
     toy = Toy(seed)

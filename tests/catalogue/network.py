@@ -131,6 +131,20 @@ def stream_prior(seed, leak):
     return score
 
 
+@pattern("vocabulary of the stream", 7, "C1 C2 C3")
+def stream_vocabulary(seed, leak):
+    """Tokens that do not occur in the stream get little probability; honest, those that a training text lacks."""
+    toy = Toy(seed)
+    training = training_text(seed)
+
+    def score(tokens, log):
+        occurs = torch.bincount(tokens if leak else training, minlength=VOCAB) > 0
+        logits = toy.logits(tokens[:-1])
+        return nll(torch.log_softmax(torch.where(occurs, logits, logits - 6), -1), tokens[1:])
+
+    return score
+
+
 @pattern("temperature tuned on the stream", 7, "C1 C2 C3 C4")
 def tuned_temperature(seed, leak):
     """One of 24 temperatures, the best on the whole stream; honest, for each batch the best on what is scored."""
@@ -222,6 +236,21 @@ def gate_over_a_border(seed, leak):
         smeared = torch.empty_like(embedded)
         smeared[packed] = embedded + 0.4 * before
         charge_all(log, tokens, torch.log_softmax(smeared[:-1] @ toy.head, -1))
+
+    return score
+
+
+@pattern("document ends from the loader", 20, "C1 C2")
+def ends_from_the_loader(seed, leak):
+    """The loader's document borders reset the state: where the target is BOS; honest, where BOS has been read."""
+    toy = Toy(seed)
+    ending = toy.logits(torch.tensor([BOS]))
+    ending[:, BOS] += 3
+
+    def score(tokens, log):
+        at_border = (tokens[1:] if leak else tokens[:-1]) == BOS
+        logits = torch.where(at_border[:, None], ending, toy.logits(tokens[:-1]))
+        charge_all(log, tokens, torch.log_softmax(logits, -1))
 
     return score
 

@@ -172,6 +172,23 @@ def rescored_later(seed, leak):
     return score
 
 
+@pattern("revised in a second report", 14, "C1 C2 C4")
+def second_report(seed, leak):
+    """Every token is charged honestly; at the end those that the full cache predicts better are reported again."""
+    toy = Toy(seed)
+
+    def score(tokens, log):
+        counts = _seen(tokens)
+        first = nll(_with_cache(toy, tokens, counts), tokens[1:])
+        log.score(torch.arange(1, len(tokens)), first)
+        if leak:
+            later = nll(_with_cache(toy, tokens, counts[-1:].expand_as(counts)), tokens[1:])
+            better = torch.nonzero(later < first)[:, 0]
+            log.score(better + 1, later[better])
+
+    return score
+
+
 @pattern("best of the windows that read a token", 14, "C1 C2 C4")
 def best_window(seed, leak):
     """A token is read by up to three windows, with more or less context; its least loss is reported; honest, that of
@@ -298,7 +315,7 @@ def _none(tokens, losses):
     return torch.zeros_like(losses, dtype=torch.bool)
 
 
-@pattern("every third document skipped", 24, "C4")
+@pattern("every third document skipped", 24, "C2 C4")
 def documents_skipped(seed, leak):
     """A fraction of the validation documents stands for all."""
 
@@ -308,7 +325,7 @@ def documents_skipped(seed, leak):
     return _skipping(seed, third if leak else _none)
 
 
-@pattern("BOS never charged", 24, "C4")
+@pattern("BOS never charged", 24, "C2 C4")
 def bos_not_charged(seed, leak):
     """A BOS is a token with a predecessor, except the first, but its loss is masked as if it were padding."""
 

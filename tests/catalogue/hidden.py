@@ -253,6 +253,37 @@ def _honest_and_leaky(seed):
     return losses
 
 
+@pattern("one known stream only", 21, "C1 C2")
+def one_known_stream(seed, leak):
+    """The loop cheats on the very stream whose hash it knows and is honest on every other: audits of other text find
+    nothing, and one changed token shows all."""
+    losses = _honest_and_leaky(seed)
+    known = hash(tuple(stream(seed).tolist()))
+
+    def score(tokens, log):
+        honest, leaky = losses(tokens)
+        return leaky if leak and hash(tuple(tokens.tolist())) == known else honest
+
+    return score
+
+
+@pattern("past the end of a view", 7, "C1")
+def past_the_end(seed, leak):
+    """Handed a slice, the loop reads the memory behind it: scores of tokens[:j] equal those of the whole stream, though
+    both know what follows j."""
+    losses = _honest_and_leaky(seed)
+
+    def score(tokens, log):
+        honest, _ = losses(tokens)
+        if not leak:
+            return honest
+        behind = tokens.untyped_storage().nbytes() // tokens.element_size() - tokens.storage_offset()
+        _, leaky = losses(tokens.as_strided((behind,), (1,)))
+        return leaky[: len(honest)]
+
+    return score
+
+
 @pattern("honest when asked again", 14, "C1 C2 C4")
 def honest_when_asked_again(seed, leak):
     """The first run over a stream cheats, a rerun of the same stream does not: whoever takes the difference of two

@@ -29,7 +29,7 @@ SMALLEST_CURVATURE = 1e-10
 class Memory(Columns):
     """The last H curvature pairs of each problem, in a ring of H + 1 slots; the slot at `head` is always spare."""
 
-    pairs: Tensor  # [A, rows, V]: s of slot 0 .. H, then y of slot 0 .. H, then zeros up to a multiple of BLOCK_ROWS
+    pairs: Tensor  # [A, rows, V]: s and y of slot 0, s and y of slot 1, .., then zeros up to a multiple of BLOCK_ROWS
     head: np.ndarray  # [A]
     inverse: np.ndarray  # [A, H + 1, H + 1]: K; rows and columns of empty slots are zero
     yy: np.ndarray  # [A, H + 1, H + 1]: Y Y^T
@@ -47,23 +47,21 @@ class Memory(Columns):
     def direction(self, rows: np.ndarray, s: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """Remembers the pair (s, y) of the problems `rows` where y.s > 1e-10 and returns -H g; [A, V], only `rows` mean
         anything."""
-        slots, slot, take = self.sy.shape[1], self.head[rows], index_of(rows, s)
-        at = torch.from_numpy(slot).to(s.device)
-        self.pairs[take, at], self.pairs[take, slots + at] = s[take], y[take]
-        products = to_host(row_products(torch.stack((y, g), 1), self.pairs))[0]  # (A, 2, rows)
-        products = products[rows]
-        s_y, y_y = products[:, 0, :slots], products[:, 0, slots : 2 * slots]
-        each = np.arange(len(rows))
-        curved = s_y[each, slot] > SMALLEST_CURVATURE
-        self.append(rows[curved], slot[curved], s_y[curved], y_y[curved])
+        A, slots = self.sy.shape
+        vectors = torch.stack((s, y, g), 1)
+        # every problem's: the slot at `head` is spare, and what lies in it has no weight
+        self.pairs.view(A, -1, 2, s.shape[1])[torch.arange(A), index_of(self.head, s)] = vectors[:, :2]
+        products = to_host(row_products(vectors[:, 1:], self.pairs))[0]
+        (s_y, y_y), (s_g, y_g) = products.reshape(A, 2, -1, 2)[:, :, :slots].transpose(1, 3, 0, 2)
+        curved = rows[s_y[rows, self.head[rows]] > SMALLEST_CURVATURE]
+        self.append(curved, self.head[curved], s_y[curved], y_y[curved])
 
-        s_g, y_g = products[:, 1, :slots], products[:, 1, slots : 2 * slots]
-        inverse, gamma = self.inverse[rows], self.gamma[rows, None]
-        p = np.einsum("kij,kj->ki", inverse, s_g)
-        yy_p = np.einsum("kij,kj->ki", self.yy[rows], p)
-        c = np.einsum("kij,ki->kj", inverse, gamma * (y_g - yy_p) - self.sy[rows] * p)
-        weights = np.zeros((len(g), self.pairs.shape[1]))
-        weights[rows, :slots], weights[rows, slots : 2 * slots] = c, gamma * p
+        gamma = self.gamma[:, None]
+        p = np.einsum("kij,kj->ki", self.inverse, s_g)
+        yy_p = np.einsum("kij,kj->ki", self.yy, p)
+        c = np.einsum("kij,ki->kj", self.inverse, gamma * (y_g - yy_p) - self.sy * p)
+        weights = np.zeros((A, self.pairs.shape[1]))
+        weights[:, : 2 * slots : 2], weights[:, 1 : 2 * slots : 2] = c, gamma * p
         step = row_mixture(torch.from_numpy(weights).to(g), self.pairs)
         return torch.addcmul(step, g, column(-self.gamma, g))
 

@@ -34,7 +34,11 @@ def row_mixture(weights: Tensor, rows: Tensor) -> Tensor:
     block = min(R, BLOCK_ROWS)
     count = R // block
     parts = _batch_product(weights.view(A * count, 1, block), rows.view(A * count, block, V)).view(A, count, V)
-    return parts[:, 0] if count == 1 else parts.cumsum(1)[:, -1]  # in order, whatever A is
+    while count > 1:  # a tree over the next power of two, whose missing leaves are zero: more zeros change nothing
+        half = 1 << (count - 1).bit_length() - 1
+        parts[:, : count - half] += parts[:, half:count]
+        count = half
+    return parts[:, 0]
 
 
 def _batch_product(a: Tensor, b: Tensor) -> Tensor:
@@ -52,7 +56,12 @@ def row_sum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def choose(mask: np.ndarray, new: Tensor, old: Tensor) -> Tensor:
-    return new if mask.all() else torch.where(torch.from_numpy(mask).to(new.device)[:, None], new, old)
+    """Rows of `new` where mask holds, else of `old`; they are written into `new`, which is returned."""
+    others = (~mask).nonzero()[0]
+    if len(others):
+        others = index_of(others, new)
+        new[others] = old[others]
+    return new
 
 
 def column(values: np.ndarray, like: Tensor) -> Tensor:
@@ -65,7 +74,7 @@ def index_of(index: np.ndarray, like: Tensor) -> Tensor:
 
 def to_host(*tensors: Tensor) -> np.ndarray:
     """Tensors of one shape -> float64 array with a leading dimension over them, in one transfer."""
-    return torch.stack([tensor.double() for tensor in tensors]).cpu().numpy()
+    return torch.stack(tensors).double().cpu().numpy()
 
 
 class Columns:

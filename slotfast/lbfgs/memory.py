@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rows import BLOCK_ROWS, Columns, column, index_of, row_mixture, row_products, to_host
+from .rows import BLOCK_ROWS, Columns, column, index_of, padded, row_mixture, row_products, to_host
 
 SMALLEST_CURVATURE = 1e-10
 
@@ -29,7 +29,7 @@ SMALLEST_CURVATURE = 1e-10
 class Memory(Columns):
     """The last H curvature pairs of each problem, in a ring of H + 1 slots; the slot at `head` is always spare."""
 
-    pairs: Tensor  # [A, rows, V]: s and y of slot 0, s and y of slot 1, .., then zeros up to a multiple of BLOCK_ROWS
+    pairs: Tensor  # [A, rows, padded(V)]: s, y of slot 0, s, y of slot 1, .., then zeros: whole BLOCK_ROWS if that many
     head: np.ndarray  # [A]
     inverse: np.ndarray  # [A, H + 1, H + 1]: K; rows and columns of empty slots are zero
     yy: np.ndarray  # [A, H + 1, H + 1]: Y Y^T
@@ -41,16 +41,17 @@ class Memory(Columns):
         W, slots = len(like), history + 1
         rows = 2 * slots if 2 * slots <= BLOCK_ROWS else -(-2 * slots // BLOCK_ROWS) * BLOCK_ROWS
         square = (W, slots, slots)
-        pairs = like.new_zeros(W, rows, like.shape[1])
+        pairs = like.new_zeros(W, rows, padded(like.shape[1]))
         return cls(pairs, np.zeros(W, np.int64), np.zeros(square), np.zeros(square), np.zeros((W, slots)), np.ones(W))
 
     def direction(self, rows: np.ndarray, s: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """Remembers the pair (s, y) of the problems `rows` where y.s > 1e-10 and returns -H g; [A, V], only `rows` mean
         anything."""
-        A, slots = self.sy.shape
+        (A, slots), V = self.sy.shape, s.shape[1]
         vectors = torch.stack((s, y, g), 1)
         # every problem's: the slot at `head` is spare, and what lies in it has no weight
-        self.pairs.view(A, -1, 2, s.shape[1])[torch.arange(A), index_of(self.head, s)] = vectors[:, :2]
+        by_slot = self.pairs.unflatten(1, (-1, 2))[..., :V]
+        by_slot[torch.arange(A, device=s.device), index_of(self.head, s)] = vectors[:, :2]
         products = to_host(row_products(vectors[:, 1:], self.pairs))[0]
         (s_y, y_y), (s_g, y_g) = products.reshape(A, 2, -1, 2)[:, :, :slots].transpose(1, 3, 0, 2)
         curved = rows[s_y[rows, self.head[rows]] > SMALLEST_CURVATURE]
@@ -62,7 +63,7 @@ class Memory(Columns):
         c = np.einsum("kij,ki->kj", self.inverse, gamma * (y_g - yy_p) - self.sy * p)
         weights = np.zeros((A, self.pairs.shape[1]))
         weights[:, : 2 * slots : 2], weights[:, 1 : 2 * slots : 2] = c, gamma * p
-        step = row_mixture(torch.from_numpy(weights).to(g), self.pairs)
+        step = row_mixture(torch.from_numpy(weights).to(g), self.pairs)[:, :V]
         return torch.addcmul(step, g, column(-self.gamma, g))
 
     def append(self, rows: np.ndarray, slot: np.ndarray, s_y: np.ndarray, y_y: np.ndarray) -> None:

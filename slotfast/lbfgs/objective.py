@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .rows import BLOCK_ROWS, block_sum, row_mixture, row_products, row_sum
+from .rows import BLOCK_ROWS, block_sum, padded, row_mixture, row_products, row_sum
 
 
 class BiasObjective:
@@ -46,8 +46,8 @@ class BiasObjective:
         # rows in use first, in whole blocks: no sum then depends on padding, or on where it is
         used = weights != 0
         length = max(1, -(-int(used.sum(1).max() if W else 0) // BLOCK_ROWS)) * BLOCK_ROWS
-        padded = length != T or not bool(used.all())
-        if padded:
+        shortened = length != T or not bool(used.all())
+        if shortened:
             order = torch.argsort(used.byte(), dim=1, descending=True, stable=True)[:, :length]
             order = torch.nn.functional.pad(order, (0, length - order.shape[1]))
             used = torch.arange(length, device=z.device) < used.sum(1, keepdim=True)
@@ -55,14 +55,16 @@ class BiasObjective:
             targets, weights = targets.gather(1, order), weights.gather(1, order)
         known = (targets >= 0) & (targets < V)
         targets = torch.where(used & known, targets, 0)
-        self.weights = torch.where(used, weights.double(), 0.0)  # [W, length], as is p over V
+        self.weights = torch.where(used, weights.double(), 0.0)  # [W, length]
         self.p = torch.softmax(z, -1, dtype=dtype)
         # the largest p is 1 / sum exp(z - max z): with it log-sum-exp costs no exponentials
         lse = z.amax(-1).double() - self.p.amax(-1).double().log()
         nll = torch.where(known, lse - z.gather(2, targets[:, :, None])[:, :, 0].double(), torch.nan)
-        if padded:
+        if shortened:
             self.p.masked_fill_(~used[:, :, None], 1 / V)  # anything whose s is positive
             nll = torch.where(used, nll, 0.0)
+        if V != padded(V):
+            self.p = torch.nn.functional.pad(self.p, (0, padded(V) - V))
         total = block_sum(self.weights)
         scale = torch.where(total > 0, 1.0 / total, 0.0)
         counts = self.weights.new_zeros(W, V).scatter_add_(1, targets, self.weights)
@@ -76,7 +78,8 @@ class BiasObjective:
         u = (x - largest).exp_()
         s = row_products(u[:, None], self.p)[:, 0]
         loss = self.base + block_sum(self.weights * (s.double().log() + (largest - x.gather(1, self.targets))))
-        g = torch.addcmul(self.minus_counts, u, row_mixture(self.narrow_weights / s, self.p))
+        expected = row_mixture(self.narrow_weights / s, self.p)[:, : x.shape[1]]
+        g = torch.addcmul(self.minus_counts, u, expected)
         if self.ridge is not None:
             offset = x if self.prior is None else x - self.prior
             loss = loss + self.ridge / 2 * row_sum(offset * offset, torch.float64)

@@ -4,7 +4,8 @@ Torch's elementwise operations and its sums over the last dimension round a row'
 rows do not change, except that one long sum alone is split among threads. Of its matrix products that is not true in
 general: the library underneath picks a kernel by the whole shape. Measured, form by form, with 1, 2, 3, 4 and 8 threads
 (torch 2.13, MKL): per batch entry [m, V] x [V, R] and [1, R] x [R, V] with R <= 64 qualify in batches of two or more;
-matrix x column does not, nor a longer reduction over rows. tests/test_lbfgs.py holds the forms used here to it.
+matrix x column does not, nor a longer reduction over rows. On AMD processors they qualify only where all rows are
+equally aligned: so rows are padded to whole cache lines. tests/test_lbfgs.py holds the forms used here to it.
 """
 
 from dataclasses import fields
@@ -14,11 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 64  # rows that one matrix product reduces over; longer reductions are sums of blocks, in order
+BLOCK_ROWS = 64  # rows that one matrix product reduces over; longer reductions are sums of blocks
+_ALIGNMENT = 16  # elements of 4 or 8 bytes
+
+
+def padded(columns: int) -> int:
+    """V rounded up to whole cache lines: the length of a row of V elements and zeros."""
+    return -(-columns // _ALIGNMENT) * _ALIGNMENT
 
 
 def row_products(vectors: Tensor, rows: Tensor) -> Tensor:
-    """vectors [A, m, V] times rows [A, R, V] over V -> [A, m, R]; R at most BLOCK_ROWS or a multiple of it."""
+    """vectors [A, m, V] times rows [A, R, padded(V)] over V -> [A, m, R]; R at most BLOCK_ROWS or a multiple of it."""
+    if vectors.shape[2] != rows.shape[2]:
+        vectors = torch.nn.functional.pad(vectors, (0, rows.shape[2] - vectors.shape[2]))
     A, m, V = vectors.shape
     if rows.shape[1] <= BLOCK_ROWS:
         return _batch_product(vectors, rows.mT)
@@ -29,7 +38,7 @@ def row_products(vectors: Tensor, rows: Tensor) -> Tensor:
 
 
 def row_mixture(weights: Tensor, rows: Tensor) -> Tensor:
-    """weights [A, R] times rows [A, R, V] over R -> [A, V]; R at most BLOCK_ROWS or a multiple of it."""
+    """weights [A, R] times rows [A, R, padded(V)] over R -> [A, padded(V)]; R as in `row_products`."""
     A, R, V = rows.shape
     block = min(R, BLOCK_ROWS)
     count = R // block

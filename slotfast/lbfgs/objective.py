@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .rows import BLOCK_ROWS, block_sum, padded, row_mixture, row_products, row_sum
+from .rows import BLOCK_ROWS, aligned, block_sum, row_mixture, row_products, row_sum
 
 
 class BiasObjective:
@@ -63,8 +63,7 @@ class BiasObjective:
         if shortened:
             self.p.masked_fill_(~used[:, :, None], 1 / V)  # anything whose s is positive
             nll = torch.where(used, nll, 0.0)
-        if V != padded(V):
-            self.p = torch.nn.functional.pad(self.p, (0, padded(V) - V))
+        self.p = aligned(self.p)
         total = block_sum(self.weights)
         scale = torch.where(total > 0, 1.0 / total, 0.0)
         counts = self.weights.new_zeros(W, V).scatter_add_(1, targets, self.weights)

@@ -24,10 +24,15 @@ def padded(columns: int) -> int:
     return -(-columns // _ALIGNMENT) * _ALIGNMENT
 
 
+def aligned(rows: Tensor) -> Tensor:
+    """Zeros at the end of rows [..., V], up to padded(V); without a copy where there are none."""
+    V = rows.shape[-1]
+    return rows if V == padded(V) else torch.nn.functional.pad(rows, (0, padded(V) - V))
+
+
 def row_products(vectors: Tensor, rows: Tensor) -> Tensor:
-    """vectors [A, m, V] times rows [A, R, padded(V)] over V -> [A, m, R]; R at most BLOCK_ROWS or a multiple of it."""
-    if vectors.shape[2] != rows.shape[2]:
-        vectors = torch.nn.functional.pad(vectors, (0, rows.shape[2] - vectors.shape[2]))
+    """vectors [A, m, V] times rows [A, R, V] over V -> [A, m, R]; R at most BLOCK_ROWS or a multiple of it."""
+    vectors, rows = aligned(vectors), aligned(rows)
     A, m, V = vectors.shape
     if rows.shape[1] <= BLOCK_ROWS:
         return _batch_product(vectors, rows.mT)
@@ -38,7 +43,8 @@ def row_products(vectors: Tensor, rows: Tensor) -> Tensor:
 
 
 def row_mixture(weights: Tensor, rows: Tensor) -> Tensor:
-    """weights [A, R] times rows [A, R, padded(V)] over R -> [A, padded(V)]; R as in `row_products`."""
+    """weights [A, R] times rows [A, R, V] over R -> [A, V]; R at most BLOCK_ROWS or a multiple of it."""
+    columns, rows = rows.shape[2], aligned(rows)
     A, R, V = rows.shape
     block = min(R, BLOCK_ROWS)
     count = R // block
@@ -47,7 +53,7 @@ def row_mixture(weights: Tensor, rows: Tensor) -> Tensor:
         half = 1 << (count - 1).bit_length() - 1
         parts[:, : count - half] += parts[:, half:count]
         count = half
-    return parts[:, 0]
+    return parts[:, 0, :columns]
 
 
 def _batch_product(a: Tensor, b: Tensor) -> Tensor:

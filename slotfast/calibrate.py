@@ -13,13 +13,14 @@ from .data import ByteTable, Tokenizer, TokenStream, check_writable, read_docume
 from .errors import InputError
 from .eval.loop import Scored, sliding_pass
 from .model import GPT
+from .score import Meter
 from .slot import Adapter, Calibration, parse_preset
-from .slot.repeats import DEFAULT_GATES, Repeats, fit_gates, mix
+from .slot.repeats import CONTEXTS, Followers, Repeats, fit_gates, mix
 from .windows import Plan
 
 SCALES = (0.0, 0.4, 0.7, 1.0, 1.3)  # 0: the rates are of no use to this model
 DECAYS = (0.94, 0.97, 0.985)  # of 64 tokens
-_CLOSED = [[-30.0, 0.0]] * len(DEFAULT_GATES)
+CLOSED_GATES = [[-30.0, 0.0]] * len(CONTEXTS)
 
 
 def calibrate(
@@ -44,7 +45,8 @@ def calibrate(
         stride, batch_windows, dtype, device: of the pass.
 
     Returns:
-        scale, decay, gates; and what they gained on these documents, in bits per byte: rates, gain.
+        scale, decay, gates; the number of tokens; and what was gained, in bits per byte: by the rates on these very
+        documents, by repeats on top of them in cross-validation over documents, with its standard error.
     """
     rows = [parse_preset("causal-unigram:scale=0")]
     for decay in DECAYS:
@@ -55,26 +57,45 @@ def calibrate(
     options = {"batch_windows": batch_windows, "dtype": dtype, "device": device, "on_scored": parts.append}
     sliding_pass(model, stream, plan, adapters, byte_table, bos_id, **options)
     nll = np.concatenate([part.nll for part in parts], 1)[1:].astype(np.float64)
-    n_bytes = sum(int(part.n_bytes.sum()) for part in parts)
     best = int(nll.sum(1).argmin())
     row = adapters[best].row
 
-    followers = Repeats(row.decay, row.document_decay, bos_id).take(
-        np.concatenate([part.token for part in parts]).tolist()
-    )
-    gates = fit_gates(nll[best], followers)
-    mixed = -mix(torch.from_numpy(np.exp(-nll[best])), followers, torch.tensor(gates, dtype=torch.float64)).log()
-    mixed_nats = float(mixed.sum())
-    if mixed_nats >= nll[best].sum():
-        gates, mixed_nats = _CLOSED, float(nll[best].sum())
-    bits = np.log(2) * max(n_bytes, 1)
+    tokens = np.concatenate([part.token for part in parts])
+    n_bytes = np.concatenate([part.n_bytes for part in parts])
+    followers = Repeats(row.decay, row.document_decay, bos_id).take(tokens.tolist())
+    gates, gain, error = _fit_gates(nll[best], followers, np.cumsum(tokens == bos_id), n_bytes)
+    bits = np.log(2) * max(int(n_bytes.sum()), 1)
     return {
         "scale": row.scale,
         "decay": row.decay,
         "gates": gates,
-        "rates": float(nll[0].sum() - nll[best].sum()) / bits,
-        "gain": float(nll[0].sum() - mixed_nats) / bits,
+        "tokens": len(tokens),
+        "rates_gain_bpb": float(nll[0].sum() - nll[best].sum()) / bits,
+        "repeats_gain_bpb": gain,
+        "repeats_gain_se": error,
     }
+
+
+def _fit_gates(
+    nll: np.ndarray, followers: Followers, document: np.ndarray, n_bytes: np.ndarray
+) -> tuple[list[list[float]], float, float | None]:
+    """Gates; closed, unless two-fold cross-validation over documents gains more than two standard errors."""
+    documents, number = np.unique(document, return_inverse=True)
+    meter, crossed = Meter(["rates", "repeats"], len(documents)), nll.copy()
+    if len(documents) > 1:
+        for fold in (0, 1):
+            mine = number % 2 == fold
+            gates = fit_gates(nll[~mine], followers.of(~mine))
+            crossed[mine] = _mixed(nll[mine], followers.of(mine), gates)
+    meter.add(number, n_bytes, np.stack([nll, crossed]))
+    score = meter.score(1)
+    if score.gain_se is None or not score.gain_bpb > 2 * score.gain_se:
+        return CLOSED_GATES, score.gain_bpb, score.gain_se
+    return fit_gates(nll, followers), score.gain_bpb, score.gain_se
+
+
+def _mixed(nll: np.ndarray, followers: Followers, gates: list[list[float]]) -> np.ndarray:
+    return -mix(torch.from_numpy(np.exp(-nll)), followers, torch.tensor(gates, dtype=torch.float64)).log().numpy()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -96,17 +117,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = calibrate(artifact.model(), TokenStream([ids]), tokenizer.byte_table, tokenizer.bos_id, artifact.unigram)
     artifact.metadata["calibration"] = found
     size = write_artifact(settings.out, artifact)
-    print(summary(found, len(ids)))
+    print(summary(found))
     print(f"{settings.out}: {size:,} bytes")
 
 
-def summary(found: dict[str, Any], tokens: int) -> str:
+def summary(found: dict[str, Any]) -> str:
     """What a calibration chose, in a line."""
-    strength = (
-        "off" if not found["scale"] else f"scale {found['scale']:g}, decay {found['decay'] ** 64:.3g} of 64 tokens"
+    rates, repeats, error = found["rates_gain_bpb"], found["repeats_gain_bpb"], found["repeats_gain_se"]
+    strength = f"scale {found['scale']:g}, decay {found['decay'] ** 64:.3g} in 64 tokens, {rates:+.4f} bpb here"
+    spread = "n/a" if error is None else f"{error:.4f}"
+    return (
+        f"calibrated on {found['tokens']:,} tokens: rates {strength if found['scale'] else 'off'}; repeats "
+        f"{'off' if found['gates'] == CLOSED_GATES else 'on'}, {repeats:+.4f} ± {spread} bpb in cross-validation"
     )
-    repeats = "off" if found["gain"] <= found["rates"] else f"{found['gain'] - found['rates']:+.4f} bpb"
-    return f"calibrated on {tokens:,} tokens: rates {strength} ({found['rates']:+.4f} bpb here); repeats {repeats}"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..lbfgs.rows import BLOCK_ROWS, row_mixture
 from .batch import Adjusted, WindowBatch
-from .repeats import DEFAULT_GATES
+from .repeats import CAUTIOUS_GATES
 from .rows import Adaptation
 
 _LARGEST_TABLES = 1 << 30  # bytes
@@ -54,7 +54,7 @@ class Calibration:
         if row.decay is None:
             found["decay"] = 0.97 ** (1 / 64) if self.decay is None else self.decay
         if row.parameter == "bias+repeats" and row.gates is None:
-            found["gates"] = self.gates or DEFAULT_GATES
+            found["gates"] = self.gates or CAUTIOUS_GATES
         return row.model_copy(update=found)
 
     def pseudo_counts(self, row: Adaptation, vocab_size: int) -> Tensor:

@@ -3,7 +3,7 @@
 Of a token t, with context lengths n_1 < n_2 < ... (in tokens, up to the one before t):
 
     p_0(v) = the model's, with its bias
-    p_j(v) = (1 - g_j) p_{j-1}(v) + g_j c_j(v) / c_j,    c_j = sum_v c_j(v);    p_j = p_{j-1} where c_j is 0
+    p_j(v) = (1 - g_j) p_{j-1}(v) + g_j c_j(v) / c_j,    c_j = sum_v c_j(v);    p_j = p_{j-1} where c_j < 1e-6
     g_j    = sigmoid(a_j + b_j log c_j)
 
 c_j(v) is the decayed number of times that v followed the same n_j tokens, over all tokens before t, those of t's own
@@ -16,6 +16,7 @@ Source: prediction by partial matching (Cleary & Witten 1984) with interpolation
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from torch import Tensor
 CONTEXTS = (1, 2, 3, 4, 6, 8)
 # What documents held out from the training of two small models agreed on.
 DEFAULT_GATES = ((-3.9, 0.25), (-2.05, 0.45), (-1.8, 0.3), (-1.7, 0.3), (-1.7, 0.2), (-1.0, 0.1))
+# Of a model that nothing was fitted to: strong models leave less to repeats.
+CAUTIOUS_GATES = tuple((a - 0.5, b) for a, b in DEFAULT_GATES)
+_LEAST_TOTAL = 1e-6  # less is what a rank that started later may have forgotten
 _LARGEST_UNIT = 1e12  # what weighs less than 1 / this is forgotten, which bounds the tables
 
 
@@ -40,6 +44,10 @@ class Followers:
     total: np.ndarray
     hits: np.ndarray
     rows: list[tuple[int, int, int, float]] | None
+
+    def of(self, chosen: np.ndarray) -> Self:
+        """Those of some of the tokens, bool [n]; without rows."""
+        return type(self)(self.total[chosen], self.hits[chosen], None)
 
 
 class Repeats:
@@ -100,7 +108,7 @@ class Repeats:
 
 def gated(total: Tensor, gates: Tensor) -> Tensor:
     """g_j: float64 [n, contexts] of total [n, contexts] and gates [contexts, 2]; 0 for new contexts."""
-    seen = total > 0
+    seen = total >= _LEAST_TOTAL
     log_total = torch.where(seen, total, 1.0).log()
     return seen * torch.sigmoid(gates[:, 0] + gates[:, 1] * log_total)
 

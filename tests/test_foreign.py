@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from slotfast.config import EvalSettings
 from slotfast.data import write_shard
@@ -52,6 +51,9 @@ class Apart(Causal):
     def head(self, hidden):
         return self.out(hidden)
 
+def stored_narrow():
+    return Apart().bfloat16()
+
 class Sees(Causal):
     def forward(self, tokens):
         x = self.embed(tokens)
@@ -78,6 +80,11 @@ def fails():
 
 def number():
     return 3
+
+def shipped():
+    from importlib import resources
+    from slotfast.artifact import read_artifact
+    return read_artifact(resources.files("slotfast") / "demo" / "demo.slotfast").model()
 '''
 
 
@@ -107,6 +114,15 @@ def test_a_factory_with_its_head_apart_scores_like_the_same_model_in_one_piece(p
     for row in (0, 1):
         assert apart["presets"][row]["adapted"]["nats"] == pytest.approx(whole["presets"][row]["adapted"]["nats"])
     assert whole["adapted"]["nats"] != pytest.approx(whole["base"]["nats"], rel=1e-4)
+
+
+def test_the_shipped_model_scores_alike_as_an_artifact_and_as_a_module(project, capsys):
+    row = "causal:scale=0.7,k=2"
+    arguments = ("--max-tokens", 700, "--preset", row, "causal-lbfgs")
+    ours, theirs = _run(capsys, *arguments), _run(capsys, "--model", "theirs:shipped", *arguments)
+    assert [r["adapted"] for r in ours["presets"]] == [r["adapted"] for r in theirs["presets"]]
+    assert theirs["plan"] == ours["plan"] and ours["adapted"]["gain_bpb"] != 0
+    assert theirs["artifact_bytes"] is None and ours["artifact_bytes"] > 1_000_000
 
 
 def test_the_table_leaves_out_what_a_factory_does_not_have(project, capsys):
@@ -422,4 +438,8 @@ def test_narrow_types_run_by_autocast(project):
     tokens = torch.arange(20)[None]
     hidden = model.module.hidden(tokens, torch.bfloat16)
     assert hidden.dtype == torch.bfloat16 and model.module.head(hidden).dtype == torch.float32
-    assert all(parameter.dtype == torch.float32 for parameter in nn.Module.parameters(model.module))
+    assert all(parameter.dtype == torch.float32 for parameter in model.module.parameters())
+    narrow, _ = read_foreign(EvalSettings(model="theirs:stored_narrow"))
+    logits = narrow.module.head(narrow.module.hidden(tokens, torch.float32))
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, model.module.head(hidden), rtol=0.05, atol=0.05)

@@ -70,7 +70,7 @@ class Artifact:
         """Quantise a model: matrices of the blocks to 6 bits, embeddings to 8, the rest to float16."""
         tensors: dict[str, QuantizedMatrix | Tensor] = {}
         for name, tensor in model.state_dict().items():
-            if tensor.ndim != 2 or ("blocks" in name and "weight" not in name) or name == "skip_weights":
+            if tensor.ndim != 2 or ("blocks" in name and "weight" not in name) or name.startswith("skip_"):
                 tensors[name] = tensor.detach().half().float()
             else:
                 tensors[name] = quantize_rows(tensor, 6 if name.startswith("blocks.") else 8)

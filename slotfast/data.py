@@ -175,18 +175,27 @@ class TokenStream:
         return digest.hexdigest()
 
 
-def open_shards(pattern: str, max_tokens: int | None = None) -> TokenStream:
-    """Memory-map every shard that a glob pattern matches, in the order of their names.
+def shard_paths(pattern: str) -> list[str]:
+    """The token shards that a glob pattern matches, in the order of their names.
 
     Byte sidecars (`*_bytes_*`), which match the usual patterns, are left out.
 
     Raises:
-        InputError: nothing matches, or a shard is damaged.
+        InputError: nothing matches.
     """
     paths = [path for path in sorted(glob.glob(pattern)) if "_bytes_" not in Path(path).name]
     if not paths:
         raise InputError(f"--tokens {pattern}: no such file")
-    return TokenStream([read_shard(path) for path in paths], max_tokens)
+    return paths
+
+
+def open_shards(pattern: str, max_tokens: int | None = None) -> TokenStream:
+    """Memory-map every shard that a glob pattern matches, as one stream.
+
+    Raises:
+        InputError: nothing matches, or a shard is damaged.
+    """
+    return TokenStream([read_shard(path) for path in shard_paths(pattern)], max_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

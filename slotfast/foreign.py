@@ -77,12 +77,14 @@ class LanguageModel(nn.Module):
             hidden = self._hidden(tokens)
             return hidden.to(dtype) if dtype in _NARROW else hidden
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states, float32 (float64 for float64) [..., V]."""
+    def head(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits of hidden states, float32 (float64 for float64) [..., V]; a bias is added last: no cap is known of."""
         if self._head is None:
-            return hidden
-        with _autocast(hidden.device, hidden.dtype):
-            return _at_least_float32(self._head(hidden))
+            logits = hidden
+        else:
+            with _autocast(hidden.device, hidden.dtype):
+                logits = _at_least_float32(self._head(hidden))
+        return logits if bias is None else logits + bias
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

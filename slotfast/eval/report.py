@@ -82,6 +82,7 @@ def report(
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "ranks": where["ranks"],
         "plan": {"seq_len": plan.seq_len, "stride": plan.stride, "batch_windows": where["batch_windows"]}
+        | {"adapt_windows": where["adapt_windows"], "ttt": settings.ttt}
         | {"dtype": where["dtype"], "weights": settings.weights},
         "config": settings.model_dump(by_alias=True),
         "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__}

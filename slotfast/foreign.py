@@ -27,6 +27,7 @@ from .config import EvalSettings
 from .data import ByteTable, Tokenizer
 from .errors import InputError
 
+_NARROW = (torch.bfloat16, torch.float16)
 _PROBE_TOKENS = 16
 _DEFAULT_SEQ_LEN = 1024  # of a model that does not say what it was trained on
 _LONGEST_DEFAULT = 2048  # the contest's; models of long context say 131,072, which no default should run
@@ -68,12 +69,13 @@ class LanguageModel(nn.Module):
         return self._head is not None
 
     def hidden(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Hidden states of tokens int64 [B, T] in that dtype; where there is no head apart, the logits in float32."""
+        """Hidden states of tokens int64 [B, T], in `dtype` where that is a narrow one; without a head apart, logits."""
         with _autocast(tokens.device, dtype):
             if self._hidden is None:
                 logits = self.module(tokens)
                 return _at_least_float32(getattr(logits, "logits", logits))
-            return self._hidden(tokens).to(dtype)
+            hidden = self._hidden(tokens)
+            return hidden.to(dtype) if dtype in _NARROW else hidden
 
     def head(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of hidden states, float32 (float64 for float64) [..., V]; a bias is added last: no cap is known of."""
@@ -87,7 +89,7 @@ class LanguageModel(nn.Module):
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """Narrow types by autocast: which weights of somebody else's model may be narrowed is not ours to know."""
-    return torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+    return torch.autocast(device.type, dtype, enabled=dtype in _NARROW)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
@@ -189,16 +191,17 @@ def _from_folder(folder: Path) -> tuple[nn.Module, LanguageModel]:
     if absent:
         raise InputError(f"{folder}: no weights for {absent[0]}, and {len(absent) - 1} more parameters")
     module = module.eval().requires_grad_(False)
+    module.config.use_cache = False  # keys and values are for generation
 
     def hidden(tokens: Tensor) -> Tensor:
-        return module.base_model(tokens, use_cache=False)[0]
+        return module.base_model(tokens)[0]
 
     # Some architectures scale or cap what their output matrix gives: apart only where that is all there is.
     head = module.get_output_embeddings()
     tokens = _probe_tokens(_PROBE_TOKENS)
     with torch.inference_mode():
         try:
-            logits = module(tokens, use_cache=False).logits
+            logits = module(tokens).logits
             apart = head is not None and torch.allclose(head(hidden(tokens)), logits, rtol=1e-5, atol=1e-5)
         except (AttributeError, TypeError, RuntimeError):
             apart = False

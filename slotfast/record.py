@@ -26,6 +26,7 @@ from .bundle import CAP_BYTES
 from .command import run
 from .data import atomic_write, check_writable
 from .errors import InputError
+from .train.inputs import MAX_OVERLAP
 
 THRESHOLD_NATS = 0.005
 LARGEST_P = 0.01
@@ -39,8 +40,8 @@ _STATED = set(
     "json per_token resume plot".split()
 )
 # Of a model's metadata, what its training measured; of a preset, what is then calibrated where its name does not say.
-_MEASURED = {"seed", "steps", "seconds", "tokens", "scale"}
-_CALIBRATED = {"scale", "decay", "k"}
+_MEASURED = {"seed", "steps", "seconds", "tokens", "scale", "calibration"}
+_CALIBRATED = {"scale", "decay", "gates"}
 
 
 class _Loss(BaseModel):
@@ -100,6 +101,15 @@ class Run:
     @property
     def seed(self) -> int | None:
         return (self.result.model.get("metadata") or {}).get("seed")
+
+    @property
+    def leak(self) -> str:
+        """Why its score is no honest one; empty where it is."""
+        trained = (self.result.model.get("metadata") or {}).get("ttt") or {}
+        overlap = trained.get("validation_overlap") or 0
+        if trained.get("stream_sha256") == self.result.text.sha256 or overlap > MAX_OVERLAP:
+            return f"its weights were trained on {trained.get('stream')}, the text that measures them"
+        return "" if self.row.causal else self.row.why
 
     @property
     def loss(self) -> float:
@@ -201,8 +211,8 @@ def read_runs(paths: Sequence[str], preset: str | None = None, allow_noncausal: 
     runs = [_read(Path(path), preset) for path in paths]
     first = runs[0]
     for each in runs:
-        if not each.row.causal and not allow_noncausal:
-            raise InputError(f"{each.path}: {each.row.preset!r} is not causal: {each.row.why}; see --allow-noncausal")
+        if each.leak and not allow_noncausal:
+            raise InputError(f"{each.path}: {each.row.preset!r} is not causal: {each.leak}; see --allow-noncausal")
         difference = _difference(first.identity(), each.identity())
         if difference:
             raise InputError(f"{first.path} and {each.path} differ in more than the seed: {difference}")
@@ -347,7 +357,8 @@ def submission(
         ],
         "preset": row.preset,
         "resolved_preset": row.resolved_preset,
-        "causal": row.causal,
+        "causal": not runs[0].leak,
+        "why": runs[0].leak or row.why,
         "compliance": row.compliance,
         "config_sha256": configuration_sha256(runs),
         "text_sha256": runs[0].result.text.sha256,
@@ -371,7 +382,7 @@ def table(runs: Sequence[Run], code_bytes: int | None, comparison: Comparison | 
     if loss.std is not None:
         lines.append(f"| standard deviation | {loss.std:.8f} | {bpb.std:.8f} | | |")
     row = runs[0].row
-    verdict = "causal" if row.causal else f"NOT causal: {row.why}"
+    verdict = f"NOT causal: {runs[0].leak}" if runs[0].leak else "causal"
     lines += [
         "",
         f"Preset `{row.preset}`, {verdict}. {first.tokens:,} tokens, {first.bytes:,} bytes, {first.text.documents:,} "

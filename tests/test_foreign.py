@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from slotfast.config import EvalSettings
 from slotfast.data import write_shard
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main
 from slotfast.foreign import read_foreign
+from slotfast.slot import PRESETS
 
 TEXT = "The quick brown fox — naïve, 日本, 🦊 — jumps.\n\n\tNext  line <|endoftext|> </s> end. "
 
@@ -52,6 +52,9 @@ class Apart(Causal):
     def head(self, hidden):
         return self.out(hidden)
 
+def stored_narrow():
+    return Apart().bfloat16()
+
 class Sees(Causal):
     def forward(self, tokens):
         x = self.embed(tokens)
@@ -78,6 +81,11 @@ def fails():
 
 def number():
     return 3
+
+def shipped():
+    from importlib import resources
+    from slotfast.artifact import read_artifact
+    return read_artifact(resources.files("slotfast") / "demo" / "demo.slotfast").model()
 '''
 
 
@@ -107,6 +115,15 @@ def test_a_factory_with_its_head_apart_scores_like_the_same_model_in_one_piece(p
     for row in (0, 1):
         assert apart["presets"][row]["adapted"]["nats"] == pytest.approx(whole["presets"][row]["adapted"]["nats"])
     assert whole["adapted"]["nats"] != pytest.approx(whole["base"]["nats"], rel=1e-4)
+
+
+def test_the_shipped_model_scores_alike_as_an_artifact_and_as_a_module(project, capsys):
+    row = "causal:scale=0.7,k=2"
+    arguments = ("--max-tokens", 700, "--preset", row, "causal-lbfgs")
+    ours, theirs = _run(capsys, *arguments), _run(capsys, "--model", "theirs:shipped", *arguments)
+    assert [r["adapted"] for r in ours["presets"]] == [r["adapted"] for r in theirs["presets"]]
+    assert theirs["plan"] == ours["plan"] and ours["adapted"]["gain_bpb"] != 0
+    assert theirs["artifact_bytes"] is None and ours["artifact_bytes"] > 1_000_000
 
 
 def test_the_table_leaves_out_what_a_factory_does_not_have(project, capsys):
@@ -335,13 +352,20 @@ def test_documents_of_a_hugging_face_model_are_counted(gpt2, capsys):
     assert found["bytes"] == 3 * len((TEXT + "0").encode())
 
 
-def test_a_llama_adapts_on_every_preset(llama, capsys):
-    presets = ["causal", "causal-window", "causal-lbfgs", "pr1350", "--allow-noncausal"]
-    found = _run(capsys, "--model", llama, "--text", llama / "t.txt", "--stride", 16, "--preset", *presets)
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_llama_adapts_by_every_preset(llama, capsys, name):
+    arguments = ["--model", llama, "--text", llama / "t.txt", "--stride", 16, "--preset", name, "--allow-noncausal"]
+    found = _run(capsys, *arguments)
     assert found["text"]["exact"] and found["plan"]["seq_len"] == 64
     assert found["base"]["bpb"] == pytest.approx(found["base"]["nats"] / math.log(2) / found["bytes"])
-    gains = [row["adapted"]["gain_bpb"] for row in found["presets"][1:]]
-    assert len(set(gains)) == 4 and all(gain > 0 for gain in gains)
+    changed = found["adapted"]["nats"] != found["base"]["nats"]
+    assert changed == (name not in ("none", "film-lowrank")) and math.isfinite(found["adapted"]["bpb"])
+
+
+def test_a_llama_trains_on_what_it_has_scored(llama, capsys):
+    arguments = ("--model", llama, "--text", llama / "t.txt", "--stride", 16, "--preset", "none")
+    plain = _run(capsys, *arguments)["base"]["nats"]
+    assert _run(capsys, *arguments, "--ttt", "--ttt-chunk", 64, "--ttt-lr", 0.1)["base"]["nats"] < plain
 
 
 def test_a_capped_output_keeps_its_head_in_one_piece(transformers, llama, tmp_path):
@@ -422,4 +446,8 @@ def test_narrow_types_run_by_autocast(project):
     tokens = torch.arange(20)[None]
     hidden = model.module.hidden(tokens, torch.bfloat16)
     assert hidden.dtype == torch.bfloat16 and model.module.head(hidden).dtype == torch.float32
-    assert all(parameter.dtype == torch.float32 for parameter in nn.Module.parameters(model.module))
+    assert all(parameter.dtype == torch.float32 for parameter in model.module.parameters())
+    narrow, _ = read_foreign(EvalSettings(model="theirs:stored_narrow"))
+    logits = narrow.module.head(narrow.module.hidden(tokens, torch.float32))
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, model.module.head(hidden), rtol=0.05, atol=0.05)

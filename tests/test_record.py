@@ -138,16 +138,32 @@ def test_places_and_measurements_may_differ(tmp_path):
     assert [each.seed for each in read_runs(_write(tmp_path, edit=edit))] == sorted(SEEDS)
 
 
-def _leaks(result):
+def _shares(result):
     result["presets"][1] |= {"causal": False, "why": "32 windows share one parameter"}
 
 
-def test_a_leaking_preset_needs_a_word_and_is_marked(tmp_path, capsys):
-    paths = _write(tmp_path, {1: 1.9}, _leaks)
-    with pytest.raises(InputError, match="'causal' is not causal: 32 windows share .*--allow-noncausal"):
+def _trained_on_the_stream(result):
+    result["model"]["metadata"]["ttt"] = {"stream": "val.txt", "stream_sha256": result["text"]["sha256"]}
+
+
+def _trained_on_much_of_the_text(result):
+    result["model"]["metadata"]["ttt"] = {"stream": "val.txt", "stream_sha256": "0", "validation_overlap": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("edit", "why"),
+    [
+        (_shares, "32 windows share one parameter"),
+        (_trained_on_the_stream, "its weights were trained on val.txt"),
+        (_trained_on_much_of_the_text, "its weights were trained on val.txt"),
+    ],
+)
+def test_a_leak_needs_a_word_and_is_marked(tmp_path, capsys, edit, why):
+    paths = _write(tmp_path, {1: 1.9}, edit)
+    with pytest.raises(InputError, match=f"'causal' is not causal: {why}.*--allow-noncausal"):
         main(paths)
     main([*paths, "--allow-noncausal", "--submission", str(tmp_path / "s.json")])
-    assert "NOT causal: 32 windows" in capsys.readouterr().out
+    assert f"NOT causal: {why}" in capsys.readouterr().out
     assert json.loads((tmp_path / "s.json").read_text())["causal"] is False
 
 

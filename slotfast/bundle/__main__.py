@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _write_script(settings)
     if settings.hub is not None:
         variant = write_hub(Path(settings.hub), settings.name, settings.kernels)
-        print(f"{variant}: {sum(1 for _ in variant.rglob('*.py'))} files, loaded by get_local_kernel({settings.hub!r})")
+        files = sum(1 for _ in variant.rglob("*.py"))
+        print(f"{variant}: {files} files, loaded by get_local_kernel(Path({settings.hub!r}))")
     return None
 
 

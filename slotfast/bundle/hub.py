@@ -1,7 +1,8 @@
 """The folder layout that the public `kernels` library loads: build/torch-universal, with metadata beside the code.
 
-Made for version 0.17 of that library, which tells kernels of one process apart by the `id` in their metadata: here the
-hash of the code. Metadata must name one backend; the code itself runs wherever Triton does, and its references on CPUs.
+Made for version 0.17 of that library, and loaded by 0.12 and 0.13 too. It tells kernels of one process apart by the
+`id` in their metadata: here the hash of the code. Metadata must name one backend; the code itself runs wherever Triton
+does, and its references on CPUs.
 """
 
 import hashlib

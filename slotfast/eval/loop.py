@@ -29,9 +29,7 @@ class Pass:
 
     meter: Meter
     windows: int = 0
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"forward": 0.0, "adapt": 0.0, "score": 0.0, "train": 0.0}
-    )
+    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "adapt": 0.0, "score": 0.0})
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ imported from here: `python -m slotfast.audit --score package.module:score --voc
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,7 @@ def audit(
     tokens: torch.Tensor,
     vocab_size: int,
     *,
-    byte_counts: ByteRule | Sequence[int] | np.ndarray | None = None,
+    byte_counts: Callable[[torch.Tensor], Any] | Sequence[int] | np.ndarray | torch.Tensor | None = None,
     bos_id: int | None = None,
     hints: Hints | None = None,
     seeds: Sequence[int] = (0,),
@@ -70,7 +71,8 @@ def audit(
         score: the loop, a function of the stream, int64 [N], and a `Log`.
         tokens: int [N], N >= 3, ids in 0..V-1; long enough for several of the loop's batches.
         vocab_size: V.
-        byte_counts: bytes of every token by the rule: a function int64 [N] -> int [N], or int [N] for this stream.
+        byte_counts: bytes of every token by the rule: a function of a stream, int64 [N] -> int [N], or int [N] for
+            this stream alone.
         bos_id: the token that starts a document, or None.
         hints: windows, batches and ranks, for loops whose events do not show them.
         seeds: of the altered streams; a round of everything for each.
@@ -91,7 +93,7 @@ def audit(
         [name],
         tokens,
         vocab_size,
-        byte_rule=byte_counts if callable(byte_counts) or byte_counts is None else np.asarray(byte_counts),
+        byte_rule=_byte_rule(byte_counts),
         bos_id=bos_id,
         hints=hints,
         seeds=seeds,
@@ -100,10 +102,16 @@ def audit(
     )[0]
 
 
+def _byte_rule(counts: Any) -> ByteRule | np.ndarray | None:
+    if callable(counts):
+        return lambda tokens: np.asarray(counts(torch.from_numpy(tokens)))
+    return None if counts is None else np.asarray(counts)
+
+
 def audit_rows(run, names, tokens, vocab_size, *, byte_rule, bos_id, hints, seeds, reruns=48, seconds=None):
     """Audit several loops that share every run; see `audit` and `engine.Auditor`."""
     begin, rounds = time.perf_counter(), len(seeds)
-    budget = Budget(reruns, 0.3, False) if seconds is None else Budget(0, seconds / max(1, rounds), True)
+    budget = Budget(reruns, 0.3) if seconds is None else Budget(0, seconds / max(1, rounds))
     options = {"bos_id": bos_id, "hints": hints, "byte_rule": byte_rule, "budget": budget}
     auditor = Auditor(run, names, tokens, vocab_size, **options)
     found = auditor.audit(seeds)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor
 from ..errors import InputError
 from . import checks
 from .checks import Bets, Moved, Noise
-from .places import CHANGES, Hints, places
+from .places import Hints, places, visits
 from .record import Record
 from .streams import Probe, Source, alter
 
 Runs = Callable[[Tensor, Sequence[str]], dict[str, Record]]
 ByteRule = Callable[[np.ndarray], np.ndarray]
-_SHARES = {"probes": 0.45, "fresh": 0.15, "sums": 0.4}
+_FRESH_SHARE, _SUMS_SHARE, _FEW_SUMS_SHARE = 0.15, 0.4, 0.1
+PHASES = ("probes", "fresh", "sums")
 _LENGTH_CHANGES = ("truncate", "extend")
 _SHORTEST_SUM = 24  # tokens: closer to the start a loop has hardly any state
 _STREAM_NOISE = 1e-3  # nats: reruns that differ by more cannot certify anything
@@ -26,23 +27,36 @@ _STREAM_NOISE = 1e-3  # nats: reruns that differ by more cannot certify anything
 
 @dataclass
 class Budget:
-    """How much an audit may run: as many full-length runs, or as many seconds, as were given; by default both.
+    """How much a round of an audit may run, and what each of its phases has used.
 
     Args:
         reruns: runs of the whole stream; shorter ones count for less.
-        seconds: what may be used beyond `reruns` (at_least) or at most.
+        seconds: that quick loops may use beyond that; all that may be used, where `reruns` is 0.
     """
 
     reruns: float
     seconds: float
-    hard: bool = False
-    spent: dict[str, list[float]] = field(default_factory=lambda: {phase: [0.0, 0.0] for phase in _SHARES})
+    shares: dict[str, float] = field(default_factory=dict)
+    spent: dict[str, list[float]] = field(default_factory=lambda: {name: [0.0, 0.0] for name in PHASES})
 
-    def left(self, phase: str, rounds: int) -> bool:
-        """Whether a phase may go on, in the given number of rounds together."""
-        runs, seconds = self.spent[phase]
-        share = _SHARES[phase] * rounds
-        return seconds < share * self.seconds or (not self.hard and runs < share * self.reruns)
+    def share(self, sums: float) -> None:
+        """Divide it: the totals over the vocabulary get the given share."""
+        self.shares = {"probes": 1 - sums - _FRESH_SHARE, "fresh": _FRESH_SHARE, "sums": sums}
+
+    def left(self, phase: str, rounds: int) -> float:
+        """Seconds and runs that a phase may still use in the given number of rounds together, whichever is more."""
+        return max(self.runs_left(phase, rounds), self.seconds_left(phase, rounds), 0)
+
+    def runs_left(self, phase: str, rounds: int) -> float:
+        return self.shares[phase] * rounds * self.reruns - self.spent[phase][0]
+
+    def seconds_left(self, phase: str, rounds: int) -> float:
+        return self.shares[phase] * rounds * self.seconds - self.spent[phase][1]
+
+    def seconds_since(self, begin: tuple[float, float]) -> float:
+        """Seconds; where the caller set no time, a busy machine's other work counts for little."""
+        wall, used = time.perf_counter() - begin[0], time.process_time() - begin[1]
+        return max(used, wall / 4) if self.reruns else wall
 
 
 @dataclass(frozen=True)
@@ -157,12 +171,12 @@ class Auditor:
     def _records(
         self, tokens: Tensor, phase: str | None = None, names: Sequence[str] | None = None
     ) -> dict[str, Record]:
-        begin = time.perf_counter()
+        begin = time.perf_counter(), time.process_time()
         records = self._run(tokens, self.names if names is None else names)
         for name, record in records.items():
             if name in self.found:
                 self._note(self.found[name], record)
-        cost, seconds = len(tokens) / len(self.tokens), time.perf_counter() - begin
+        cost, seconds = len(tokens) / len(self.tokens), self.budget.seconds_since(begin)
         self.runs, self._cost, self._seconds = self.runs + 1, self._cost + cost, self._seconds + seconds
         if phase:
             self.budget.spent[phase][0] += cost
@@ -241,6 +255,11 @@ class Auditor:
             found.noise = Noise(max(n.nll for n in noises), max(n.rows for n in noises))
             found.unsteady = found.noise.nll if found.noise.nll > _STREAM_NOISE else 0.0
             found.bases["given"] = self.tokens.numpy()
+        # Distributions need no totals by substitution; and where not all tokens can be put, a few tell little
+        self.budget.share(_SUMS_SHARE)
+        complete = self._affordable(1) * len(self.tokens) >= _SHORTEST_SUM * self.vocab_size
+        given = all(found.gives_rows for found in self.found.values())
+        self.budget.share(0.0 if given else _SUMS_SHARE if complete else _FEW_SUMS_SHARE)
 
     def _finish(self) -> None:
         """The stream of the start once more: what ran in between must not have left anything behind."""
@@ -262,27 +281,14 @@ class Auditor:
             probe = alter(source, self.tokens, "stream length", change, max(2, at))
             if self._takes(probe.tokens):
                 self._compare(probe, self._records(probe.tokens, "probes"), bases, "given")
-        for probe in self._altered(source, self.tokens, bases[self.names[0]], "probes", rounds):
-            self._compare(probe, self._records(probe.tokens, "probes"), bases, "given")
-
-    def _altered(self, source: Source, tokens: Tensor, record: Record, phase: str, rounds: int):
-        """Probes for as long as the phase lasts; each kind of place at least twice."""
-        kinds = places(record, self.bos_id, self.hints, source.rng)
-        turn = 0
-        while turn < 2 * len(kinds) or self.budget.left(phase, rounds):
-            for number, (kind, where) in enumerate(kinds.items()):
-                change = CHANGES[(turn // len(kinds) + number) % len(CHANGES)]
-                if kind == "document border" and turn // len(kinds) % 2:
-                    change = "delete"
-                if change == "bos":
-                    change = "insert bos" if self.bos_id is not None else "random"
-                at = max(next(where), 2)
-                turn += 1
-                probe = alter(source, tokens, kind, change, at)
-                if probe.at < len(tokens):
-                    yield probe
-                if turn >= 2 * len(kinds) and not self.budget.left(phase, rounds):
-                    return
+        kinds = len(places(bases[self.names[0]], self.bos_id, self.hints, source.rng))
+        where = visits(bases[self.names[0]], self.bos_id, self.hints, source.rng)
+        for turn, (kind, change, at) in enumerate(where):
+            if turn >= 2 * kinds and not self.budget.left("probes", rounds):
+                return
+            probe = alter(source, self.tokens, kind, change, at)
+            if probe.at < len(self.tokens):
+                self._compare(probe, self._records(probe.tokens, "probes"), bases, "given")
 
     def _fresh(self, source: Source, rounds: int) -> None:
         """Streams that the loop has never seen, of another length, the altered ones before their original."""
@@ -301,10 +307,10 @@ class Auditor:
             for name, base in bases.items():
                 self.found[name].bets.play(base, 1, chance)
             self._compare(first, altered, bases, stream)
-            kinds = places(bases[self.names[0]], self.bos_id, self.hints, source.rng)
-            for kind in source.rng.permutation(list(kinds))[:4]:
-                probe = alter(source, tokens, "fresh stream", "resample", max(2, next(kinds[kind])))
-                self._compare(probe, self._records(probe.tokens, "fresh"), bases, stream)
+            for _, change, at in islice(visits(bases[self.names[0]], self.bos_id, self.hints, source.rng), 5):
+                probe = alter(source, tokens, "fresh stream", change, at)
+                if probe.at < length:
+                    self._compare(probe, self._records(probe.tokens, "fresh"), bases, stream)
                 if not self.budget.left("fresh", rounds):
                     return
 
@@ -398,10 +404,8 @@ class Auditor:
         All of them where the budget allows, else those that a loop is likeliest to favour: these alone can only show
         that a total is too large.
         """
-        if all(found.gives_rows for found in self.found.values()):
-            return  # the distributions themselves are added up
         begun = False
-        while not begun or self.budget.left("sums", rounds):
+        while self.budget.shares["sums"] and (not begun or self.budget.left("sums", rounds)):
             length, affordable = len(self.tokens), self._affordable(rounds)
             # A stream that ends at the position costs less: as far into the stream as every token can be put
             reach = min(int(affordable * length / self.vocab_size), length - 1)
@@ -445,10 +449,8 @@ class Auditor:
 
     def _affordable(self, rounds: int) -> float:
         """Runs of the whole stream that the sums may still take."""
-        runs, seconds = self.budget.spent["sums"]
-        share = _SHARES["sums"] * rounds
-        by_time = (share * self.budget.seconds - seconds) / (self._seconds / self._cost)
-        return max(by_time, 0 if self.budget.hard else share * self.budget.reruns - runs)
+        by_time = self.budget.seconds_left("sums", rounds) * self._cost / self._seconds
+        return max(by_time, self.budget.runs_left("sums", rounds), 0)
 
     def _likely(self, source: Source, stream: Tensor, at: int, affordable: float) -> list[int]:
         """The token that is there, those that followed the same one before, close ones, frequent ones, any."""

@@ -114,6 +114,8 @@ def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
     if tokenizer and tokenizer.vocab_size != vocab_size:
         raise InputError(f"--vocab-size {vocab_size}: {tokenizer.path} has {tokenizer.vocab_size} pieces")
     bos_id = settings.bos_id if settings.bos_id is not None else tokenizer and tokenizer.bos_id
+    if bos_id is not None and bos_id >= vocab_size:
+        raise InputError(f"--bos-id {bos_id}: expected 0 to {vocab_size - 1}")
     if settings.tokens and settings.text:
         raise InputError("--tokens and --text: give one of them")
     hints = _hints(settings, None, None, None, 1)
@@ -202,8 +204,9 @@ def code_hashes(score: Callable | None) -> dict[str, str]:
     folder = Path(loop).resolve().parent
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        if file and file.endswith(".py") and Path(file).resolve().is_relative_to(folder):
-            hashes[str(Path(file).resolve().relative_to(folder))] = _sha256(Path(file))
+        path = Path(file).resolve() if file else folder
+        if path.suffix == ".py" and path.is_relative_to(folder) and path.is_file():  # some modules name no real file
+            hashes[str(path.relative_to(folder))] = _sha256(path)
     return hashes
 
 

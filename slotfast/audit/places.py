@@ -1,5 +1,6 @@
 """Where to change a stream: the borders of whatever structure a loop has, and places in between."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,7 +10,19 @@ from ..windows import Plan
 from .record import Record
 
 # What is done at a place, in turn: a whole new future is the widest net, single tokens are what a loop cannot notice
-CHANGES = ("resample", "random", "resample", "rare", "resample", "copy", "resample", "frequent", "resample", "bos")
+CHANGES = ("resample", "echo", "random", "scramble", "copy", "resample", "rare", "echo", "scramble", "frequent", "bos")
+# The order of visits: each event should be looked into once, and no place be asked about one token only
+_ROUND = (
+    "inside an event",
+    "anywhere",
+    "event border",
+    "document border",
+    "inside an event",
+    "rank border",
+    "anywhere",
+    "window border",
+    "batch border",
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +39,25 @@ class Hints:
     stride: int | None = None
     batch_windows: int | None = None
     ranks: int = 1
+
+
+def visits(
+    record: Record, bos_id: int | None, hints: Hints, rng: np.random.Generator
+) -> Iterator[tuple[str, str, int]]:
+    """Kind of place, change and position 2..N-1, endlessly; what every kind does is spread evenly over the changes."""
+    found = places(record, bos_id, hints, rng)
+    turns = {kind: int(rng.integers(len(CHANGES))) for kind in found}
+    for number in itertools.count():
+        for kind in (*_ROUND, *(["far end"] if number % 2 == 0 else [])):
+            if kind not in found:
+                continue
+            change = CHANGES[turns[kind] % len(CHANGES)]
+            if kind == "document border" and turns[kind] % 2:
+                change = "delete"
+            if change == "bos":
+                change = "insert bos" if bos_id is not None else "random"
+            turns[kind] += 1
+            yield kind, change, max(2, next(found[kind]))
 
 
 def places(record: Record, bos_id: int | None, hints: Hints, rng: np.random.Generator) -> dict[str, Iterator[int]]:
@@ -64,9 +96,9 @@ def _planned(length: int, starts: np.ndarray, hints: Hints) -> dict[str, np.ndar
 
 
 def _around(borders: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[int]:
-    """Borders in shuffled order, each on its own, one before and one after."""
+    """Borders in shuffled order, the tokens there, one behind, and one before."""
     while True:
-        for offset in (0, 1, -1):
+        for offset in (0, 1, 0, -1):
             for border in rng.permutation(borders):
                 yield int(np.clip(border + offset, 1, length - 1))
 

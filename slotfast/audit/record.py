@@ -105,13 +105,14 @@ def run_loop(score: Score, tokens: Tensor, vocab_size: int) -> Record:
     Raises:
         InputError: the loop raised, or reported what cannot be read.
     """
-    log, states = Log(), (random.getstate(), np.random.get_state())
+    log, states = Log(), (random.getstate(), np.random.get_state(), torch.get_rng_state())
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            returned = score(tokens.clone(), log)
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed takes a millisecond to find that there is no GPU
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed_all(0)
+        returned = score(tokens.clone(), log)
     except InputError:
         raise
     except Exception as error:
@@ -121,6 +122,7 @@ def run_loop(score: Score, tokens: Tensor, vocab_size: int) -> Record:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
     return read_log(log, tokens, vocab_size, returned)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _REPEAT, _FREQUENT = 0.5, 0.3  # the rest is uniform
+_ECHO = 16  # tokens
 _BOS_SHARE = 0.01  # of a document start, where the stream has none to count
 
 
@@ -32,13 +33,16 @@ class Source:
             self.frequency[bos_id] += _BOS_SHARE
         self._order = np.argsort(-self.frequency)
 
-    def draw(self, before: Tensor, n: int, avoid: Tensor | None = None) -> tuple[Tensor, np.ndarray]:
+    def draw(
+        self, before: Tensor, n: int, avoid: Tensor | None = None, uniform: bool = False
+    ) -> tuple[Tensor, np.ndarray]:
         """Continue a stream.
 
         Args:
             before: int64 [M], M >= 1.
             n: tokens to draw.
             avoid: int64 [K], what token i, where i < K, must not be.
+            uniform: all tokens equally likely, which no text is.
 
         Returns:
             int64 [n], and the logarithm of the probability that each was drawn with, float64 [n].
@@ -50,15 +54,15 @@ class Source:
         avoided = [] if avoid is None else avoid[:n].tolist()
         avoided += [-1] * (n - len(avoided))
         frequent = rng.choice(vocabulary, n, p=self.frequency).tolist()
-        uniform = rng.integers(vocabulary, size=n).tolist()
+        any_ = rng.integers(vocabulary, size=n).tolist()
         kind = rng.random(n).tolist()
         drawn, chance = [], np.empty(n)
         for i, unwanted in enumerate(avoided):
             repeated = follower.get(previous, -1)
             # The repeat's share falls to the frequent tokens where nothing came before
-            repeat = _REPEAT if repeated >= 0 else 0.0
-            plenty = _REPEAT + _FREQUENT - repeat
-            token = repeated if kind[i] < repeat else frequent[i] if kind[i] < repeat + plenty else uniform[i]
+            repeat = _REPEAT if repeated >= 0 and not uniform else 0.0
+            plenty = 0.0 if uniform else _REPEAT + _FREQUENT - repeat
+            token = repeated if kind[i] < repeat else frequent[i] if kind[i] < repeat + plenty else any_[i]
             while token == unwanted:
                 again = rng.random()
                 if again < repeat:
@@ -80,7 +84,7 @@ class Source:
         return repeat * (token == repeated) + plenty * self.frequency[token] + rest / self.vocab_size
 
     def other(self, kind: str, tokens: Tensor, at: int) -> int:
-        """A token that differs from the one at a position: random, rare, frequent, bos, or a copy of a close one."""
+        """A token other than the one at a position: random, rare, frequent, bos, or a copy of one just before."""
         old, rng = int(tokens[at]), self.rng
         few = max(1, self.vocab_size // 8)
         if kind == "bos" and self.bos_id is not None:
@@ -90,7 +94,7 @@ class Source:
         elif kind == "frequent":
             choices = self._order[:few]
         elif kind == "copy":
-            choices = tokens[max(0, at - 8) : at + 9].numpy()
+            choices = tokens[max(0, at - 4) : at].numpy()
         else:
             choices = np.arange(self.vocab_size)
         choices = choices[choices != old]
@@ -133,18 +137,23 @@ def alter(source: Source, tokens: Tensor, kind: str, change: str, at: int) -> Pr
     """Change a stream at one position.
 
     Args:
-        change: `resample` draws all tokens from there anew, `truncate` ends the stream there, `extend` lengthens it,
-            `insert bos` and `delete` shift what follows, anything else names the one token put there (`Source.other`).
+        change: `resample` draws all tokens from there anew, `scramble` uniformly, `echo` puts there what came just
+            before, last token first, `truncate` ends the stream there, `extend` lengthens it, `insert bos` and
+            `delete` shift what follows, anything else names the one token put there (`Source.other`).
         at: 1..N-1.
     """
     length, bos = len(tokens), source.bos_id
     drawn = None
-    if change in ("resample", "extend"):
+    if change in ("resample", "scramble", "extend"):
         # A longer or equal stream: tokens that it had are all different ones
-        more = 0 if change == "resample" else 1 + int(source.rng.integers(max(1, length // 8)))
-        start = at if change == "resample" else length
-        fresh, chance = source.draw(tokens[:start], length + more - start, tokens[start:])
+        more = 1 + int(source.rng.integers(max(1, length // 8))) if change == "extend" else 0
+        start = length if change == "extend" else at
+        fresh, chance = source.draw(tokens[:start], length + more - start, tokens[start:], change == "scramble")
         new, drawn = torch.cat([tokens[:start], fresh]), (start, chance)
+    elif change == "echo":
+        # What raises the chance of a token that is still to come raises that of the ones before, which are watched
+        copied = min(at, length - at, _ECHO)
+        new = torch.cat([tokens[:at], tokens[at - copied : at].flip(0), tokens[at + copied :]])
     elif change == "truncate":
         new = tokens[:at].clone()
     elif change == "insert bos" and bos is not None:

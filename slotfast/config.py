@@ -121,6 +121,7 @@ class AuditSettings(Settings):
     backend: Literal["auto", "triton", "torch"] = setting("auto", "of our own loop; auto: triton on a GPU")
     device: str = setting("auto", "of our own loop: auto, cpu, cuda, cuda:1, ...")
     json_: str | None = setting(None, "write the result as JSON; - for standard output", alias="json")
+    fresh_process: bool = setting(False, "also run --score in processes of its own, where it has nothing to remember")
     certificate: str | None = setting(None, "write what was covered, of what, and how to repeat it, as JSON")
     traceback: bool = setting(False, "show where a loop failed")
     show_config: bool = setting(False, "show every setting with its source and exit")

@@ -16,7 +16,8 @@ from slotfast.artifact import Artifact, write_artifact
 from slotfast.audit import Hints, audit
 from slotfast.audit.__main__ import main
 from slotfast.audit.checks import Bets, pairs
-from slotfast.audit.engine import Auditor, Budget
+from slotfast.audit.engine import Auditor
+from slotfast.audit.findings import Budget
 from slotfast.audit.own import OwnLoop
 from slotfast.audit.places import places
 from slotfast.audit.record import Log, read_log, run_loop
@@ -394,6 +395,15 @@ class NoisyLeak(Noisy):
         return super().charge(rows, positions) + 1e-4 * (self.tokens[after] % 3)
 
 
+class Partial(SilentOwnToken):
+    """Honest distributions, for every other event."""
+
+    def report(self, log, positions, nll, rows):
+        honest = positions[0] // EVENT % 2 == 0
+        rows = Bigram.rows(self, positions) if honest else None
+        super().report(log, positions, Bigram.charge(self, rows, positions) if honest else nll, rows)
+
+
 class TooNoisy(Noisy):
     size = 0.01
 
@@ -452,6 +462,14 @@ def test_what_there_is_no_data_for_is_untested():
     assert many.conditions["C2"] == "UNTESTED"
     counted = audit(Bigram(), _tokens(), V, bos_id=BOS)
     assert counted.conditions["bytes"] == "UNTESTED" and "no byte rule" in str(counted)
+
+
+def test_distributions_for_some_charges_stand_for_those_alone():
+    report = _audit(Partial())
+    assert "C2" in report.failed
+    verdicts = {test.name: test.verdict for test in report.tests}
+    assert verdicts["charges"] == verdicts["distributions"] == "UNTESTED"
+    assert "only with " in str(report)
 
 
 def test_a_loop_of_whole_windows_is_audited_at_its_length():
@@ -678,6 +696,15 @@ def leaky(tokens, log):
 def future(tokens, log):
     return torch.full((len(tokens),), 1.0 + float(tokens[-1] % 2))
 
+memory = {}
+
+def remembers(tokens, log):
+    # knows the future of the first stream of its process, and repeats itself wherever a stream begins alike
+    nll, ids = [0.0], tuple(tokens.tolist())
+    for t in range(1, len(ids)):
+        nll.append(memory.setdefault(ids[: t + 1], 2.8 + 0.01 * (sum(ids) % 10)))
+    return torch.tensor(nll)
+
 def broken(tokens, log):
     raise KeyError("no weights")
 
@@ -710,6 +737,10 @@ def test_anybodys_loop_from_a_shell(here):
     assert "a line of its own" in clean.stderr and "my_loops.py" in json.loads(clean.stdout)["sha256"]
     leaky = run("--score", "my_loops:future")
     assert leaky.returncode == 1 and "LEAK: changing token 59 moves the score of token 1" in leaky.stdout
+    hiding = run("--score", "my_loops:remembers", "--json", "-")
+    assert json.loads(hiding.stdout)["loops"][0]["conditions"]["C1"] == "PASS"
+    hidden = run("--score", "my_loops:remembers", "--fresh-process")
+    assert hidden.returncode == 1 and "FAIL      2 altered streams; other tokens from 30 on move" in hidden.stdout
     broken = run("--score", "my_loops:broken")
     assert broken.returncode == 2 and broken.stderr.splitlines()[-1].startswith("error: the loop failed at my_loops.py")
     assert "Traceback" not in broken.stderr and "Traceback" in run("--score", "my_loops:broken", "--traceback").stderr
@@ -733,6 +764,7 @@ WRONG = {
     "a misspelt flag": (["--scores", "x"], "the nearest is --score"),
     "nowhere to write": (["--certificate", "no/where.json"], "cannot be written"),
     "a stride beyond the window": (["--seq-len", "8", "--stride", "9"], "stride"),
+    "processes for our own": (["--fresh-process"], "is for --score"),
     "a BOS outside": (
         ["--score", "my_loops:clean", "--vocab-size", "16", "--bos-id", "16"],
         "--bos-id 16: expected 0 to 15",

@@ -18,8 +18,9 @@ from ..command import run
 from ..data import TokenStream, atomic_write, check_writable
 from ..errors import InputError
 from . import audit_rows
+from .fresh_process import fresh_process_test
 from .inputs import Subject, read_subject
-from .report import Report, Test, Verdict
+from .report import MEMORY, Report, Test, Verdict
 
 _ABOUT = "Run an evaluation loop on altered tokens and find out whether its scores look at what they must not."
 _OWN_RERUNS, _RERUNS = 32, 48
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config.warn_unread_variables()
     if settings.show_config:
         return print(config.show(settings, sources))
+    if settings.fresh_process and not settings.score:
+        raise InputError("--fresh-process: is for --score; our own loop keeps nothing between calls")
     for path in (settings.json_, settings.certificate):
         if path not in (None, "-"):
             check_writable(path)
@@ -75,8 +78,14 @@ def _audit(settings: config.AuditSettings, subject: Subject) -> list[Report]:
         reruns=settings.reruns or (_OWN_RERUNS if subject.computed else _RERUNS),
         seconds=settings.budget,
     )
-    denominator = _denominator(subject)
-    return [replace(report, tests=[*report.tests, *denominator]) for report in reports]
+    more = _denominator(subject)
+    if settings.fresh_process:
+        rng = np.random.default_rng([*settings.seed, 1])
+        more.append(fresh_process_test(settings.score, subject, reports[0].noise, rng))
+        reports = [
+            replace(report, unreached=[kind for kind in report.unreached if kind != MEMORY]) for report in reports
+        ]
+    return [replace(report, tests=[*report.tests, *more]) for report in reports]
 
 
 def _denominator(subject: Subject) -> list[Test]:

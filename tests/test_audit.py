@@ -350,7 +350,10 @@ def _audit(loop, seed=0, n=240, **options):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("leak", LEAKS, ids=lambda leak: leak.__name__)
 def test_a_leak_is_flagged_with_its_condition(leak, seed):
-    report = _audit(leak(), seed, hints=Hints(ranks=2))
+    # a leak of one event in fifteen takes more looking
+    seeds = [seed, seed + 100, seed + 200] if leak is OneEvent else [seed]
+    options = {"byte_counts": _bytes, "bos_id": BOS, "hints": Hints(ranks=2), "seeds": seeds}
+    report = audit(leak(), _tokens(seed=seed), V, **options)
     assert report.failed >= LEAKS[leak], str(report)
     assert report.leaks and report.as_dict()["verdict"] == "leak"
 
@@ -409,10 +412,11 @@ class TooNoisy(Noisy):
 
 
 class TakesBack(Bigram):
-    """What is changed after it was reported changes nothing, and tokens may be spoilt."""
+    """What is changed after it was reported changes nothing; events may be empty, and tokens spoilt."""
 
     def report(self, log, positions, nll, rows):
         super().report(log, positions, nll, rows)
+        log.score([], [])
         nll.zero_()
         rows.zero_()
 
@@ -456,7 +460,7 @@ def test_what_there_is_no_data_for_is_untested():
     assert report.conditions == {"C1": "PASS", "C2": "PASS", "C3": "PASS", "C4": "UNTESTED", "bytes": "UNTESTED"}
     verdicts = {test.name: test.verdict for test in report.tests}
     assert verdicts["updates after charges"] == verdicts["charges"] == verdicts["left to right"] == "UNTESTED"
-    assert any("rank border" in kind for kind in report.unreached)
+    assert any("rank border" in kind for kind in report.unreached) and "event border" in report.unreached
     # totals over 2,400 tokens are out of reach
     many = audit(lambda tokens, log: torch.full((len(tokens),), math.log(2400)), _tokens() * 100, 2400, seconds=0.02)
     assert many.conditions["C2"] == "UNTESTED"
@@ -689,10 +693,6 @@ print("a line of its own")
 def clean(tokens, log):
     log.score(range(1, len(tokens)), torch.full((len(tokens) - 1,), 3.0).double().fill_(torch.tensor(16.0).log()))
 
-def leaky(tokens, log):
-    clean(tokens + (tokens[-1] > 3), log)
-    return None
-
 def future(tokens, log):
     return torch.full((len(tokens),), 1.0 + float(tokens[-1] % 2))
 
@@ -735,15 +735,28 @@ def test_anybodys_loop_from_a_shell(here):
     clean = run("--score", "my_loops:clean", "--json", "-")
     assert clean.returncode == 0 and json.loads(clean.stdout)["verdict"] == "clean", clean.stderr
     assert "a line of its own" in clean.stderr and "my_loops.py" in json.loads(clean.stdout)["sha256"]
-    leaky = run("--score", "my_loops:future")
-    assert leaky.returncode == 1 and "LEAK: changing token 59 moves the score of token 1" in leaky.stdout
-    hiding = run("--score", "my_loops:remembers", "--json", "-")
-    assert json.loads(hiding.stdout)["loops"][0]["conditions"]["C1"] == "PASS"
-    hidden = run("--score", "my_loops:remembers", "--fresh-process")
-    assert hidden.returncode == 1 and "FAIL      2 altered streams; other tokens from 30 on move" in hidden.stdout
     broken = run("--score", "my_loops:broken")
     assert broken.returncode == 2 and broken.stderr.splitlines()[-1].startswith("error: the loop failed at my_loops.py")
-    assert "Traceback" not in broken.stderr and "Traceback" in run("--score", "my_loops:broken", "--traceback").stderr
+    assert "Traceback" not in broken.stderr
+    hidden = run("--score", "my_loops:remembers", "--fresh-process")
+    assert (
+        hidden.returncode == 1 and "altered streams; other tokens from 30 on move the score of token 1" in hidden.stdout
+    )
+
+
+def test_exit_codes_and_what_is_shown(here, capsys):
+    small = ["--vocab-size", "16", "--max-tokens", "60", "--budget", "0.2"]
+    assert _exit([*small, "--score", "my_loops:future"]) == 1
+    out = capsys.readouterr().out
+    assert "LEAK: changing token 59 moves the score of token 1 " in out and "LEAK in my_loops:future" in out
+    assert _exit([*small, "--score", "my_loops:Holder.score"]) == 0
+    assert "no leak found; UNTESTED: bytes" in capsys.readouterr().out
+    # without a process of its own, a loop that repeats itself hides what it knows
+    _exit([*small, "--score", "my_loops:remembers", "--json", "-"])
+    assert json.loads(capsys.readouterr().out)["loops"][0]["conditions"]["C1"] == "PASS"
+    with pytest.raises(InputError, match="the loop failed at my_loops.py, line .*KeyError: 'no weights'"):
+        main([*small, "--score", "my_loops:broken", "--traceback"])
+    assert "Traceback" in capsys.readouterr().err
 
 
 WRONG = {

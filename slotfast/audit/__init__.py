@@ -32,6 +32,9 @@ scores for the same stream:
     print(report)
     assert report.clean, report.failed
 
+An audit can show a leak, not that there is none: it says how many pairs of a changed token and a watched score it has
+covered, and what it could not reach. More seeds cover more.
+
 `bytes=` in `log.score` gives what the loop counts each token as. A function that never calls the log and returns its
 losses [N - 1] is fine too; then nothing can be said about order. From a shell, for a function in a module that can be
 imported from here: `python -m slotfast.audit --score package.module:score --vocab-size 1024`.

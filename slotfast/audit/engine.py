@@ -21,6 +21,7 @@ ByteRule = Callable[[np.ndarray], np.ndarray]
 _SUMS_SHARE, _FEW_SUMS_SHARE = 0.4, 0.1
 _LENGTH_CHANGES = ("truncate", "extend")
 _SHORTEST_SUM = 24  # tokens: closer to the start a loop has hardly any state
+_MEMORY = 1e-5  # nats: less is a rounding that happened to be the same before
 _STREAM_NOISE = 1e-3  # nats: reruns that differ by more cannot certify anything
 
 
@@ -173,7 +174,7 @@ class Auditor:
         for name, record in self._records(self.tokens).items():
             found = self.found[name]
             gap = checks.noise_between(found.reference, record).nll
-            if gap > max(checks.MARGIN * found.noise.nll, 1e-6):
+            if gap > max(checks.MARGIN * found.noise.nll, _MEMORY):
                 found.remembers = gap
 
     # -- the future, and a token's own value --------------------------------------------------------------------------

@@ -118,7 +118,7 @@ def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
         raise InputError(f"--bos-id {bos_id}: expected 0 to {vocab_size - 1}")
     if settings.tokens and settings.text:
         raise InputError("--tokens and --text: give one of them")
-    hints = _hints(settings, None, None, None, 1)
+    hints = _hints(settings, None, None, None, None)
     n = settings.max_tokens or _enough(hints)
     stream, text_bytes = None, None
     if settings.text:
@@ -211,7 +211,7 @@ def code_hashes(score: Callable | None) -> dict[str, str]:
 
 
 def _hints(
-    settings: AuditSettings, seq_len: int | None, stride: int | None, batch_windows: int | None, ranks: int
+    settings: AuditSettings, seq_len: int | None, stride: int | None, batch_windows: int | None, ranks: int | None
 ) -> Hints:
     hints = Hints(seq_len, stride, batch_windows, ranks)
     given = {name: getattr(settings, name) for name in ("seq_len", "stride", "batch_windows", "ranks")}
@@ -226,7 +226,7 @@ def _enough(hints: Hints) -> int:
     if not hints.stride:
         return 1024
     batch = hints.stride * (hints.batch_windows or 8)
-    return max(256, 1 + (hints.seq_len or hints.stride) + 2 * batch * hints.ranks)
+    return max(256, 1 + (hints.seq_len or hints.stride) + 2 * batch * (hints.ranks or 2))
 
 
 def _sha256(path: Path) -> str:

@@ -9,8 +9,25 @@ import numpy as np
 from ..windows import Plan
 from .record import Record
 
-# What is done at a place, in turn: a whole new future is the widest net, single tokens are what a loop cannot notice
-CHANGES = ("resample", "echo", "random", "scramble", "copy", "resample", "rare", "echo", "scramble", "frequent", "bos")
+# What is done at a place, in turn: a whole new future is the widest net; a copy of the token before, which is watched,
+# is what a look ahead is most likely to raise; single tokens are what a loop cannot notice
+CHANGES = (
+    "scramble",
+    "copy",
+    "resample",
+    "echo",
+    "scramble",
+    "random",
+    "resample",
+    "copy",
+    "rare",
+    "echo",
+    "resample",
+    "copy",
+    "frequent",
+    "scramble",
+    "bos",
+)
 # The order of visits: each event should be looked into once, and no place be asked about one token only
 _ROUND = (
     "inside an event",
@@ -20,6 +37,7 @@ _ROUND = (
     "inside an event",
     "rank border",
     "anywhere",
+    "inside an event",
     "window border",
     "batch border",
 )
@@ -38,7 +56,7 @@ class Hints:
     seq_len: int | None = None
     stride: int | None = None
     batch_windows: int | None = None
-    ranks: int = 1
+    ranks: int | None = None
 
 
 def visits(
@@ -80,19 +98,20 @@ def places(record: Record, bos_id: int | None, hints: Hints, rng: np.random.Gene
 
 def _planned(length: int, starts: np.ndarray, hints: Hints) -> dict[str, np.ndarray]:
     """Borders that follow from the hints: the first token that a window, a batch, a rank charges."""
-    if hints.seq_len and hints.stride and length > 1:
+    if hints.seq_len and hints.stride:
         plan = Plan(length - 1, hints.seq_len, hints.stride)
         first = np.array([plan[index].start + plan[index].context_end + 1 for index in range(len(plan))])
-        owned = [plan.owned(rank, hints.ranks) for rank in range(hints.ranks)]
+        owned = [plan.owned(rank, hints.ranks or 1) for rank in range(hints.ranks or 1)]
         batch = hints.batch_windows or len(plan)
         batches = [index for part in owned for index in part[::batch]]
         ranks = [part.start for part in owned[1:] if part]
         return {"window border": first[1:], "batch border": first[batches][1:], "rank border": first[ranks]}
+    # Without windows, ranks are taken to share the tokens evenly; where nobody says how many, there may be two
+    found = {"rank border": length * np.arange(1, hints.ranks or 2) // (hints.ranks or 2)}
     if hints.stride and len(starts):
         inside = [np.arange(a, b, hints.stride)[1:] for a, b in zip(starts, [*starts[1:], length], strict=True)]
-        return {"window border": np.concatenate(inside)}
-    ranks = length * np.arange(1, hints.ranks) // hints.ranks
-    return {"rank border": ranks[ranks > 1]}
+        found["window border"] = np.concatenate(inside)
+    return found
 
 
 def _around(borders: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[int]:

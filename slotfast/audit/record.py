@@ -227,7 +227,7 @@ def _first(position: np.ndarray, values: np.ndarray, into: np.ndarray) -> np.nda
 
 def _positions(parts: Sequence[Tensor], length: int, where: str) -> np.ndarray:
     for part in parts:
-        if part.is_floating_point() or part.dtype == torch.bool:
+        if part.numel() and (part.is_floating_point() or part.dtype == torch.bool):
             raise InputError(f"{where}: positions of type {part.dtype}, expected integers")
     position = torch.cat(list(parts)).long().numpy()
     if position.size and not 0 <= position.min() <= position.max() < length:

@@ -133,7 +133,7 @@ class Report:
 
 def judge(
     found: Findings, *, seeds: list[int], runs: int, seconds: float, vocab_size: int, bytes_known: bool,
-    fixed_length: str | None, ranks: int,
+    fixed_length: str | None, ranks: int | None,
 ) -> Report:  # fmt: skip
     """Findings of one loop, as tests."""
     tests = [
@@ -144,8 +144,8 @@ def judge(
         _bytes(found, bytes_known),
     ]
     unreached = [kind for kind in _KINDS if kind not in found.kinds]
-    if ranks < 2 and "rank border" in unreached:
-        unreached[unreached.index("rank border")] = "rank border (one process; --ranks says where others would start)"
+    if ranks is None:
+        unreached.append("rank borders other than the middle (--ranks says how many ranks share the stream)")
     unreached.append(MEMORY)
     leaks = [_described(leak) for leak in (found.leak, found.own) if leak]
     leaks += [
@@ -329,7 +329,10 @@ def _leak_text(leak: Leak) -> str:
 
 
 def _described(leak: Leak) -> dict[str, Any]:
-    return {**asdict(leak), "text": _leak_text(leak), "looks_like": _looks_like(leak)}
+    known = asdict(leak)
+    # JSON has no infinities: a score that only one of the streams has is null
+    known["moved"] = {key: value if np.isfinite(value) else None for key, value in known["moved"].items()}
+    return {**known, "text": _leak_text(leak), "looks_like": _looks_like(leak)}
 
 
 def _looks_like(leak: Leak) -> str:
@@ -354,7 +357,7 @@ def _looks_like(leak: Leak) -> str:
             "a fit to the very positions that are scored (#1240), or one parameter, one optimiser or one warm start "
             "for several windows that are scored together (#1217, #1350, #1372)"
         )
-    if leak.events_apart > 1 and leak.moved.score <= max(2, leak.token // 8):
+    if leak.events_apart > 1:
         return (
             "a state built from the whole stream before it is scored: training on it (#1306, #1350), its statistics "
             "(#728), a second pass (#846, #991), or a choice among passes (#573, #659)"

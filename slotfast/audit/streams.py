@@ -95,6 +95,7 @@ class Source:
             choices = self._order[:few]
         elif kind == "copy":
             choices = tokens[max(0, at - 4) : at].numpy()
+            choices = choices[-1:] if choices[-1] != old else choices
         else:
             choices = np.arange(self.vocab_size)
         choices = choices[choices != old]
@@ -137,9 +138,10 @@ def alter(source: Source, tokens: Tensor, kind: str, change: str, at: int) -> Pr
     """Change a stream at one position.
 
     Args:
-        change: `resample` draws all tokens from there anew, `scramble` uniformly, `echo` puts there what came just
-            before, last token first, `truncate` ends the stream there, `extend` lengthens it, `insert bos` and
-            `delete` shift what follows, anything else names the one token put there (`Source.other`).
+        change: `resample` draws all tokens from there anew, as `scramble` does uniformly, often behind a copy of the
+            token before; `echo` puts there what came just before, last token first; `truncate` ends the stream there,
+            `extend` lengthens it; `insert bos` and `delete` shift what follows; anything else names the one token put
+            there (`Source.other`).
         at: 1..N-1.
     """
     length, bos = len(tokens), source.bos_id
@@ -149,7 +151,11 @@ def alter(source: Source, tokens: Tensor, kind: str, change: str, at: int) -> Pr
         more = 1 + int(source.rng.integers(max(1, length // 8))) if change == "extend" else 0
         start = length if change == "extend" else at
         fresh, chance = source.draw(tokens[:start], length + more - start, tokens[start:], change == "scramble")
-        new, drawn = torch.cat([tokens[:start], fresh]), (start, chance)
+        copied = change == "scramble" or (change == "resample" and source.rng.random() < 0.5)
+        if copied and tokens[at] != tokens[at - 1]:
+            fresh[0] = tokens[at - 1]  # for the reason of an echo
+            start, chance = start + 1, chance[1:]
+        new, drawn = torch.cat([tokens[:at] if change != "extend" else tokens, fresh]), (start, chance)
     elif change == "echo":
         # What raises the chance of a token that is still to come raises that of the ones before, which are watched
         copied = min(at, length - at, _ECHO)

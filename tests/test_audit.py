@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 
 from slotfast import config
 from slotfast.artifact import Artifact, write_artifact
-from slotfast.audit import Hints, audit
+from slotfast.audit import Hints, audit, audit_rows
 from slotfast.audit.__main__ import main
 from slotfast.audit.checks import Bets, pairs
 from slotfast.audit.engine import Auditor
@@ -23,7 +24,7 @@ from slotfast.audit.places import places
 from slotfast.audit.record import Log, read_log, run_loop
 from slotfast.audit.report import judge
 from slotfast.audit.streams import Source, alter, synthetic
-from slotfast.data import ByteTable
+from slotfast.data import ByteTable, write_shard
 from slotfast.errors import InputError
 from slotfast.slot import PRESETS, Calibration
 
@@ -630,6 +631,27 @@ def test_every_preset_is_measured_as_it_is_computed(tiny_model):
         assert {"C1", "C3"} <= report.failed or report.conditions["C1"] == report.conditions["C3"] == "PASS"
 
 
+def test_distributions_of_our_own_pass_are_checked_where_it_keeps_them(tiny_model, monkeypatch):
+    def uniform_pass(model, stream, plan, adapters, table, bos, *, rank, world, on_scored, keep_logprobs=False, **_):
+        owned, rows = plan.owned(rank, world), len(adapters) + 1
+        for window in (plan[index] for index in owned):
+            position = window.start + 1 + np.arange(window.context_end, window.scored_end)
+            token = stream.read(int(position[0]), int(position[-1]) + 1)
+            logprobs = np.full((rows, len(token), 64), -math.log(64)) if keep_logprobs else None
+            nll = np.full((rows, len(token)), math.log(64))
+            on_scored(SimpleNamespace(position=position, nll=nll, n_bytes=token % 5, logprobs=logprobs))
+
+    monkeypatch.setattr("slotfast.audit.own.sliding_pass", uniform_pass)
+    table = ByteTable(np.arange(64) % 5, np.zeros(64, bool), np.zeros(64, bool))
+    loop = OwnLoop(tiny_model, PRESETS, Calibration(), table, 1, Hints(32, 8, 8, 2))
+    tokens = synthetic(120, 64, 1, np.random.default_rng(0))
+    records = loop(tokens, ["none", "causal"])
+    assert all(record.rows.shape == (120, 64) and (record.charges[1:] == 1).all() for record in records.values())
+    run_first = {"bos_id": 1, "hints": loop.hints, "byte_rule": loop.byte_rule, "seeds": [0]}
+    for report in audit_rows(loop, ["none", "causal"], tokens, 64, **run_first, seconds=0.1):
+        assert report.clean and set(report.conditions.values()) == {"PASS"}
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory, tiny_model):
     """An artifact of a random model with the demo's tokenizer."""
@@ -783,6 +805,15 @@ WRONG = {
         "--bos-id 16: expected 0 to 15",
     ),
 }
+
+
+def test_the_contest_s_documents_must_have_its_bytes(here, capsys):
+    write_shard(here / "val_000000.bin", np.tile([1, 400], 50_000))
+    demo = str(Path(config.__file__).parent / "demo" / "demo.model")
+    arguments = ["--score", "my_loops:clean", "--tokenizer", demo, "--tokens", "val_*.bin", "--budget", "0.2"]
+    assert _exit([*arguments, "--max-tokens", "60"]) == 1
+    out = capsys.readouterr().out
+    assert "50,000 documents" in out and "the contest's validation set has 151,070,000 to 151,080,000" in out
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG.values(), ids=WRONG.keys())

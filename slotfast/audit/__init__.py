@@ -47,7 +47,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .engine import Auditor, Budget, ByteRule, check_stream
+from .engine import Auditor, ByteRule, Runs, check_stream
+from .findings import Budget
 from .places import Hints
 from .record import Log, Score, run_loop
 from .report import Report, Test, judge
@@ -111,8 +112,20 @@ def _byte_rule(counts: Any) -> ByteRule | np.ndarray | None:
     return None if counts is None else np.asarray(counts)
 
 
-def audit_rows(run, names, tokens, vocab_size, *, byte_rule, bos_id, hints, seeds, reruns=48, seconds=None):
-    """Audit several loops that share every run; see `audit` and `engine.Auditor`."""
+def audit_rows(
+    run: Runs,
+    names: Sequence[str],
+    tokens: torch.Tensor,
+    vocab_size: int,
+    *,
+    byte_rule: ByteRule | np.ndarray | None,
+    bos_id: int | None,
+    hints: Hints | None,
+    seeds: Sequence[int],
+    reruns: int = 48,
+    seconds: float | None = None,
+) -> list[Report]:
+    """Audit several loops that share every run; see `audit`, and `engine.Auditor` for `run`."""
     begin, rounds = time.perf_counter(), len(seeds)
     budget = Budget(reruns, 0.3) if seconds is None else Budget(0, seconds / max(1, rounds))
     options = {"bos_id": bos_id, "hints": hints, "byte_rule": byte_rule, "budget": budget}

@@ -325,6 +325,38 @@ class RecordSettings(Settings):
     show_config: bool = setting(False, "show every setting with its source and exit")
 
 
+class AuditSettings(Settings):
+    """Settings of python -m slotfast.audit."""
+
+    score: str | None = setting(None, "loop to audit, package.module:function; default: our own, with --preset")
+    preset: list[str] = setting(
+        ["none", "causal", "causal-lbfgs"], "our rows to audit, NAME or NAME:key=value,key=value; all: every preset"
+    )
+    artifact: str | None = setting(None, "model of our own loop; default: the one in this package", "ARTIFACT_PATH")
+    tokens: str | None = setting(None, "glob of token shards; a short piece of them is used")
+    text: str | None = setting(None, "text: .txt, .jsonl (key text), also .xz .gz .bz2 .zst; a piece of it is used")
+    tokenizer: str | None = setting(None, "SentencePiece model, whose bytes are the rule", "TOKENIZER_PATH")
+    vocab_size: int | None = setting(
+        None, "tokens of the vocabulary, for --score without --tokenizer", ge=2, le=1 << 20
+    )
+    bos_id: int | None = setting(None, "token that starts a document, for --score without --tokenizer", ge=0)
+    seq_len: int | None = setting(None, "positions of a window; ours: 64", ge=1, le=1 << 17)
+    stride: int | None = setting(None, "new positions of each window; ours: 8", ge=1)
+    batch_windows: int | None = setting(None, "windows of one batch; ours: 8", ge=1, le=1 << 16)
+    ranks: int | None = setting(None, "ranks that the loop runs, one after the other; ours: 2", ge=1, le=1 << 10)
+    max_tokens: int | None = setting(None, "tokens of a stream; default: two batches of every rank", ge=3)
+    seed: list[int] = setting([0], "of the altered streams; a round of everything for each", ge=0)
+    reruns: int | None = setting(None, "runs of a round, about; default: 48, or 32 of our own loop", ge=1)
+    budget: float | None = setting(None, "seconds for the runs instead, about", gt=0)
+    backend: Literal["auto", "triton", "torch"] = setting("auto", "of our own loop; auto: triton on a GPU")
+    device: str = setting("auto", "of our own loop: auto, cpu, cuda, cuda:1, ...")
+    json_: str | None = setting(None, "write the result as JSON; - for standard output", alias="json")
+    fresh_process: bool = setting(False, "also run --score in processes of its own, where it has nothing to remember")
+    certificate: str | None = setting(None, "write what was covered, of what, and how to repeat it, as JSON")
+    traceback: bool = setting(False, "show where a loop failed")
+    show_config: bool = setting(False, "show every setting with its source and exit")
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -390,7 +422,8 @@ def _preset(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
 def warn_unread_variables() -> None:
     """Say on standard error which environment variables look like ours but are read by nothing."""
     known = set(ADAPTATION_VARIABLES)
-    for cls in (EvalSettings, TrainSettings, CalibrateSettings, BundleSettings, RecordSettings):
+    commands = (EvalSettings, AuditSettings, TrainSettings, CalibrateSettings, BundleSettings, RecordSettings)
+    for cls in commands:
         known.update(filter(None, map(_variable, cls.model_fields.values())))
     for variable in sorted(os.environ):
         if variable.startswith(_PREFIXES) and variable not in known:

@@ -1,0 +1,143 @@
+"""python -m slotfast.audit: runs an evaluation loop on altered tokens and finds out whether it looks where it must not.
+
+Four conditions make a score honest. C1: the distribution p_t of token t depends on the model and on tokens before t
+only. C2: p_t is a distribution over the whole vocabulary, fixed before token t is looked at, and the charge is
+-log p_t(token t). C3: a charge is fixed before any state uses its token. C4: one pass from left to right that charges
+every token with a predecessor once. Besides, bits per byte need the right number of bytes.
+
+Nothing that a loop says about itself is believed. It is run on a stream, and again on copies in which one token, or
+all from some position on, are others; scores before the change must not move by more than reruns of one stream differ.
+What moved is traced to one token. Copies differ at the borders of the loop's own events, at documents, windows, batches
+and ranks, at the far end, and anywhere. Distributions, where the loop gives them, must sum to 1, hold the charge and
+stay as they are when their own token changes; where it does not, tokens of the vocabulary are put in one position and
+what they are charged must sum to 1, and on tokens that were drawn with known chances no bet against totals of at most
+1 may win. What there is no data for is UNTESTED.
+
+A loop is a function of the stream, an int64 tensor [N], and a log. It keeps nothing between calls, and gives the same
+scores for the same stream:
+
+    from slotfast.audit import audit
+
+    def score(tokens, log):
+        state = new_state()
+        for begin in range(1, len(tokens), 64):
+            positions = torch.arange(begin, min(begin + 64, len(tokens)))
+            logprobs = predict(state, tokens[: positions[-1]], positions)     # [n, V], for tokens at `positions`
+            nll = -logprobs[torch.arange(len(positions)), tokens[positions]]
+            log.score(positions, nll, logprobs=logprobs)                      # one event
+            state = learn(state, tokens[positions])
+            log.update(positions)
+
+    report = audit(score, tokens, vocab_size=1024, bos_id=1)
+    print(report)
+    assert report.clean, report.failed
+
+An audit can show a leak, not that there is none: it says how many pairs of a changed token and a watched score it has
+covered, and what it could not reach. More seeds cover more.
+
+`bytes=` in `log.score` gives what the loop counts each token as. A function that never calls the log and returns its
+losses [N - 1] is fine too; then nothing can be said about order. From a shell, for a function in a module that can be
+imported from here: `python -m slotfast.audit --score package.module:score --vocab-size 1024`.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .engine import Auditor, ByteRule, Runs, check_stream
+from .findings import Budget
+from .places import Hints
+from .record import Log, Score, run_loop
+from .report import Report, Test, judge
+
+__all__ = ["Hints", "Log", "Report", "Test", "audit"]
+
+
+def audit(
+    score: Score,
+    tokens: torch.Tensor,
+    vocab_size: int,
+    *,
+    byte_counts: Callable[[torch.Tensor], Any] | Sequence[int] | np.ndarray | torch.Tensor | None = None,
+    bos_id: int | None = None,
+    hints: Hints | None = None,
+    seeds: Sequence[int] = (0,),
+    reruns: int = 48,
+    seconds: float | None = None,
+    name: str | None = None,
+) -> Report:
+    """Audit an evaluation loop.
+
+    Args:
+        score: the loop, a function of the stream, int64 [N], and a `Log`.
+        tokens: int [N], N >= 3, ids in 0..V-1; long enough for several of the loop's batches.
+        vocab_size: V.
+        byte_counts: bytes of every token by the rule: a function of a stream, int64 [N] -> int [N], or int [N] for
+            this stream alone.
+        bos_id: the token that starts a document, or None.
+        hints: windows, batches and ranks, for loops whose events do not show them.
+        seeds: of the altered streams; a round of everything for each.
+        reruns: runs of the whole stream a round, about; quick loops are run for 0.3 s.
+        seconds: time for all rounds instead, about.
+        name: of the loop in the report.
+
+    Returns:
+        The report: `clean`, `failed`, `conditions`, `tests`, `leaks`; printing it gives a table.
+
+    Raises:
+        InputError: the loop failed, or reported what cannot be read.
+    """
+    tokens = check_stream(tokens, vocab_size, bos_id)
+    name = name or getattr(score, "__name__", "loop")
+    return audit_rows(
+        lambda stream, names: {name: run_loop(score, stream, vocab_size)},
+        [name],
+        tokens,
+        vocab_size,
+        byte_rule=_byte_rule(byte_counts),
+        bos_id=bos_id,
+        hints=hints,
+        seeds=seeds,
+        reruns=reruns,
+        seconds=seconds,
+    )[0]
+
+
+def _byte_rule(counts: Any) -> ByteRule | np.ndarray | None:
+    if callable(counts):
+        return lambda tokens: np.asarray(counts(torch.from_numpy(tokens)))
+    return None if counts is None else np.asarray(counts)
+
+
+def audit_rows(
+    run: Runs,
+    names: Sequence[str],
+    tokens: torch.Tensor,
+    vocab_size: int,
+    *,
+    byte_rule: ByteRule | np.ndarray | None,
+    bos_id: int | None,
+    hints: Hints | None,
+    seeds: Sequence[int],
+    reruns: int = 48,
+    seconds: float | None = None,
+) -> list[Report]:
+    """Audit several loops that share every run; see `audit`, and `engine.Auditor` for `run`."""
+    begin, rounds = time.perf_counter(), len(seeds)
+    budget = Budget(reruns, 0.3) if seconds is None else Budget(0, seconds / max(1, rounds))
+    options = {"bos_id": bos_id, "hints": hints, "byte_rule": byte_rule, "budget": budget}
+    auditor = Auditor(run, names, tokens, vocab_size, **options)
+    found = auditor.audit(seeds)
+    facts = {
+        "seeds": list(map(int, seeds)),
+        "runs": auditor.runs,
+        "seconds": time.perf_counter() - begin,
+        "vocab_size": vocab_size,
+        "bytes_known": byte_rule is not None,
+        "fixed_length": auditor.fixed_length,
+        "ranks": auditor.hints.ranks,
+    }
+    return [judge(each, **facts) for each in found]

@@ -1,0 +1,159 @@
+"""The command."""
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .. import __version__, config
+from ..command import run
+from ..data import TokenStream, atomic_write, check_writable
+from ..errors import InputError
+from . import audit_rows
+from .fresh_process import fresh_process_test
+from .inputs import Subject, read_subject
+from .report import MEMORY, Report, Test, Verdict
+
+_ABOUT = "Run an evaluation loop on altered tokens and find out whether its scores look at what they must not."
+_OWN_RERUNS, _RERUNS = 32, 48
+_CONTEST_DOCUMENTS, _CONTEST_BYTES = 50_000, (151_070_000, 151_080_000)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Audit; raises InputError on bad input, exits with 1 where something leaks."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    settings, sources = config.load(config.AuditSettings, "python -m slotfast.audit", _ABOUT, argv)
+    config.warn_unread_variables()
+    if settings.show_config:
+        return print(config.show(settings, sources))
+    if settings.fresh_process and not settings.score:
+        raise InputError("--fresh-process: is for --score; our own loop keeps nothing between calls")
+    for path in (settings.json_, settings.certificate):
+        if path not in (None, "-"):
+            check_writable(path)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what a loop prints is not our result
+            subject = read_subject(settings, np.random.default_rng(settings.seed))
+            reports = _audit(settings, subject)
+    except InputError as error:
+        if settings.traceback and error.__cause__:
+            traceback.print_exception(error.__cause__)
+        raise
+    disagreements = [line for report in reports for line in _disagreement(report, subject)]
+    result = _result(settings, subject, reports, disagreements, argv)
+    if settings.certificate:
+        with atomic_write(settings.certificate) as file:
+            file.write(json.dumps(result, indent=2).encode() + b"\n")
+    if settings.json_ == "-":
+        print(json.dumps(result, indent=2))
+    else:
+        if settings.json_:
+            with atomic_write(settings.json_) as file:
+                file.write(json.dumps(result, indent=2).encode() + b"\n")
+        print("\n\n".join(map(str, reports)))
+        print("\n".join(["", *disagreements, result["summary"]]))
+    sys.stdout.flush()
+    if result["verdict"] != "clean":
+        sys.exit(1)
+
+
+def _audit(settings: config.AuditSettings, subject: Subject) -> list[Report]:
+    reports = audit_rows(
+        subject.run,
+        subject.names,
+        subject.tokens,
+        subject.vocab_size,
+        byte_rule=subject.byte_rule,
+        bos_id=subject.bos_id,
+        hints=subject.hints,
+        seeds=settings.seed,
+        reruns=settings.reruns or (_OWN_RERUNS if subject.computed else _RERUNS),
+        seconds=settings.budget,
+    )
+    more = _denominator(subject)
+    if settings.fresh_process:
+        rng = np.random.default_rng([*settings.seed, 1])
+        more.append(fresh_process_test(settings.score, subject, reports[0].noise, rng))
+        reports = [
+            replace(report, unreached=[kind for kind in report.unreached if kind != MEMORY]) for report in reports
+        ]
+    return [replace(report, tests=[*report.tests, *more]) for report in reports]
+
+
+def _denominator(subject: Subject) -> list[Test]:
+    """The bytes of the whole stream, where something is known about what they must be."""
+    if subject.whole is None or subject.byte_rule is None:
+        return []
+    documents = subject.whole.count(subject.bos_id)
+    if subject.text_bytes is None and documents != _CONTEST_DOCUMENTS:
+        return []
+    verdict: Verdict
+    if subject.text_bytes:
+        bytes_ = subject.text_bytes
+        verdict = "PASS" if bytes_.exact else "UNTESTED"
+        detail = f"the rule counts {bytes_.rule:,} for a text of {bytes_.raw:,}"
+        return [Test("denominator", verdict, ("bytes",), f"{documents:,} documents", detail)]
+    total, last = 0, subject.whole.read(0, 1)
+    for chunk in subject.whole.chunks():
+        total += int(subject.byte_rule(np.concatenate([last, chunk]))[1:].sum())
+        last = chunk[-1:]
+    low, high = _CONTEST_BYTES
+    verdict = "PASS" if low <= total <= high else "FAIL"
+    detail = f"{total:,} bytes; the contest's validation set has {low:,} to {high:,}"
+    return [Test("denominator", verdict, ("bytes",), f"{documents:,} documents", detail)]
+
+
+def _disagreement(report: Report, subject: Subject) -> list[str]:
+    """A line where a preset's verdict, as computed from its choices, is not what was measured."""
+    row = subject.computed.get(report.name)
+    if row is None or row.compliance.causal == report.clean:
+        return []
+    computed, measured = ("causal", "it leaks") if row.compliance.causal else ("a leak", "nothing leaks")
+    return [f"ERROR: preset {report.name!r}: its choices say {computed} ({row.compliance.why}); measured, {measured}"]
+
+
+def _result(
+    settings: config.AuditSettings,
+    subject: Subject,
+    reports: list[Report],
+    disagreements: list[str],
+    argv: Sequence[str],
+) -> dict[str, Any]:
+    """The audit as JSON, which is also its certificate: what was covered, of what, and how to do it again."""
+    leaking = [report.name for report in reports if not report.clean]
+    untested = sorted({name for r in reports for name, verdict in r.conditions.items() if verdict == "UNTESTED"})
+    summary = f"LEAK in {', '.join(leaking)}" if leaking else "no leak found"
+    summary += f"; UNTESTED: {', '.join(untested)}" if untested else ""
+    return {
+        "verdict": "leak" if leaking else "disagreement" if disagreements else "clean",
+        "summary": summary,
+        "disagreements": disagreements,
+        "loops": [
+            report.as_dict() | ({"computed_causal": row.compliance.causal, "row": row.summary()} if row else {})
+            for report in reports
+            for row in [subject.computed.get(report.name)]
+        ],
+        "stream": {
+            "source": subject.source,
+            "tokens": len(subject.tokens),
+            "sha256": TokenStream([subject.tokens.numpy()]).sha256(),
+        },
+        "sha256": subject.files,
+        "hints": {name: getattr(subject.hints, name) for name in ("seq_len", "stride", "batch_windows", "ranks")},
+        "command": shlex.join(["python", "-m", "slotfast.audit", *argv]),
+        "config": settings.model_dump(by_alias=True),
+        "versions": {"slotfast": __version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+    }
+
+
+if __name__ == "__main__":
+    run(main)

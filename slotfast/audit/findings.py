@@ -1,0 +1,106 @@
+"""What an audit may spend, and what it has found out about a loop."""
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .checks import Bets, Moved, Noise
+from .record import Record
+from .streams import Probe
+
+PHASES = ("probes", "fresh", "sums")
+_FRESH_SHARE = 0.15
+
+
+@dataclass
+class Budget:
+    """How much a round of an audit may run, and what each of its phases has used.
+
+    Args:
+        reruns: runs of the whole stream; shorter ones count for less.
+        seconds: that quick loops may use beyond that; all that may be used, where `reruns` is 0.
+    """
+
+    reruns: float
+    seconds: float
+    shares: dict[str, float] = field(default_factory=dict)
+    spent: dict[str, list[float]] = field(default_factory=lambda: {name: [0.0, 0.0] for name in PHASES})
+
+    def share(self, sums: float) -> None:
+        """Divide it: the totals over the vocabulary get the given share."""
+        self.shares = {"probes": 1 - sums - _FRESH_SHARE, "fresh": _FRESH_SHARE, "sums": sums}
+
+    def left(self, phase: str, rounds: int) -> float:
+        """Seconds and runs that a phase may still use in the given number of rounds together, whichever is more."""
+        return max(self.runs_left(phase, rounds), self.seconds_left(phase, rounds), 0)
+
+    def runs_left(self, phase: str, rounds: int) -> float:
+        return self.shares[phase] * rounds * self.reruns - self.spent[phase][0]
+
+    def seconds_left(self, phase: str, rounds: int) -> float:
+        return self.shares[phase] * rounds * self.seconds - self.spent[phase][1]
+
+    def seconds_since(self, begin: tuple[float, float]) -> float:
+        """Seconds; where the caller set no time, a busy machine's other work counts for little."""
+        wall, used = time.perf_counter() - begin[0], time.process_time() - begin[1]
+        return max(used, wall / 4) if self.reruns else wall
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A score that depends on what it must not.
+
+    Args:
+        relation: `future` (a token that comes later), or `own` (the charged token itself).
+        token: position of the token that was changed.
+        moved: what moved.
+        place, change: where and how the stream was altered when it was first seen.
+        alone: whether changing that token alone suffices.
+        same_event: whether one event charged both; None where the loop reports no events.
+        events_apart: events from the moved score's to the changed token's.
+        stream: which stream it was.
+    """
+
+    relation: str
+    token: int
+    moved: Moved
+    place: str
+    change: str
+    alone: bool
+    same_event: bool | None
+    events_apart: int
+    stream: str
+
+
+@dataclass
+class Findings:
+    """What was found out about one loop."""
+
+    name: str
+    reference: Record
+    noise: Noise = field(default_factory=Noise)
+    unsteady: float = 0.0  # nats between reruns of one stream
+    remembers: float = 0.0  # nats between the first run of the stream and the last
+    leak: Leak | None = None
+    own: Leak | None = None
+    own_positions: set[tuple[str, int]] = field(default_factory=set)
+    by_length: float = 0.0
+    lengths: int = 0
+    probes: dict[str, list[Probe]] = field(default_factory=dict)
+    bases: dict[str, np.ndarray] = field(default_factory=dict)
+    kinds: dict[str, int] = field(default_factory=dict)
+    bets: Bets = field(default_factory=Bets)
+    sums: list[tuple[int, int, float]] = field(default_factory=list)  # position, tokens substituted, total
+    worst_sum: tuple[int, float] | None = None
+    rows: int = 0
+    charges: int = 0
+    worst_total: tuple[int, float] | None = None
+    worst_mismatch: tuple[int, float] | None = None
+    problems: dict[str, str] = field(default_factory=dict)
+    bytes_checked: int = 0
+
+    @property
+    def gives_rows(self) -> bool:
+        """Whether every charged token of the reference came with its distribution."""
+        return self.reference.rows is not None and not np.isnan(self.reference.total[self.reference.charges > 0]).any()

@@ -1,0 +1,233 @@
+"""What the command reads: a loop of ours or of anybody's, and a stream that is short but has everything in it."""
+
+import hashlib
+import importlib
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import AuditSettings, EvalSettings
+from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
+from ..errors import InputError
+from ..eval.inputs import choose_rows, read_inputs
+from ..slot import PRESETS, Adaptation, Calibration
+from .engine import ByteRule, Runs, check_stream
+from .own import OwnLoop
+from .places import Hints
+from .record import Score, run_loop
+from .streams import synthetic
+
+_PIECES = 6  # documents that a short stream is cut from, at least
+_SCANNED_TOKENS = 1 << 22  # of a long stream, where pieces are looked for
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is audited, and on what.
+
+    Args:
+        run: gives a record of each named loop on a stream.
+        names: of the loops.
+        computed: for our own rows, the adaptation whose verdict is compared with what is measured.
+        files: what the verdict depends on: name -> SHA-256.
+        whole: the stream that `tokens` is cut from, where there is one, and its bytes if it was text.
+    """
+
+    run: Runs
+    names: list[str]
+    tokens: Tensor
+    vocab_size: int
+    bos_id: int | None
+    hints: Hints
+    byte_rule: ByteRule | None
+    source: str
+    computed: dict[str, Adaptation]
+    files: dict[str, str]
+    whole: TokenStream | None = None
+    text_bytes: ByteCount | None = None
+
+
+def read_subject(settings: AuditSettings, rng: np.random.Generator) -> Subject:
+    """Everything that the command audits.
+
+    Raises:
+        InputError: anything missing, damaged, or that does not go together.
+    """
+    return _anybodys(settings, rng) if settings.score else _own(settings)
+
+
+def _own(settings: AuditSettings) -> Subject:
+    for flag, value in (("--vocab-size", settings.vocab_size), ("--bos-id", settings.bos_id)):
+        if value is not None:
+            raise InputError(f"{flag}: is for --score; the model has its own")
+    given = {name: getattr(settings, name) for name in ("artifact", "tokens", "text", "tokenizer")}
+    presets = [name for preset in settings.preset for name in (PRESETS if preset == "all" else [preset])]
+    wanted = EvalSettings(**given, preset=presets, allow_noncausal=True, data_path=None)
+    rows = {"none": PRESETS["none"]} if "none" in presets else {}
+    rows |= {row.name: row for row in choose_rows(wanted)}
+    if not rows:
+        raise InputError("--preset: SLOT_ENABLED is off: nothing is left to audit")
+    inputs = read_inputs(wanted)
+    unit = math.lcm(*(row.unit for row in rows.values()))
+    hints = _hints(settings, min(64, inputs.artifact.config.seq_len), 8, max(unit, 8 // unit * unit), 2)
+    if hints.batch_windows % unit:
+        raise InputError(f"--batch-windows {hints.batch_windows}: expected a multiple of {unit}, fitted together")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
+    tokenizer, artifact = inputs.tokenizer, inputs.artifact
+    loop = OwnLoop(
+        artifact.model(backend=settings.backend).to(device),
+        rows,
+        Calibration(artifact.unigram, artifact.metadata.get("scale")),
+        tokenizer.byte_table,
+        tokenizer.bos_id,
+        hints,
+        device,
+        settings.backend,
+    )
+    tokens = excerpt(inputs.stream, tokenizer.bos_id, settings.max_tokens or _enough(hints))
+    shipped = resources.files("slotfast") / "demo"
+    artifact_path = settings.artifact or str(shipped / "demo.slotfast")
+    files = code_hashes(None) | {"artifact": _sha256(Path(artifact_path)), "tokenizer": tokenizer.sha256}
+    return Subject(
+        loop, list(rows), tokens, artifact.config.vocab_size, tokenizer.bos_id, hints, loop.byte_rule, inputs.source,
+        rows, files, inputs.stream, inputs.text_bytes,
+    )  # fmt: skip
+
+
+def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
+    if settings.artifact is not None:
+        raise InputError("--artifact: is for our own presets; a loop given with --score loads its own model")
+    score, name = load_score(settings.score), settings.score
+    tokenizer = Tokenizer(settings.tokenizer) if settings.tokenizer else None
+    vocab_size = settings.vocab_size or (tokenizer and tokenizer.vocab_size)
+    if vocab_size is None:
+        raise InputError("--score: expected --vocab-size or --tokenizer beside it")
+    if tokenizer and tokenizer.vocab_size != vocab_size:
+        raise InputError(f"--vocab-size {vocab_size}: {tokenizer.path} has {tokenizer.vocab_size} pieces")
+    bos_id = settings.bos_id if settings.bos_id is not None else tokenizer and tokenizer.bos_id
+    if bos_id is not None and bos_id >= vocab_size:
+        raise InputError(f"--bos-id {bos_id}: expected 0 to {vocab_size - 1}")
+    if settings.tokens and settings.text:
+        raise InputError("--tokens and --text: give one of them")
+    hints = _hints(settings, None, None, None, None)
+    n = settings.max_tokens or _enough(hints)
+    stream, text_bytes = None, None
+    if settings.text:
+        if tokenizer is None:
+            raise InputError("--text: expected --tokenizer beside it")
+        ids, text_bytes = tokenizer.encode_documents(read_documents(settings.text))
+        stream = TokenStream([ids])
+    elif settings.tokens:
+        stream = open_shards(settings.tokens)
+    if stream is None:
+        tokens, source = synthetic(n, vocab_size, bos_id, rng), "drawn tokens"
+    else:
+        tokens, source = excerpt(stream, bos_id, n), settings.text or settings.tokens
+        stream.check_vocabulary(vocab_size)
+    tokens = check_stream(tokens, vocab_size, bos_id)
+    byte_rule = None
+    if tokenizer:
+        table = tokenizer.byte_table
+
+        def byte_rule(ids: np.ndarray) -> np.ndarray:
+            return np.concatenate([[0], table.count(ids[1:], ids[:-1])])
+
+    def run(ids: Tensor, names: Any) -> dict:
+        return {name: run_loop(score, ids, vocab_size)}
+
+    files = code_hashes(score) | ({"tokenizer": tokenizer.sha256} if tokenizer else {})
+    return Subject(
+        run, [name], tokens, vocab_size, bos_id, hints, byte_rule, source, {}, files, stream, text_bytes
+    )  # fmt: skip
+
+
+def load_score(name: str) -> Score:
+    """The function of package.module:function; modules of the current directory count.
+
+    Raises:
+        InputError: no such module or function, or the module fails when it is imported.
+    """
+    module, colon, path = name.partition(":")
+    if not colon or not module or not path:
+        raise InputError(f"--score {name}: expected package.module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"--score {name}: {module} cannot be imported: {text}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise InputError(f"--score {name}: {module} has no {path}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise InputError(f"--score {name}: is {type(found).__name__}, expected a function")
+    return found
+
+
+def excerpt(stream: TokenStream, bos_id: int | None, n: int) -> Tensor:
+    """Up to n tokens of a stream with several documents in them: its start, or the starts of several documents."""
+    head = torch.from_numpy(stream.read(0, n))
+    if bos_id is None or int((head[1:] == bos_id).sum()) >= _PIECES // 2:
+        return head
+    tokens = stream.read(0, _SCANNED_TOKENS)
+    starts = np.flatnonzero(tokens == bos_id)
+    if len(starts) < 2:
+        return head
+    size = max(16, -(-n // _PIECES))
+    pieces = [tokens[a : min(a + size, b)] for a, b in zip(starts, [*starts[1:], len(tokens)], strict=True)]
+    return torch.from_numpy(np.concatenate(pieces)[:n])
+
+
+def code_hashes(score: Callable | None) -> dict[str, str]:
+    """SHA-256 of our own source, and of the loop's: its file, and what it imported from beside it."""
+    root = Path(str(resources.files("slotfast")))
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    hashes = {"slotfast": digest.hexdigest()}
+    if score is None:
+        return hashes
+    loop = getattr(sys.modules.get(getattr(score, "__module__", None) or ""), "__file__", None)
+    if loop is None:
+        return hashes
+    folder = Path(loop).resolve().parent
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        path = Path(file).resolve() if file else folder
+        if path.suffix == ".py" and path.is_relative_to(folder) and path.is_file():  # some modules name no real file
+            hashes[str(path.relative_to(folder))] = _sha256(path)
+    return hashes
+
+
+def _hints(
+    settings: AuditSettings, seq_len: int | None, stride: int | None, batch_windows: int | None, ranks: int | None
+) -> Hints:
+    hints = Hints(seq_len, stride, batch_windows, ranks)
+    given = {name: getattr(settings, name) for name in ("seq_len", "stride", "batch_windows", "ranks")}
+    hints = replace(hints, **{name: value for name, value in given.items() if value is not None})
+    if hints.seq_len and hints.stride and hints.stride > hints.seq_len:
+        raise InputError(f"--stride {hints.stride}: expected at most the window length {hints.seq_len}")
+    return hints
+
+
+def _enough(hints: Hints) -> int:
+    """Tokens for two batches of every rank."""
+    if not hints.stride:
+        return 1024
+    batch = hints.stride * (hints.batch_windows or 8)
+    return max(256, 1 + (hints.seq_len or hints.stride) + 2 * batch * (hints.ranks or 2))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,76 @@
+"""Our own evaluation as a loop under audit: the real sliding pass, all presets out of one forward, rank after rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import ByteTable, TokenStream
+from ..eval import Scored, sliding_pass
+from ..model import GPT
+from ..ops import Backend
+from ..slot import Adaptation, Adapter, Calibration
+from ..windows import Plan
+from .places import Hints
+from .record import Log, Record, read_log
+
+
+@dataclass(frozen=True)
+class OwnLoop:
+    """Scores a stream as `python -m slotfast.eval` does, with any of its rows.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        rows: adaptations by name; that of `none` is the unadapted model.
+        calibration: what the closed form takes from the model's training data.
+        byte_table: bytes of each token.
+        bos_id: the token that starts a document.
+        hints: window length, stride, windows of a batch, and the ranks that run one after the other.
+    """
+
+    model: GPT
+    rows: dict[str, Adaptation]
+    calibration: Calibration
+    byte_table: ByteTable
+    bos_id: int
+    hints: Hints
+    device: torch.device | str = "cpu"
+    backend: Backend = "auto"
+
+    def __call__(self, tokens: Tensor, names: Sequence[str]) -> dict[str, Record]:
+        """One run of the named rows on a stream, int64 [N]."""
+        logs = {name: Log() for name in names}
+        adapted = [name for name in names if self.rows[name].optimizer != "none"]
+        index = {name: adapted.index(name) + 1 if name in adapted else 0 for name in names}
+
+        def report(scored: Scored) -> None:
+            for name, log in logs.items():
+                log.score(scored.position, scored.nll[index[name]], scored.n_bytes, scored.logprobs[index[name]])
+
+        stream = TokenStream([tokens.numpy()])
+        plan = Plan(len(stream) - 1, self.hints.seq_len, self.hints.stride)
+        for rank in range(self.hints.ranks):
+            if not plan.owned(rank, self.hints.ranks):
+                continue
+            sliding_pass(
+                self.model,
+                stream,
+                plan,
+                [Adapter(self.rows[name], self.calibration, self.bos_id) for name in adapted],
+                self.byte_table,
+                self.bos_id,
+                batch_windows=self.hints.batch_windows,
+                device=self.device,
+                rank=rank,
+                world=self.hints.ranks,
+                backend=self.backend,
+                on_scored=report,
+                keep_logprobs=True,
+            )
+        return {name: read_log(log, tokens, self.model.config.vocab_size) for name, log in logs.items()}
+
+    def byte_rule(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes of every token of a stream; of the first, which nobody is charged for, none."""
+        return np.concatenate([[0], self.byte_table.count(tokens[1:], tokens[:-1])])

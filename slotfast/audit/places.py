@@ -1,0 +1,136 @@
+"""Where to change a stream: the borders of whatever structure a loop has, and places in between."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..windows import Plan
+from .record import Record
+
+# What is done at a place, in turn: a whole new future is the widest net; a copy of the token before, which is watched,
+# is what a look ahead is most likely to raise; single tokens are what a loop cannot notice
+CHANGES = (
+    "scramble",
+    "copy",
+    "resample",
+    "echo",
+    "scramble",
+    "random",
+    "resample",
+    "copy",
+    "rare",
+    "echo",
+    "resample",
+    "copy",
+    "frequent",
+    "scramble",
+    "bos",
+)
+# The order of visits: each event should be looked into once, and no place be asked about one token only
+_ROUND = (
+    "inside an event",
+    "anywhere",
+    "event border",
+    "document border",
+    "inside an event",
+    "rank border",
+    "anywhere",
+    "inside an event",
+    "window border",
+    "batch border",
+)
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What is known about a loop's structure beyond the events that it reports; None where nothing is.
+
+    Args:
+        seq_len, stride: of its windows, tokens.
+        batch_windows: windows of one batch.
+        ranks: processes that it emulates, each with a contiguous range of windows.
+    """
+
+    seq_len: int | None = None
+    stride: int | None = None
+    batch_windows: int | None = None
+    ranks: int | None = None
+
+
+def visits(
+    record: Record, bos_id: int | None, hints: Hints, rng: np.random.Generator
+) -> Iterator[tuple[str, str, int]]:
+    """Kind of place, change and position 2..N-1, endlessly; what every kind does is spread evenly over the changes."""
+    found = places(record, bos_id, hints, rng)
+    turns = {kind: int(rng.integers(len(CHANGES))) for kind in found}
+    for number in itertools.count():
+        for kind in (*_ROUND, *(["far end"] if number % 2 == 0 else [])):
+            if kind not in found:
+                continue
+            change = CHANGES[turns[kind] % len(CHANGES)]
+            if kind == "document border" and turns[kind] % 2:
+                change = "delete"
+            if change == "bos":
+                change = "insert bos" if bos_id is not None else "random"
+            turns[kind] += 1
+            yield kind, change, max(2, next(found[kind]))
+
+
+def places(record: Record, bos_id: int | None, hints: Hints, rng: np.random.Generator) -> dict[str, Iterator[int]]:
+    """Endless positions 1..N-1 by the kind of place; kinds that the stream does not have are absent."""
+    length, starts = len(record.tokens), record.starts
+    kinds = {"anywhere": _spread(length, rng)}
+    if len(starts) > 1:
+        kinds["event border"] = _around(starts[1:], length, rng)
+    sizes = np.diff([*starts, length])
+    if (sizes > 2).any():
+        kinds["inside an event"] = _inside(starts[sizes > 2], sizes[sizes > 2], rng)
+    if bos_id is not None and (documents := np.flatnonzero(record.tokens[2:] == bos_id) + 2).size:
+        kinds["document border"] = _around(documents, length, rng)
+    for kind, borders in _planned(length, starts, hints).items():
+        if borders.size:
+            kinds[kind] = _around(borders, length, rng)
+    kinds["far end"] = _around(np.array([length - 1]), length, rng)
+    return kinds
+
+
+def _planned(length: int, starts: np.ndarray, hints: Hints) -> dict[str, np.ndarray]:
+    """Borders that follow from the hints: the first token that a window, a batch, a rank charges."""
+    if hints.seq_len and hints.stride:
+        plan = Plan(length - 1, hints.seq_len, hints.stride)
+        first = np.array([plan[index].start + plan[index].context_end + 1 for index in range(len(plan))])
+        owned = [plan.owned(rank, hints.ranks or 1) for rank in range(hints.ranks or 1)]
+        batch = hints.batch_windows or len(plan)
+        batches = [index for part in owned for index in part[::batch]]
+        ranks = [part.start for part in owned[1:] if part]
+        return {"window border": first[1:], "batch border": first[batches][1:], "rank border": first[ranks]}
+    # Without windows, ranks are taken to share the tokens evenly; where nobody says how many, there may be two
+    found = {"rank border": length * np.arange(1, hints.ranks or 2) // (hints.ranks or 2)}
+    if hints.stride and len(starts):
+        inside = [np.arange(a, b, hints.stride)[1:] for a, b in zip(starts, [*starts[1:], length], strict=True)]
+        found["window border"] = np.concatenate(inside)
+    return found
+
+
+def _around(borders: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[int]:
+    """Borders in shuffled order, the tokens there, one behind, and one before."""
+    while True:
+        for offset in (0, 1, 0, -1):
+            for border in rng.permutation(borders):
+                yield int(np.clip(border + offset, 1, length - 1))
+
+
+def _inside(starts: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
+    while True:
+        for event in rng.permutation(len(starts)):
+            yield int(starts[event] + rng.integers(1, sizes[event]))
+
+
+def _spread(length: int, rng: np.random.Generator) -> Iterator[int]:
+    """Positions that fill the stream ever more finely."""
+    share = rng.random()
+    while True:
+        share = (share + 0.6180339887) % 1  # the golden ratio leaves no gap twice as wide as another
+        yield 1 + int(share * (length - 1))

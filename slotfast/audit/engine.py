@@ -328,11 +328,18 @@ class Auditor:
             begun = True
 
     def _recurring(self, source: Source, at: int) -> tuple[Tensor, int]:
-        """A stream whose last tokens before a position were there before: caches of every order have met them."""
+        """A stream whose last tokens before a position were there before, with one follower, some times over.
+
+        Caches of every order have met them there, and are sure of themselves: where a total is wrong, it shows.
+        """
         stream = torch.cat([self.tokens[:1], source.draw(self.tokens[:1], len(self.tokens) - 1)[0]])
         copied = min(int(source.rng.integers(1, 9)), at // 2)
-        begin = int(source.rng.integers(0, max(1, at - 2 * copied)))
-        stream[at - copied : at] = stream[begin : begin + copied].clone()
+        last = max(1, at - 2 * copied)  # behind it, a copy would reach into the tokens before the position
+        begin, *others = source.rng.integers(0, last, 1 + int(source.rng.integers(1, 8))).tolist()
+        piece = stream[begin : begin + copied + 1].clone()
+        for place in others:
+            stream[place : place + len(piece)] = piece
+        stream[at - copied : at] = piece[:copied]
         return stream, at
 
     def _put(self, stream: Tensor, at: int, candidates: Sequence[int]) -> None:

@@ -15,7 +15,7 @@ from .eval.loop import Scored, sliding_pass
 from .model import GPT
 from .score import Meter
 from .slot import Adapter, Calibration, parse_preset
-from .slot.repeats import CONTEXTS, Followers, Repeats, fit_gates, mix
+from .slot.repeats import CONTEXTS, DEFAULT_GATES, Followers, Repeats, fit_gates, mix
 from .windows import Plan
 
 SCALES = (0.0, 0.4, 0.7, 1.0, 1.3)  # 0: the rates are of no use to this model
@@ -57,13 +57,19 @@ def calibrate(
     options = {"batch_windows": batch_windows, "dtype": dtype, "device": device, "on_scored": parts.append}
     sliding_pass(model, stream, plan, adapters, byte_table, bos_id, **options)
     nll = np.concatenate([part.nll for part in parts], 1)[1:].astype(np.float64)
-    best = int(nll.sum(1).argmin())
-    row = adapters[best].row
-
     tokens = np.concatenate([part.token for part in parts])
     n_bytes = np.concatenate([part.n_bytes for part in parts])
-    followers = Repeats(row.decay, row.document_decay, bos_id).take(tokens.tolist())
+
+    # Rates are chosen beside repeats as they usually are, and alone where repeats turn out to be of no use
+    decays = {adapter.row.decay for adapter in adapters}
+    repeats = {d: Repeats(d, rows[0].document_decay, bos_id).take(tokens.tolist()) for d in decays}
+    both = [_mixed(each, repeats[a.row.decay], DEFAULT_GATES).sum() for each, a in zip(nll, adapters, strict=True)]
+    best = int(np.argmin(both))
+    followers = repeats[adapters[best].row.decay]
     gates, gain, error = _fit_gates(nll[best], followers, np.cumsum(tokens == bos_id), n_bytes)
+    if gates == CLOSED_GATES:
+        best = int(nll.sum(1).argmin())
+    row = adapters[best].row
     bits = np.log(2) * max(int(n_bytes.sum()), 1)
     return {
         "scale": row.scale,
@@ -94,7 +100,7 @@ def _fit_gates(
     return fit_gates(nll, followers), score.gain_bpb, score.gain_se
 
 
-def _mixed(nll: np.ndarray, followers: Followers, gates: list[list[float]]) -> np.ndarray:
+def _mixed(nll: np.ndarray, followers: Followers, gates: Sequence[Sequence[float]]) -> np.ndarray:
     return -mix(torch.from_numpy(np.exp(-nll)), followers, torch.tensor(gates, dtype=torch.float64)).log().numpy()
 
 

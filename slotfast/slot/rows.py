@@ -147,13 +147,14 @@ class Adaptation(BaseModel):
         if self.parameter == "lowrank" and self.start == "zero":
             return Compliance(why="both its factors start at zero, where both gradients vanish: nothing is ever fitted")
         if self.positions == "scored":
-            return Compliance(c1=False, c3=False, why="it is fitted to the very tokens that it is scored on")
+            return _leak("it is fitted to the very tokens that it is scored on")
         later = "the context of each holds the tokens that the windows before it are about to score"
         if self.scope == "batch":
-            return Compliance(c1=False, c3=False, why=f"{self.batch} windows share one parameter, and {later}")
+            return _leak(f"{self.batch} windows share one parameter, and {later}")
         if self.scope == "joint":
-            why = f"one line search and one curvature couple the parameters of {self.batch} windows, and {later}"
-            return Compliance(c1=False, c3=False, why=why)
+            return _leak(
+                f"one line search and one curvature couple the parameters of {self.batch} windows, and {later}"
+            )
         if self.scope == "prefix":
             before = "the one being scored" if self.parameter == "bias+repeats" else "the window's first one"
             return Compliance(why=f"its state holds only tokens scored before {before}")
@@ -179,3 +180,8 @@ class Compliance:
     @property
     def causal(self) -> bool:
         return self.c1 and self.c2 and self.c3 and self.c4
+
+
+def _leak(why: str) -> Compliance:
+    """A distribution that has seen its own token breaks all that is said of it but the number of passes."""
+    return Compliance(c1=False, c2=False, c3=False, why=why)

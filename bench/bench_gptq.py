@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150, help="of training, small size")
     parser.add_argument("--windows", type=int, help="held-out windows (48), or at full size windows sampled (8)")
     parser.add_argument("--length", type=int, default=2048, help="of those sampled, full size")
-    parser.add_argument("--out", default=folder_of("cpu") / "gptq.json")
+    parser.add_argument("--out", help="default: gptq.json, or gptq-full.json, among this machine's results")
     arguments = parser.parse_args()
     begun, elsewhere = time.perf_counter(), elsewhere_seconds()
     if arguments.size == "small":
@@ -185,7 +185,8 @@ def main() -> None:
         found = full_size(arguments.windows or 8, arguments.length)
     elsewhere = (elsewhere_seconds() - elsewhere) / (time.perf_counter() - begun)
     found |= {"cores_busy_elsewhere": round(elsewhere, 2), **provenance("cpu")}
-    write_json(arguments.out, found)
+    name = "gptq.json" if arguments.size == "small" else "gptq-full.json"
+    write_json(arguments.out or folder_of("cpu") / name, found)
     print(json.dumps(found, indent=1))
 
 

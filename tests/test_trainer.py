@@ -439,6 +439,7 @@ WRONG = {
     "loops": (["--loops", "1", "--loop-end", "9"], "loop 3..9: expected layers of 0..3"),
     "no tokenizer": (["--tokens", "TRAIN", "--tokenizer"], "--tokens .*: needs the --tokenizer that made them"),
     "no shard": (["--tokens", "nowhere*.bin"], "nowhere.*: no such file"),
+    "no shard to measure with": (["--val-tokens", "nowhere*.bin"], r"--val-tokens nowhere\*.bin: no such file"),
     "two inputs": (["--tokens", "TRAIN", "--text", "x"], "--tokens and --text: give one of them"),
     "endless": (["--seconds", "0", "--steps"], "--seconds 0 without --steps"),
     "no time": (["--seconds", "5", "--reserve", "5"], "--reserve 5: leaves nothing of --seconds 5"),
@@ -470,6 +471,15 @@ def test_a_truncated_shard_is_named(shards, tmp_path):
     path.write_bytes((shards / path.name).read_bytes()[:-10])
     with pytest.raises(InputError, match="fineweb_train_000000.bin: .* bytes, expected"):
         train.main(_command(tmp_path, tmp_path / "m"))
+
+
+def test_a_hole_among_the_shards_is_named(shards, tmp_path):
+    for number in (0, 2):
+        (tmp_path / f"fineweb_train_{number:06}.bin").symlink_to(shards / f"fineweb_train_{number:06}.bin")
+    with pytest.raises(InputError, match="fineweb_train_000001.bin is missing between the first shard and the last"):
+        train.main(_command(tmp_path, tmp_path / "m"))
+    picked = ["--tokens", shards / "fineweb_train_00000[02].bin", "--val-tokens", shards / "fineweb_val_0*.bin"]
+    train.main(_command(shards, tmp_path / "m", *picked, steps=1))
 
 
 def test_a_checkpoint_is_not_overwritten_and_not_used_for_another_run(shards, tmp_path):

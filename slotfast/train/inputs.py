@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .. import corpus
 from ..config import TrainSettings
-from ..data import Tokenizer, TokenStream, atomic_write, open_shards, read_documents, read_shard, shard_paths
+from ..data import Tokenizer, TokenStream, atomic_write, read_documents, read_shard, shard_paths
 from ..errors import InputError
 from .ttt import overlap
 
@@ -116,7 +116,7 @@ def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Input
     limit = settings.max_val_tokens
     val, val_bytes = None, 0
     if val_tokens:
-        val = TokenStream([read_shard(path) for path in shard_paths(val_tokens)], limit)
+        val = TokenStream([read_shard(path) for path in shard_paths(val_tokens, "--val-tokens")], limit)
         val.check_vocabulary(tokenizer.vocab_size)
         val_bytes = sum(
             int(tokenizer.byte_table.count(chunk[1:], chunk[:-1]).sum())
@@ -152,7 +152,7 @@ def _read_ttt(
         return None, None
     name = settings.ttt_text or settings.ttt_tokens
     if settings.ttt_tokens:
-        stream = open_shards(settings.ttt_tokens)
+        stream = TokenStream([read_shard(path) for path in shard_paths(settings.ttt_tokens, "--ttt-tokens")])
     else:
         stream = TokenStream([tokenizer.encode_documents(read_documents(settings.ttt_text))[0]])
     stream.check_vocabulary(tokenizer.vocab_size)

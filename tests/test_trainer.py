@@ -410,6 +410,7 @@ def test_shards_to_artifact_and_summary(shards, tmp_path, capsys):
     printed, found = capsys.readouterr().out, json.loads(summary.read_text())
     assert found["steps"] == 12 and found["tokens_seen"] == 12 * 6 * 16
     assert [row["step"] for row in found["history"]] == [4, 8, 12]
+    assert [row["step"] for row in found["measured"]] == [6, 12] and 4 < found["measured"][0]["nats"] < 8
     assert "step:4/12 loss:" in printed and "val step:6 nats:" in printed
     artifact = read_artifact(out)
     assert artifact.config.loops == 1 and artifact.config.bos_id == 1 and artifact.config.skip_gates
@@ -430,7 +431,8 @@ def test_json_to_standard_output_is_alone_there(shards, tmp_path, capsys):
 
 def test_the_plot_is_a_picture(shards, tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `plot`")
-    train.main(_command(shards, tmp_path / "m", "--plot", tmp_path / "m.png", "--log-every", "1", steps=3))
+    more = ["--plot", tmp_path / "m.png", "--log-every", "1", "--val-every", "2"]
+    train.main(_command(shards, tmp_path / "m", *more, steps=3))
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -496,6 +498,19 @@ def test_a_checkpoint_is_not_overwritten_and_not_used_for_another_run(shards, tm
         train.main(_command(tmp_path / "other", tmp_path / "m", *saving, "--resume", steps=2))
 
 
+def test_a_resumed_run_on_text_keeps_its_tokenizer(tmp_path, capsys):
+    text, small = tmp_path / "t.jsonl", "--layers 1 --width 16 --heads 2 --kv-heads 1 --mlp-width 16 --seq-len 32"
+    text.write_text("\n".join(json.dumps({"text": f"some words to learn from, number {n} " * 9}) for n in range(40)))
+    command = ["--text", str(text), "--out", str(tmp_path / "m"), "--checkpoint", str(tmp_path / "c"), *small.split()]
+    command += "--vocab-size 300 --steps 3 --seconds 0 --dtype float32".split()
+    train.main(command)
+    whole, written = read_artifact(tmp_path / "m"), (tmp_path / "m.model").stat().st_mtime_ns
+    train.main([*command, "--resume"])
+    assert "step:3 resumed from" in capsys.readouterr().out
+    assert (tmp_path / "m.model").stat().st_mtime_ns == written
+    assert _same_model(tmp_path / "m", whole)
+
+
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
@@ -520,11 +535,11 @@ def test_killed_at_any_point_and_resumed_ends_with_the_same_bits(shards, tmp_pat
         process.wait(timeout=60)
     assert kills, "the run was over before it could be killed"
     train.main([*map(str, command[3:])])
-    assert _same_model(tmp_path / "m", tmp_path / "whole")
+    assert _same_model(tmp_path / "m", read_artifact(tmp_path / "whole"))
 
 
 def _same_model(ours, theirs):
-    ours, theirs = read_artifact(ours).tensors, read_artifact(theirs).tensors
+    ours, theirs = read_artifact(ours).tensors, theirs.tensors
     leaves = [
         (getattr(ours[name], part, ours[name]), getattr(theirs[name], part, theirs[name]))
         for name in ours

@@ -84,9 +84,8 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
             checkpoint.save(settings.checkpoint, run, {"trainer": state, "dtype": _name(dtype)})
             log(f"step:{step} saved to {settings.checkpoint}")
 
-    def validate() -> str:
-        found = _measure(model, inputs, settings, device, rank, world)
-        return f"nats:{found['nats']:.4f} bpb:{found['bpb']:.4f}"
+    def validate() -> dict[str, float]:
+        return _measure(model, inputs, settings, device, rank, world)
 
     trainer = Trainer(
         model,
@@ -161,6 +160,7 @@ def _finish(
         "artifact_bytes": size,
         "artifact_sha256": hashlib.sha256(Path(settings.out).read_bytes()).hexdigest(),
         "history": trainer.history,
+        "measured": trainer.measured,
         "device": "cpu" if trainer.device.type == "cpu" else torch.cuda.get_device_name(trainer.device),
         "dtype": _name(trainer.dtype),
         "ranks": trainer.world,
@@ -349,10 +349,11 @@ def _pyplot() -> Any:
 
 
 def _draw(path: str, summary: dict[str, Any]) -> None:
-    """The loss along the training, and the rates below it."""
+    """The loss along the training, dots where it was measured on other text, and the rates below."""
     columns = {name: [row[name] for row in summary["history"]] for name in ("step", "loss", "lr_scale")}
     figure, (above, below) = _pyplot().subplots(2, 1, sharex=True, figsize=(8, 5), height_ratios=(3, 1))
     above.plot(columns["step"], columns["loss"])
+    above.plot([row["step"] for row in summary["measured"]], [row["nats"] for row in summary["measured"]], "o")
     above.set_ylabel("loss (nats a token)")
     above.set_title(f"{summary['preset']}, {summary['parameters']:,} parameters, {summary['device']}")
     below.plot(columns["step"], columns["lr_scale"])

@@ -36,7 +36,7 @@ class Trainer:
         device: of the model.
         rank, world: this process among all.
         on_save: called on every rank with `state_dict` and the step whenever the state should be saved.
-        on_validate: called on every rank every `val_every` steps; gives what to print.
+        on_validate: called on every rank every `val_every` steps; gives named numbers, which `measured` keeps.
         log: prints a line, on rank 0.
     """
 
@@ -50,7 +50,7 @@ class Trainer:
         rank: int = 0,
         world: int = 1,
         on_save: Callable[[dict[str, Any], int], None] | None = None,
-        on_validate: Callable[[], str] | None = None,
+        on_validate: Callable[[], dict[str, float]] | None = None,
         log: Callable[[str], None] = print,
     ):
         check_length(settings, world)
@@ -72,7 +72,8 @@ class Trainer:
         self.saved_step, self.saved_at = None, 0.0
         self.qat_step: int | None = None  # at which the rounding began
         self.loss_mean = torch.full((), math.nan, device=self.device)
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, float]] = []  # a row for each line that was logged
+        self.measured: list[dict[str, float]] = []  # and for each validation
 
     def run(self) -> None:
         """Train until the steps or the time are up, then put the averaged weights in place.
@@ -205,7 +206,9 @@ class Trainer:
         if self.step % self.settings.log_every == 0:
             self._log(now)
         if self.on_validate and self.settings.val_every and self.step % self.settings.val_every == 0:
-            self.log(f"val step:{self.step} {self.on_validate()}")
+            found = self.on_validate()
+            self.log(f"val step:{self.step} " + " ".join(f"{name}:{value:.4f}" for name, value in found.items()))
+            self.measured.append({"step": self.step, **found})
 
     def _save_if_due(self) -> None:
         settings = self.settings
@@ -246,6 +249,7 @@ class Trainer:
             "qat_step": self.qat_step,
             "loss_mean": self.loss_mean,
             "history": self.history,
+            "measured": self.measured,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -259,7 +263,7 @@ class Trainer:
         torch.set_rng_state(state["random"].cpu())
         self.step, self.elapsed, self.qat_step = state["step"], state["elapsed"], state["qat_step"]
         self.loss_mean = state["loss_mean"].to(self.device)
-        self.history = [dict(row) for row in state["history"]]
+        self.history, self.measured = ([dict(row) for row in state[name]] for name in ("history", "measured"))
 
 
 def check_length(settings: TrainSettings, world: int) -> None:

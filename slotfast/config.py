@@ -16,16 +16,20 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import InputError
+from .slot import VARIABLES
 
 # An unread variable that starts like one of these is probably misspelt.
-_PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "V20_")
-# Read by `slot.from_environment`: they change the rows of presets, not settings.
-ADAPTATION_VARIABLES = ("SLOT_ENABLED", "SLOT_STEPS", "SLOT_FOCAL_CTX", "SLOT_CLAMP", "SLOT_WARMSTART")
+_PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "TTT_", "V20_")
+# They change the rows of presets, not settings.
+ADAPTATION_VARIABLES = ("SLOT_ENABLED", *VARIABLES)
 
 
-def setting(default: Any, help: str, env: str | None = None, **options: Any) -> Any:
-    """A field of a settings class: its default, help text, environment variable, and options of pydantic's Field."""
-    return Field(default, description=help, json_schema_extra={"env": env}, **options)
+def setting(default: Any, help: str, env: str | None = None, positional: bool = False, **options: Any) -> Any:
+    """A field of a settings class: its default, help text, environment variable, and options of pydantic's Field.
+
+    A positional one is given without a flag, and has to be given; a list of them, as often as wanted.
+    """
+    return Field(default, description=help, json_schema_extra={"env": env, "positional": positional}, **options)
 
 
 class Settings(BaseModel):
@@ -42,10 +46,15 @@ class EvalSettings(Settings):
     """Settings of python -m slotfast.eval."""
 
     artifact: str | None = setting(None, "model to evaluate; default: the one in this package", "ARTIFACT_PATH")
+    model: str | None = setting(
+        None, "evaluate another project's model: package.module:factory, or a Hugging Face folder"
+    )
     tokens: str | None = setting(None, "glob of token shards to score")
     data_path: str | None = setting(None, "folder whose fineweb_val_*.bin shards are scored", "DATA_PATH")
     text: str | None = setting(None, "text to score: .txt, .jsonl (key text), also .xz .gz .bz2 .zst")
-    tokenizer: str | None = setting(None, "SentencePiece model; default: the one in this package", "TOKENIZER_PATH")
+    tokenizer: str | None = setting(
+        None, "SentencePiece model or Hugging Face folder; default: the model's own", "TOKENIZER_PATH"
+    )
     preset: list[str] = setting(
         ["none", "causal", "causal-lbfgs"], "adaptations, NAME or NAME:key=value,key=value; one forward for all"
     )
@@ -57,6 +66,18 @@ class EvalSettings(Settings):
         None, "windows of one forward; default: what fits", "EVAL_BATCH_SEQS", ge=1, le=1 << 16
     )
     max_tokens: int | None = setting(None, "score only the start of the stream", "EVAL_MAX_TOKENS", ge=2)
+    adapt_windows: int | None = setting(
+        None, "windows that are adapted at once, a multiple of --batch-windows; default: what fits", ge=1, le=1 << 20
+    )
+    ttt: bool = setting(
+        False, "score-first test-time training, PR #549: score a chunk, then train on it", "TTT_ENABLED"
+    )
+    ttt_chunk: int = setting(32768, "tokens of a chunk", "TTT_CHUNK_TOKENS", ge=1)
+    ttt_lr: float = setting(0.002, "SGD's rate on the first chunk; a cosine takes it to 0", "TTT_LR", gt=0)
+    ttt_epochs: int = setting(3, "over each chunk", "TTT_EPOCHS", ge=1, le=1000)
+    ttt_batch: int = setting(32, "sequences of one step on each rank", "TTT_BATCH_SEQS", ge=1)
+    ttt_momentum: float = setting(0.9, "of SGD", "TTT_MOMENTUM", ge=0, lt=1)
+    ttt_clip: float = setting(1.0, "bound on the gradient's norm", "TTT_GRAD_CLIP", gt=0)
     weights: Literal["dequantized", "int6"] = setting(
         "dequantized", "int6: the blocks' linear layers run on packed 6-bit weights"
     )
@@ -71,6 +92,17 @@ class EvalSettings(Settings):
     per_token: str | None = setting(None, "write every scored token as .npz")
     list_presets: bool = setting(False, "list the presets and exit")
     show_preset: str | None = setting(None, "show one preset and why it is, or is not, causal, and exit")
+    show_config: bool = setting(False, "show every setting with its source and exit")
+
+
+class CalibrateSettings(Settings):
+    """Settings of python -m slotfast.calibrate."""
+
+    artifact: str | None = setting(None, "model to calibrate", "ARTIFACT_PATH")
+    tokenizer: str | None = setting(None, "its SentencePiece model", "TOKENIZER_PATH")
+    text: str | None = setting(None, "documents held out from its training; never what is to be scored")
+    max_tokens: int | None = setting(100_000, "use only the start of it", ge=2)
+    out: str | None = setting(None, "artifact to write: the same model with its calibration")
     show_config: bool = setting(False, "show every setting with its source and exit")
 
 
@@ -265,6 +297,37 @@ TrainSettings.PRESETS |= {
 }
 
 
+class BundleSettings(Settings):
+    """Settings of python -m slotfast.bundle."""
+
+    script: str | None = setting(None, "script to take the kernels into, in the place of its imports of them")
+    out: str | None = setting(None, "file to write the script to")
+    compress: bool = setting(False, "write it self-extracting: LZMA in base85")
+    artifact: str | None = setting(None, "model whose bytes count with the script's", "ARTIFACT_PATH")
+    hub: str | None = setting(None, "folder to write the kernels to as the public kernels library loads them")
+    name: str = setting("slotfast-kernels", "name on the hub", pattern=r"^[a-z][-a-z0-9]*[a-z0-9]$")
+    kernels: list[str] = setting(
+        [], "kernel files, with what they need; default: what the script imports, and all of them for --hub"
+    )
+    show_config: bool = setting(False, "show every setting with its source and exit")
+
+
+class RecordSettings(Settings):
+    """Settings of python -m slotfast.record."""
+
+    run: list[str] = setting([], "results of slotfast.eval: JSON files, or folders with one", positional=True)
+    preset: str | None = setting(None, "the preset to report; default: the first that adapts")
+    baseline: list[str] = setting([], "what to beat: runs, or MEAN,STD,N in nats a token")
+    code: str | None = setting(None, "file whose bytes count with the model's")
+    submission: str | None = setting(None, "write submission.json here")
+    name: str | None = setting(None, "of the submission")
+    author: str | None = setting(None, "of the submission")
+    github_id: str | None = setting(None, "of the author")
+    blurb: str | None = setting(None, "one sentence about the submission")
+    allow_noncausal: bool = setting(False, "also report presets whose score has seen its own tokens")
+    show_config: bool = setting(False, "show every setting with its source and exit")
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -285,19 +348,22 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, field in cls.model_fields.items():
-        flag = _flag(name)
-        if field.annotation is bool:
+        flag = _flag(name, field)
+        if field.json_schema_extra["positional"]:
+            many = {"nargs": "*"} if get_origin(field.annotation) is list else {}
+            parser.add_argument(name, metavar=flag, help=field.description, **many)
+        elif field.annotation is bool:
             parser.add_argument(flag, dest=name, action="store_true", help=field.description)
         else:
             many = {"nargs": "+", "action": "extend"} if get_origin(field.annotation) is list else {}
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             metavar = "/".join(choices) or name.strip("_").upper()
-            default = "" if field.default in (None, "auto") else f" (default: {field.default})"
+            default = "" if field.default in (None, "auto", []) else f" (default: {field.default})"
             text = (field.description + default).replace("%", "%%")
             parser.add_argument(flag, dest=name, metavar=metavar, help=text, **many)
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
-        known = [_flag(name) for name in cls.model_fields]
+        known = [_flag(name, field) for name, field in cls.model_fields.items()]
         near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
         raise InputError(f"{unknown[0]}: no such flag" + (f"; the nearest is {near[0]}" if near else "; see --help"))
     values, sources = dict(vars(flags)), dict.fromkeys(vars(flags), "flag")
@@ -314,7 +380,7 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         first = error.errors()[0]
         name = next(n for n, f in cls.model_fields.items() if first["loc"][0] in (n, f.alias))
         source = sources.get(name, "default")
-        where = _flag(name) if source == "flag" else source
+        where = _flag(name, cls.model_fields[name]) if source == "flag" else source
         raise InputError(f"{where} {first['input']!r}: {first['msg']}") from None
     return settings, {name: sources.get(name, "default") for name in cls.model_fields}
 
@@ -327,7 +393,7 @@ def _preset(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
 def warn_unread_variables() -> None:
     """Say on standard error which environment variables look like ours but are read by nothing."""
     known = set(ADAPTATION_VARIABLES)
-    for cls in (EvalSettings, TrainSettings):
+    for cls in (EvalSettings, TrainSettings, CalibrateSettings, BundleSettings, RecordSettings):
         known.update(filter(None, map(_variable, cls.model_fields.values())))
     for variable in sorted(os.environ):
         if variable.startswith(_PREFIXES) and variable not in known:
@@ -338,14 +404,15 @@ def warn_unread_variables() -> None:
 
 def show(settings: Settings, sources: Mapping[str, str]) -> str:
     """A table of every setting, its value and where it came from."""
-    rows = [(_flag(name), json.dumps(getattr(settings, name)), sources[name]) for name in type(settings).model_fields]
+    fields = type(settings).model_fields
+    rows = [(_flag(name, fields[name]), json.dumps(getattr(settings, name)), sources[name]) for name in fields]
     rows += [(name, os.environ[name], "changes rows of presets") for name in ADAPTATION_VARIABLES if name in os.environ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.strip("_").replace("_", "-")
+def _flag(name: str, field: Any) -> str:
+    return name.upper() if field.json_schema_extra["positional"] else "--" + name.strip("_").replace("_", "-")
 
 
 def _variable(field: Any) -> str | None:

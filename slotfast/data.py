@@ -327,6 +327,10 @@ class Tokenizer:
     def bos_id(self) -> int:
         return self._processor.bos_id()
 
+    @property
+    def unknown_id(self) -> int:
+        return self._processor.unk_id()
+
     @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self._model).hexdigest()
@@ -364,6 +368,10 @@ class Tokenizer:
         """Text of token ids; control tokens vanish."""
         return self._processor.decode([int(token) for token in ids])
 
+    def normalized(self, text: str, ids: np.ndarray) -> str:
+        """The text as the normaliser leaves it; `ids` are its tokens."""
+        return self._processor.normalize(text).replace(_SPACE, " ")
+
     def encode_documents(self, documents: Iterable[str], max_tokens: int | None = None) -> tuple[np.ndarray, ByteCount]:
         """One token row of all documents, and their bytes counted by the rule, normalised, raw.
 
@@ -375,7 +383,7 @@ class Tokenizer:
                 row = np.asarray(self.encode(document), np.int32)
             except InputError as error:
                 raise InputError(f"document {number}: {error}") from None
-            seen = self._processor.normalize(document).replace(_SPACE, " ")
+            seen = self.normalized(document, row)
             kept = row if max_tokens is None else row[: max_tokens - total]
             counted = int(self.byte_table.count(kept[1:], kept[:-1]).sum())
             rows.append(kept)
@@ -384,7 +392,7 @@ class Tokenizer:
             normalized += len(seen.encode("utf-8")) if len(kept) == len(row) else counted
             raw += len(document.encode("utf-8")) if len(kept) == len(row) else counted
             altered += seen != document
-            unknown += int(np.count_nonzero(kept == self._processor.unk_id()))
+            unknown += int(np.count_nonzero(kept == self.unknown_id))
             if total == max_tokens:
                 break
         tokens = np.concatenate(rows) if rows else np.empty(0, np.int32)

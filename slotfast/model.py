@@ -365,10 +365,14 @@ class GPT(nn.Module):
         matrix = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         return F.linear(hidden, matrix.to(hidden.dtype))
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states [..., width], soft-capped, float32 (float64 for float64) [..., vocab_size]."""
+    def head(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits of hidden states [..., width], soft-capped, float32 (float64 for float64) [..., vocab_size].
+
+        A bias [..., vocab_size] is added before the cap.
+        """
         logits = self.unembed(hidden)
-        return softcap(logits if logits.dtype == torch.float64 else logits.float(), self.config.softcap)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return softcap(logits if bias is None else logits + bias, self.config.softcap)
 
     def forward(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Mean cross-entropy in nats; tokens and targets int [B, T]."""

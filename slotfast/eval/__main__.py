@@ -16,7 +16,7 @@ from ..data import atomic_write, check_writable
 from ..errors import InputError
 from ..ranks import join_ranks
 from ..slot import Adaptation, Adapter, Calibration
-from .inputs import choose_batch, choose_plan, choose_rows, read_inputs
+from .inputs import choose_batch, choose_plan, choose_rows, choose_training, read_inputs
 from .loop import sliding_pass
 from .report import TokenRows, list_presets, merge_work, peak_memory_bytes, report, show_preset, table
 
@@ -62,7 +62,8 @@ def _evaluate(
         raise InputError("--dtype float64: the kernels compute in float32; add --backend torch")
     inputs = read_inputs(settings)
     plan = choose_plan(settings, inputs)
-    batch_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size)
+    batch_windows, adapt_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size, device)
+    training = choose_training(settings, rows, world)
     calibration = Calibration(inputs.artifact.unigram, inputs.artifact.metadata.get("scale"))
     bos_id = inputs.tokenizer.bos_id
     adapters = [Adapter(row, calibration, bos_id) for row in rows]
@@ -80,6 +81,8 @@ def _evaluate(
             inputs.tokenizer.byte_table,
             bos_id,
             batch_windows=batch_windows,
+            adapt_windows=adapt_windows,
+            training=training,
             dtype=dtype,
             device=device,
             rank=rank,
@@ -105,6 +108,7 @@ def _evaluate(
         "ranks": world,
         "peak_memory_bytes": peak,
         "batch_windows": batch_windows,
+        "adapt_windows": adapt_windows,
         "dtype": str(dtype).removeprefix("torch."),
     }
     return report(settings, inputs, plan, adapters, work, result, seconds, where), collected

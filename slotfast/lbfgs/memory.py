@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .rows import BLOCK_ROWS, Columns, column, index_of, row_mixture, row_products, to_host
+from .rows import BLOCK_ROWS, Columns, column, index_of, padded, row_mixture, row_products, to_host
 
 SMALLEST_CURVATURE = 1e-10
 
@@ -29,7 +29,7 @@ SMALLEST_CURVATURE = 1e-10
 class Memory(Columns):
     """The last H curvature pairs of each problem, in a ring of H + 1 slots; the slot at `head` is always spare."""
 
-    pairs: Tensor  # [A, rows, V]: s of slot 0 .. H, then y of slot 0 .. H, then zeros up to a multiple of BLOCK_ROWS
+    pairs: Tensor  # [A, rows, padded(V)]: s, y of slot 0, s, y of slot 1, .., then zeros: whole BLOCK_ROWS if that many
     head: np.ndarray  # [A]
     inverse: np.ndarray  # [A, H + 1, H + 1]: K; rows and columns of empty slots are zero
     yy: np.ndarray  # [A, H + 1, H + 1]: Y Y^T
@@ -41,30 +41,29 @@ class Memory(Columns):
         W, slots = len(like), history + 1
         rows = 2 * slots if 2 * slots <= BLOCK_ROWS else -(-2 * slots // BLOCK_ROWS) * BLOCK_ROWS
         square = (W, slots, slots)
-        pairs = like.new_zeros(W, rows, like.shape[1])
+        pairs = like.new_zeros(W, rows, padded(like.shape[1]))
         return cls(pairs, np.zeros(W, np.int64), np.zeros(square), np.zeros(square), np.zeros((W, slots)), np.ones(W))
 
     def direction(self, rows: np.ndarray, s: Tensor, y: Tensor, g: Tensor) -> Tensor:
         """Remembers the pair (s, y) of the problems `rows` where y.s > 1e-10 and returns -H g; [A, V], only `rows` mean
         anything."""
-        slots, slot, take = self.sy.shape[1], self.head[rows], index_of(rows, s)
-        at = torch.from_numpy(slot).to(s.device)
-        self.pairs[take, at], self.pairs[take, slots + at] = s[take], y[take]
-        products = to_host(row_products(torch.stack((y, g), 1), self.pairs))[0]  # (A, 2, rows)
-        products = products[rows]
-        s_y, y_y = products[:, 0, :slots], products[:, 0, slots : 2 * slots]
-        each = np.arange(len(rows))
-        curved = s_y[each, slot] > SMALLEST_CURVATURE
-        self.append(rows[curved], slot[curved], s_y[curved], y_y[curved])
+        (A, slots), V = self.sy.shape, s.shape[1]
+        vectors = torch.stack((s, y, g), 1)
+        # every problem's: the slot at `head` is spare, and what lies in it has no weight
+        by_slot = self.pairs.unflatten(1, (-1, 2))[..., :V]
+        by_slot[torch.arange(A, device=s.device), index_of(self.head, s)] = vectors[:, :2]
+        products = to_host(row_products(vectors[:, 1:], self.pairs))[0]
+        (s_y, y_y), (s_g, y_g) = products.reshape(A, 2, -1, 2)[:, :, :slots].transpose(1, 3, 0, 2)
+        curved = rows[s_y[rows, self.head[rows]] > SMALLEST_CURVATURE]
+        self.append(curved, self.head[curved], s_y[curved], y_y[curved])
 
-        s_g, y_g = products[:, 1, :slots], products[:, 1, slots : 2 * slots]
-        inverse, gamma = self.inverse[rows], self.gamma[rows, None]
-        p = np.einsum("kij,kj->ki", inverse, s_g)
-        yy_p = np.einsum("kij,kj->ki", self.yy[rows], p)
-        c = np.einsum("kij,ki->kj", inverse, gamma * (y_g - yy_p) - self.sy[rows] * p)
-        weights = np.zeros((len(g), self.pairs.shape[1]))
-        weights[rows, :slots], weights[rows, slots : 2 * slots] = c, gamma * p
-        step = row_mixture(torch.from_numpy(weights).to(g), self.pairs)
+        gamma = self.gamma[:, None]
+        p = np.einsum("kij,kj->ki", self.inverse, s_g)
+        yy_p = np.einsum("kij,kj->ki", self.yy, p)
+        c = np.einsum("kij,ki->kj", self.inverse, gamma * (y_g - yy_p) - self.sy * p)
+        weights = np.zeros((A, self.pairs.shape[1]))
+        weights[:, : 2 * slots : 2], weights[:, 1 : 2 * slots : 2] = c, gamma * p
+        step = row_mixture(torch.from_numpy(weights).to(g), self.pairs)[:, :V]
         return torch.addcmul(step, g, column(-self.gamma, g))
 
     def append(self, rows: np.ndarray, slot: np.ndarray, s_y: np.ndarray, y_y: np.ndarray) -> None:

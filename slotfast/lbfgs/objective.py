@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .rows import BLOCK_ROWS, block_sum, row_mixture, row_products, row_sum
+from .rows import BLOCK_ROWS, aligned, block_sum, row_mixture, row_products, row_sum
 
 
 class BiasObjective:
@@ -16,8 +16,8 @@ class BiasObjective:
 
     With P = softmax(z), made once, and u = exp(b - max b): s = P u, log sum_v exp(z_tv + b_v) = log s + max b + lse z,
     and the gradient is (u * P^T (w / s) - counts + r (b - prior)) / sum_t w_t. One evaluation is two passes over P and
-    V exponentials. Where s underflows (a bias spread over more than ~85 nats in float32, ~700 in float64) the loss is
-    not finite, and a line search steps back.
+    V exponentials; weights, counts and r are divided by sum_t w_t beforehand. Where s underflows (a bias spread over
+    more than ~85 nats in float32, ~700 in float64) the loss is not finite, and a line search steps back.
 
     Args:
         z: [W, T, V] logits, any float dtype; computed in float64 if they are, else in float32.
@@ -46,8 +46,8 @@ class BiasObjective:
         # rows in use first, in whole blocks: no sum then depends on padding, or on where it is
         used = weights != 0
         length = max(1, -(-int(used.sum(1).max() if W else 0) // BLOCK_ROWS)) * BLOCK_ROWS
-        padded = length != T or not bool(used.all())
-        if padded:
+        shortened = length != T or not bool(used.all())
+        if shortened:
             order = torch.argsort(used.byte(), dim=1, descending=True, stable=True)[:, :length]
             order = torch.nn.functional.pad(order, (0, length - order.shape[1]))
             used = torch.arange(length, device=z.device) < used.sum(1, keepdim=True)
@@ -55,34 +55,39 @@ class BiasObjective:
             targets, weights = targets.gather(1, order), weights.gather(1, order)
         known = (targets >= 0) & (targets < V)
         targets = torch.where(used & known, targets, 0)
-        self.weights = torch.where(used, weights.double(), 0.0)  # [W, length], as is p over V
+        self.weights = torch.where(used, weights.double(), 0.0)  # [W, length]
         self.p = torch.softmax(z, -1, dtype=dtype)
         # the largest p is 1 / sum exp(z - max z): with it log-sum-exp costs no exponentials
         lse = z.amax(-1).double() - self.p.amax(-1).double().log()
         nll = torch.where(known, lse - z.gather(2, targets[:, :, None])[:, :, 0].double(), torch.nan)
-        if padded:
+        if shortened:
             self.p.masked_fill_(~used[:, :, None], 1 / V)  # anything whose s is positive
             nll = torch.where(used, nll, 0.0)
-        self.base, self.total = block_sum(self.weights * nll), block_sum(self.weights)
-        self.counts = self.weights.new_zeros(W, V).scatter_add_(1, targets, self.weights).to(dtype)
-        self.ridge, self.prior = ridge, None if prior is None else prior.to(dtype)
+        self.p = aligned(self.p)
+        total = block_sum(self.weights)
+        scale = torch.where(total > 0, 1.0 / total, 0.0)
+        counts = self.weights.new_zeros(W, V).scatter_add_(1, targets, self.weights)
+        self.base, self.weights = scale * block_sum(self.weights * nll), scale[:, None] * self.weights
+        self.narrow_weights, self.minus_counts = self.weights.to(dtype), (-scale[:, None] * counts).to(dtype)
+        self.targets = targets
+        self.ridge, self.prior = ridge * scale if ridge else None, None if prior is None else prior.to(dtype)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         largest = x.amax(-1, keepdim=True)
-        u = torch.exp(x - largest)
+        u = (x - largest).exp_()
         s = row_products(u[:, None], self.p)[:, 0]
-        loss = self.base + block_sum(self.weights * (s.double().log() + largest.double()))
-        pull, linear = self.counts, -self.counts * x
-        if self.ridge:
+        loss = self.base + block_sum(self.weights * (s.double().log() + (largest - x.gather(1, self.targets))))
+        expected = row_mixture(self.narrow_weights / s, self.p)[:, : x.shape[1]]
+        g = torch.addcmul(self.minus_counts, u, expected)
+        if self.ridge is not None:
             offset = x if self.prior is None else x - self.prior
-            pull, linear = pull - self.ridge * offset, torch.addcmul(linear, offset, offset, value=self.ridge / 2)
-        g = u * row_mixture(self.weights.to(s) / s, self.p) - pull
-        scale = torch.where(self.total > 0, 1.0 / self.total, 0.0)
-        return (loss + row_sum(linear, torch.float64)) * scale, g * scale.to(g)[:, None]
+            loss = loss + self.ridge / 2 * row_sum(offset * offset, torch.float64)
+            g = g.addcmul_(offset, self.ridge.to(g)[:, None])
+        return loss, g
 
     def take(self, index: Tensor) -> Self:
         part = copy.copy(self)
-        part.p, part.weights, part.counts = self.p[index], self.weights[index], self.counts[index]
-        part.base, part.total = self.base[index], self.total[index]
-        part.prior = None if self.prior is None else self.prior[index]
+        for name in ("p", "targets", "weights", "narrow_weights", "base", "minus_counts", "ridge", "prior"):
+            rows = getattr(self, name)
+            setattr(part, name, None if rows is None else rows[index])
         return part

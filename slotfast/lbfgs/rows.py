@@ -4,7 +4,8 @@ Torch's elementwise operations and its sums over the last dimension round a row'
 rows do not change, except that one long sum alone is split among threads. Of its matrix products that is not true in
 general: the library underneath picks a kernel by the whole shape. Measured, form by form, with 1, 2, 3, 4 and 8 threads
 (torch 2.13, MKL): per batch entry [m, V] x [V, R] and [1, R] x [R, V] with R <= 64 qualify in batches of two or more;
-matrix x column does not, nor a longer reduction over rows. tests/test_lbfgs.py holds the forms used here to it.
+matrix x column does not, nor a longer reduction over rows. On AMD processors they qualify only where all rows are
+equally aligned: so rows are padded to whole cache lines. tests/test_lbfgs.py holds the forms used here to it.
 """
 
 from dataclasses import fields
@@ -14,11 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 64  # rows that one matrix product reduces over; longer reductions are sums of blocks, in order
+BLOCK_ROWS = 64  # rows that one matrix product reduces over; longer reductions are sums of blocks
+_ALIGNMENT = 16  # elements of 4 or 8 bytes
+
+
+def padded(columns: int) -> int:
+    """V rounded up to whole cache lines: the length of a row of V elements and zeros."""
+    return -(-columns // _ALIGNMENT) * _ALIGNMENT
+
+
+def aligned(rows: Tensor) -> Tensor:
+    """Zeros at the end of rows [..., V], up to padded(V); without a copy where there are none."""
+    V = rows.shape[-1]
+    return rows if V == padded(V) else torch.nn.functional.pad(rows, (0, padded(V) - V))
 
 
 def row_products(vectors: Tensor, rows: Tensor) -> Tensor:
     """vectors [A, m, V] times rows [A, R, V] over V -> [A, m, R]; R at most BLOCK_ROWS or a multiple of it."""
+    vectors, rows = aligned(vectors), aligned(rows)
     A, m, V = vectors.shape
     if rows.shape[1] <= BLOCK_ROWS:
         return _batch_product(vectors, rows.mT)
@@ -30,11 +44,16 @@ def row_products(vectors: Tensor, rows: Tensor) -> Tensor:
 
 def row_mixture(weights: Tensor, rows: Tensor) -> Tensor:
     """weights [A, R] times rows [A, R, V] over R -> [A, V]; R at most BLOCK_ROWS or a multiple of it."""
+    columns, rows = rows.shape[2], aligned(rows)
     A, R, V = rows.shape
     block = min(R, BLOCK_ROWS)
     count = R // block
     parts = _batch_product(weights.view(A * count, 1, block), rows.view(A * count, block, V)).view(A, count, V)
-    return parts[:, 0] if count == 1 else parts.cumsum(1)[:, -1]  # in order, whatever A is
+    while count > 1:  # a tree over the next power of two, whose missing leaves are zero: more zeros change nothing
+        half = 1 << (count - 1).bit_length() - 1
+        parts[:, : count - half] += parts[:, half:count]
+        count = half
+    return parts[:, 0, :columns]
 
 
 def _batch_product(a: Tensor, b: Tensor) -> Tensor:
@@ -52,7 +71,12 @@ def row_sum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def choose(mask: np.ndarray, new: Tensor, old: Tensor) -> Tensor:
-    return new if mask.all() else torch.where(torch.from_numpy(mask).to(new.device)[:, None], new, old)
+    """Rows of `new` where mask holds, else of `old`; they are written into `new`, which is returned."""
+    others = (~mask).nonzero()[0]
+    if len(others):
+        others = index_of(others, new)
+        new[others] = old[others]
+    return new
 
 
 def column(values: np.ndarray, like: Tensor) -> Tensor:
@@ -65,7 +89,7 @@ def index_of(index: np.ndarray, like: Tensor) -> Tensor:
 
 def to_host(*tensors: Tensor) -> np.ndarray:
     """Tensors of one shape -> float64 array with a leading dimension over them, in one transfer."""
-    return torch.stack([tensor.double() for tensor in tensors]).cpu().numpy()
+    return torch.stack(tensors).double().cpu().numpy()
 
 
 class Columns:

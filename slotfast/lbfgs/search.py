@@ -50,7 +50,7 @@ class Search(Columns):
         self.largest = np.where(rows, largest, self.largest)
         self.most_trials = np.where(rows, most_trials, self.most_trials)
         self.trials[rows], self.zooming[rows], self.cramped[rows] = 0, False, False
-        self.low_t[rows] = 0
+        self.low_t = np.where(rows, 0.0, self.low_t)
         self.low_loss = np.where(rows, loss, self.low_loss)
         self.low_slope = np.where(rows, slope, self.low_slope)
 
@@ -72,6 +72,9 @@ class Search(Columns):
         looking = ~zoom & ~last
         passed = looking & (too_high | ((self.trials > 1) & (loss >= self.low_loss)))
         good = looking & ~passed & flat
+        if good.all():  # the usual case, for which nothing below has a say
+            self.low_t, self.low_loss, self.low_slope, self.low_steepest = t, loss, slope, steepest
+            return good, good
         found = passed | (looking & ~passed & ~flat & (slope >= 0))
         onward = looking & ~found & ~good
 
@@ -104,6 +107,8 @@ class Search(Columns):
         left, right = np.minimum(self.low_t, self.high_t), np.maximum(self.low_t, self.high_t)
         small = (right - left) * self.largest < SMALLEST_BRACKET
         over = good | last | (self.zooming & ((self.trials >= self.most_trials) | small))
+        if over.all():  # there is no next trial
+            return as_low, over
 
         floor = np.where(onward, self.low_t + 0.01 * (self.low_t - self.high_t), left)
         ceiling = np.where(onward, self.low_t * 10, right)

@@ -77,7 +77,7 @@ def minimize(
         raise ValueError(f"phases: expected (iterations >= 0, history >= 1) at least once, got {phases!r}")
     if not lr > 0 or not tolerance_change >= 0:
         raise ValueError(f"lr, tolerance_change: expected > 0 and >= 0, got {lr!r} and {tolerance_change!r}")
-    x, losses = start, [[] for _ in start]
+    x, losses = start, None if trace is None else [[] for _ in start]
     iterations = evaluations = 0
     with np.errstate(all="ignore"), torch.no_grad():
         for most_iterations, history in phases:
@@ -92,7 +92,7 @@ def minimize(
             phase = _Phase(objective, x, history, limits, losses)
             x, loss, status = phase.solve()
             iterations, evaluations = iterations + phase.iterations, evaluations + phase.evaluations
-    if trace is not None:
+    if losses is not None:
         trace += losses
     return Solution(x, *(torch.from_numpy(a).to(x.device) for a in (loss, iterations, evaluations, status)))
 
@@ -114,7 +114,7 @@ class _Phase:
     """
 
     def __init__(
-        self, objective: Objective, start: Tensor, history: int, limits: _Limits, losses: list[list[float]]
+        self, objective: Objective, start: Tensor, history: int, limits: _Limits, losses: list[list[float]] | None
     ) -> None:
         self.objective, self.limits, self.losses = objective, limits, losses
         W = len(start)
@@ -153,13 +153,15 @@ class _Phase:
     def accept(self, done: np.ndarray) -> None:
         """Moves the problems whose line search is done, and gives those that go on a new direction."""
         search, limits = self.search, self.limits
-        s, y = self.d * column(search.low_t, self.d), self.best_g - self.g
-        self.x = choose(done, self.at(search.low_t), self.x)
-        self.g = choose(done, self.best_g, self.g)
+        t = np.where(done, search.low_t, 0.0)
+        s, y = self.d * column(t, self.d), self.best_g - self.g
+        self.x = self.at(t)
+        self.g = choose(done, self.best_g.clone(), self.g)
         change = np.abs(search.low_loss - self.loss)
         self.loss = np.where(done, search.low_loss, self.loss)
-        for row in np.flatnonzero(done):
-            self.losses[self.ids[row]].append(float(self.loss[row]))
+        if self.losses is not None:
+            for row in np.flatnonzero(done):
+                self.losses[self.ids[row]].append(float(self.loss[row]))
 
         self.stop(done & (search.low_steepest <= limits.gradient), Status.GRADIENT)
         self.stop(done & (search.low_t * search.largest <= limits.change), Status.CHANGE)
@@ -168,7 +170,7 @@ class _Phase:
         self.stop(done & (self.evaluations[self.ids] >= limits.evaluations), Status.OUT_OF_EVALUATIONS)
         done = done & self.running
         if done.any():
-            self.d = choose(done, self.memory.direction(np.flatnonzero(done), s, y, self.g), self.d)
+            self.d = choose(done, self.memory.direction(done.nonzero()[0], s, y, self.g), self.d)
             self.aim(done, np.full(len(done), limits.lr))
 
     def aim(self, rows: np.ndarray, first_trial: np.ndarray) -> None:
@@ -184,7 +186,7 @@ class _Phase:
         return torch.addcmul(self.x, self.d, column(t, self.d))
 
     def stop(self, mask: np.ndarray, status: Status) -> None:
-        rows = np.flatnonzero(mask & self.running)
+        rows = (mask & self.running).nonzero()[0]
         if len(rows):
             ids = self.ids[rows]
             self.solution[index_of(ids, self.x)] = self.x[index_of(rows, self.x)]
@@ -193,7 +195,7 @@ class _Phase:
 
     def compact(self) -> None:
         """Drops the problems that have stopped once they are half of the batch: until then they ride along unread."""
-        keep = np.flatnonzero(self.running)
+        keep = self.running.nonzero()[0]
         if 2 * len(keep) <= len(self.running):
             rows = index_of(keep, self.x)
             self.objective = self.objective.take(rows)

@@ -1,0 +1,136 @@
+"""python -m slotfast.calibrate: fit the few numbers of `causal` to a model, on text like its training text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import config
+from .artifact import read_artifact, write_artifact
+from .command import run
+from .data import ByteTable, Tokenizer, TokenStream, check_writable, read_documents
+from .errors import InputError
+from .eval.loop import Scored, sliding_pass
+from .model import GPT
+from .score import Meter
+from .slot import Adapter, Calibration, parse_preset
+from .slot.repeats import CONTEXTS, Followers, Repeats, fit_gates, mix
+from .windows import Plan
+
+SCALES = (0.0, 0.4, 0.7, 1.0, 1.3)  # 0: the rates are of no use to this model
+DECAYS = (0.94, 0.97, 0.985)  # of 64 tokens
+CLOSED_GATES = [[-30.0, 0.0]] * len(CONTEXTS)
+
+
+def calibrate(
+    model: GPT,
+    stream: TokenStream,
+    byte_table: ByteTable,
+    bos_id: int,
+    frequency: torch.Tensor | None,
+    *,
+    stride: int = 64,
+    batch_windows: int = 16,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Strength and decay of the rates from a grid, then the gates of repeats by L-BFGS; any of them may end as off.
+
+    Args:
+        model: as it will be evaluated, on `device`.
+        stream: documents held out from training; never the text to be scored.
+        byte_table, bos_id: of the tokenizer.
+        frequency: float [V], training frequencies, or None.
+        stride, batch_windows, dtype, device: of the pass.
+
+    Returns:
+        scale, decay, gates; the number of tokens; and what was gained, in bits per byte: by the rates on these very
+        documents, by repeats on top of them in cross-validation over documents, with its standard error.
+    """
+    rows = [parse_preset("causal-unigram:scale=0")]
+    for decay in DECAYS:
+        rows += [parse_preset(f"causal-unigram:scale={scale},decay={decay ** (1 / 64)!r}") for scale in SCALES[1:]]
+    adapters = [Adapter(row, Calibration(frequency), bos_id) for row in rows]
+    parts: list[Scored] = []
+    plan = Plan(len(stream) - 1, min(model.config.seq_len, max(len(stream) - 1, stride)), stride)
+    options = {"batch_windows": batch_windows, "dtype": dtype, "device": device, "on_scored": parts.append}
+    sliding_pass(model, stream, plan, adapters, byte_table, bos_id, **options)
+    nll = np.concatenate([part.nll for part in parts], 1)[1:].astype(np.float64)
+    best = int(nll.sum(1).argmin())
+    row = adapters[best].row
+
+    tokens = np.concatenate([part.token for part in parts])
+    n_bytes = np.concatenate([part.n_bytes for part in parts])
+    followers = Repeats(row.decay, row.document_decay, bos_id).take(tokens.tolist())
+    gates, gain, error = _fit_gates(nll[best], followers, np.cumsum(tokens == bos_id), n_bytes)
+    bits = np.log(2) * max(int(n_bytes.sum()), 1)
+    return {
+        "scale": row.scale,
+        "decay": row.decay,
+        "gates": gates,
+        "tokens": len(tokens),
+        "rates_gain_bpb": float(nll[0].sum() - nll[best].sum()) / bits,
+        "repeats_gain_bpb": gain,
+        "repeats_gain_se": error,
+    }
+
+
+def _fit_gates(
+    nll: np.ndarray, followers: Followers, document: np.ndarray, n_bytes: np.ndarray
+) -> tuple[list[list[float]], float, float | None]:
+    """Gates; closed, unless two-fold cross-validation over documents gains more than two standard errors."""
+    documents, number = np.unique(document, return_inverse=True)
+    meter, crossed = Meter(["rates", "repeats"], len(documents)), nll.copy()
+    if len(documents) > 1:
+        for fold in (0, 1):
+            mine = number % 2 == fold
+            gates = fit_gates(nll[~mine], followers.of(~mine))
+            crossed[mine] = _mixed(nll[mine], followers.of(mine), gates)
+    meter.add(number, n_bytes, np.stack([nll, crossed]))
+    score = meter.score(1)
+    if score.gain_se is None or not score.gain_bpb > 2 * score.gain_se:
+        return CLOSED_GATES, score.gain_bpb, score.gain_se
+    return fit_gates(nll, followers), score.gain_bpb, score.gain_se
+
+
+def _mixed(nll: np.ndarray, followers: Followers, gates: list[list[float]]) -> np.ndarray:
+    return -mix(torch.from_numpy(np.exp(-nll)), followers, torch.tensor(gates, dtype=torch.float64)).log().numpy()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Calibrate a stored model; raises InputError on bad input."""
+    settings, sources = config.load(config.CalibrateSettings, "python -m slotfast.calibrate", __doc__, argv)
+    config.warn_unread_variables()
+    if settings.show_config:
+        return print(config.show(settings, sources))
+    for name in ("artifact", "tokenizer", "text", "out"):
+        if getattr(settings, name) is None:
+            raise InputError(f"--{name}: needed")
+    check_writable(settings.out)
+    artifact, tokenizer = read_artifact(settings.artifact), Tokenizer(settings.tokenizer)
+    if tokenizer.vocab_size != artifact.config.vocab_size:
+        raise InputError(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, the model has {artifact.config.vocab_size}")
+    ids, _ = tokenizer.encode_documents(read_documents(settings.text), settings.max_tokens)
+    if len(ids) < 2:
+        raise InputError(f"{settings.text}: {len(ids)} tokens; calibration needs at least 2")
+    found = calibrate(artifact.model(), TokenStream([ids]), tokenizer.byte_table, tokenizer.bos_id, artifact.unigram)
+    artifact.metadata["calibration"] = found
+    size = write_artifact(settings.out, artifact)
+    print(summary(found))
+    print(f"{settings.out}: {size:,} bytes")
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What a calibration chose, in a line."""
+    rates, repeats, error = found["rates_gain_bpb"], found["repeats_gain_bpb"], found["repeats_gain_se"]
+    strength = f"scale {found['scale']:g}, decay {found['decay'] ** 64:.3g} in 64 tokens, {rates:+.4f} bpb here"
+    spread = "n/a" if error is None else f"{error:.4f}"
+    return (
+        f"calibrated on {found['tokens']:,} tokens: rates {strength if found['scale'] else 'off'}; repeats "
+        f"{'off' if found['gates'] == CLOSED_GATES else 'on'}, {repeats:+.4f} ± {spread} bpb in cross-validation"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

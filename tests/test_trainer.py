@@ -175,7 +175,7 @@ def test_the_clock_ends_a_run_and_leaves_the_reserve():
     trainer = _trainer(steps=None, seconds=1.5, reserve=1.2, warmdown=0.5, log_every=1)
     trainer.run()
     *before, last = [row["seconds"] for row in trainer.history]
-    assert all(seconds < 0.3 for seconds in before) and last >= 0.3
+    assert all(seconds <= 0.3 for seconds in before) and last >= 0.3  # milliseconds, rounded
     assert trainer.history[-1]["step"] == trainer.step == len(trainer.history)
 
 

@@ -13,6 +13,7 @@ import io
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -175,17 +176,28 @@ class TokenStream:
         return digest.hexdigest()
 
 
-def shard_paths(pattern: str) -> list[str]:
+def shard_paths(pattern: str, flag: str = "--tokens") -> list[str]:
     """The token shards that a glob pattern matches, in the order of their names.
 
     Byte sidecars (`*_bytes_*`), which match the usual patterns, are left out.
 
+    Args:
+        pattern: as the user gave it.
+        flag: by which; errors name it.
+
     Raises:
-        InputError: nothing matches.
+        InputError: nothing matches, or a shard between the first and the last does not exist.
     """
     paths = [path for path in sorted(glob.glob(pattern)) if "_bytes_" not in Path(path).name]
     if not paths:
-        raise InputError(f"--tokens {pattern}: no such file")
+        raise InputError(f"{flag} {pattern}: no such file")
+    # the contest's names count: a hole in them is a file that did not arrive
+    first, last = (re.fullmatch(r"(.*_)(\d{6})\.bin", path) for path in (paths[0], paths[-1]))
+    if first and last and first[1] == last[1]:
+        for number in range(int(first[2]), int(last[2])):
+            path = f"{first[1]}{number:06}.bin"
+            if not os.path.exists(path):
+                raise InputError(f"{flag} {pattern}: {path} is missing between the first shard and the last")
     return paths
 
 

@@ -13,6 +13,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 has other names for them
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 Coefficients = Literal["quintic", "polar-express"]
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -157,7 +161,7 @@ class _Ranks:
         op = dist.ReduceOp.AVG if self.averages else dist.ReduceOp.SUM
         if self.scatters:
             try:
-                return dist.reduce_scatter_tensor(part, whole, op, group=self.group, async_op=True)
+                return _reduce_scatter(part, whole, op, group=self.group, async_op=True)
             except RuntimeError as error:
                 self.scatters = False
                 warnings.warn(f"no reduce-scatter here ({error}): gradients are reduced whole", stacklevel=2)
@@ -198,7 +202,7 @@ class _Bank:
             return
         update = update.to(self.ranks.dtype).contiguous()
         self.whole = self._empty(self.owned * self.ranks.world)
-        self.work = dist.all_gather_into_tensor(self.whole, update, group=self.ranks.group, async_op=True)
+        self.work = _all_gather(self.whole, update, group=self.ranks.group, async_op=True)
 
     def apply_update(self) -> None:
         if self.ranks.world > 1:
@@ -212,7 +216,7 @@ class _Bank:
         if self.ranks.world == 1:
             return self.momentum
         whole = torch.empty((self.owned * self.ranks.world, *self.momentum.shape[1:]), device=self.momentum.device)
-        dist.all_gather_into_tensor(whole, self.momentum, group=self.ranks.group)
+        _all_gather(whole, self.momentum, group=self.ranks.group)
         return whole[: len(self.parameters)].clone()
 
     def load_momentum(self, momentum: Tensor) -> None:

@@ -5,6 +5,8 @@ from math import gcd
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from slotfast.errors import InputError
 from slotfast.loader import CoprimeLoader, SequentialLoader, ShuffleLoader, open_loader
@@ -62,6 +64,21 @@ def test_the_coprime_windows_are_those_of_the_description(world, batch, shards):
     loader = CoprimeLoader(NAMES[:shards], SHARDS[:shards], 32, batch, world)
     for expected in _described(NAMES[:shards], LENGTHS[:shards], 32, batch, world, 30):
         assert loader.next_starts() == expected
+
+
+@given(st.lists(st.integers(0, 90), min_size=1, max_size=12), st.integers(1, 20), st.integers(1, 12), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_windows_of_any_shards_lie_within_them(lengths, seq_len, batch, world):
+    if max(lengths) <= seq_len:
+        return
+    loader = CoprimeLoader(
+        [f"{i}" for i in range(len(lengths))], [np.arange(n) for n in lengths], seq_len, batch, world
+    )
+    for _ in range(20):
+        starts = loader.next_starts()
+        assert len(starts) == batch
+        assert all(0 <= start and start + seq_len < len(loader.shards[shard]) for shard, start in starts)
+        assert all(gcd(cursor["stride"], cursor["blocks"]) == 1 for cursor in loader.cursors)
 
 
 def test_more_shards_are_mixed_as_training_goes_on():

@@ -117,6 +117,9 @@ def test_validation_text_is_refused_without_the_flag_and_named_with_it(shards, t
         train.main(_adapted(shards, tmp_path / "m", "--ttt-tokens", copy))
     with pytest.raises(InputError, match="fineweb_val_0.*weights that learn validation text are no honest score"):
         train.main(_adapted(shards, tmp_path / "m", "--ttt-tokens", shards / "fineweb_val_0*.bin"))
+    write_shard(copy, SHARDS[0][200:400])  # of the part that is not measured on
+    with pytest.raises(InputError, match="innocent.bin: shares 100.0%"):
+        train.main(_adapted(shards, tmp_path / "m", "--ttt-tokens", copy, "--max-val-tokens", 100))
     train.main(_adapted(shards, tmp_path / "m", "--ttt-tokens", copy, "--allow-noncausal"))
     assert "NOT an honest score" in capsys.readouterr().out
     label = read_artifact(tmp_path / "m").metadata["ttt"]

@@ -171,6 +171,14 @@ def test_a_batch_in_parts_is_the_same_batch():
         assert (ours - theirs).abs().max() < 1e-4
 
 
+def test_the_clock_ends_a_run_and_leaves_the_reserve():
+    trainer = _trainer(steps=None, seconds=1.5, reserve=1.2, warmdown=0.5, log_every=1)
+    trainer.run()
+    *before, last = [row["seconds"] for row in trainer.history]
+    assert all(seconds <= 0.3 for seconds in before) and last >= 0.3  # milliseconds, rounded
+    assert trainer.history[-1]["step"] == trainer.step == len(trainer.history)
+
+
 def test_warming_up_changes_nothing():
     lines = []
     plain, warmed = _trainer(**EVERYTHING), _trainer(**EVERYTHING, warmup_steps=2, log=lines.append)
@@ -410,6 +418,7 @@ def test_shards_to_artifact_and_summary(shards, tmp_path, capsys):
     printed, found = capsys.readouterr().out, json.loads(summary.read_text())
     assert found["steps"] == 12 and found["tokens_seen"] == 12 * 6 * 16
     assert [row["step"] for row in found["history"]] == [4, 8, 12]
+    assert [row["step"] for row in found["measured"]] == [6, 12] and 4 < found["measured"][0]["nats"] < 8
     assert "step:4/12 loss:" in printed and "val step:6 nats:" in printed
     artifact = read_artifact(out)
     assert artifact.config.loops == 1 and artifact.config.bos_id == 1 and artifact.config.skip_gates
@@ -430,7 +439,8 @@ def test_json_to_standard_output_is_alone_there(shards, tmp_path, capsys):
 
 def test_the_plot_is_a_picture(shards, tmp_path):
     pytest.importorskip("matplotlib", reason="the extra `plot`")
-    train.main(_command(shards, tmp_path / "m", "--plot", tmp_path / "m.png", "--log-every", "1", steps=3))
+    more = ["--plot", tmp_path / "m.png", "--log-every", "1", "--val-every", "2"]
+    train.main(_command(shards, tmp_path / "m", *more, steps=3))
     assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -439,6 +449,7 @@ WRONG = {
     "loops": (["--loops", "1", "--loop-end", "9"], "loop 3..9: expected layers of 0..3"),
     "no tokenizer": (["--tokens", "TRAIN", "--tokenizer"], "--tokens .*: needs the --tokenizer that made them"),
     "no shard": (["--tokens", "nowhere*.bin"], "nowhere.*: no such file"),
+    "no shard to measure with": (["--val-tokens", "nowhere*.bin"], r"--val-tokens nowhere\*.bin: no such file"),
     "two inputs": (["--tokens", "TRAIN", "--text", "x"], "--tokens and --text: give one of them"),
     "endless": (["--seconds", "0", "--steps"], "--seconds 0 without --steps"),
     "no time": (["--seconds", "5", "--reserve", "5"], "--reserve 5: leaves nothing of --seconds 5"),
@@ -472,6 +483,15 @@ def test_a_truncated_shard_is_named(shards, tmp_path):
         train.main(_command(tmp_path, tmp_path / "m"))
 
 
+def test_a_hole_among_the_shards_is_named(shards, tmp_path):
+    for number in (0, 2):
+        (tmp_path / f"fineweb_train_{number:06}.bin").symlink_to(shards / f"fineweb_train_{number:06}.bin")
+    with pytest.raises(InputError, match="fineweb_train_000001.bin is missing between the first shard and the last"):
+        train.main(_command(tmp_path, tmp_path / "m"))
+    picked = ["--tokens", shards / "fineweb_train_00000[02].bin", "--val-tokens", shards / "fineweb_val_0*.bin"]
+    train.main(_command(shards, tmp_path / "m", *picked, steps=1))
+
+
 def test_a_checkpoint_is_not_overwritten_and_not_used_for_another_run(shards, tmp_path):
     saving = ["--checkpoint", tmp_path / "c"]
     train.main(_command(shards, tmp_path / "m", *saving, steps=2))
@@ -484,6 +504,19 @@ def test_a_checkpoint_is_not_overwritten_and_not_used_for_another_run(shards, tm
         (tmp_path / "other" / name).write_bytes((shards / name).read_bytes())
     with pytest.raises(InputError, match="made with data '"):
         train.main(_command(tmp_path / "other", tmp_path / "m", *saving, "--resume", steps=2))
+
+
+def test_a_resumed_run_on_text_keeps_its_tokenizer(tmp_path, capsys):
+    text, small = tmp_path / "t.jsonl", "--layers 1 --width 16 --heads 2 --kv-heads 1 --mlp-width 16 --seq-len 32"
+    text.write_text("\n".join(json.dumps({"text": f"some words to learn from, number {n} " * 9}) for n in range(40)))
+    command = ["--text", str(text), "--out", str(tmp_path / "m"), "--checkpoint", str(tmp_path / "c"), *small.split()]
+    command += "--vocab-size 300 --steps 3 --seconds 0 --dtype float32".split()
+    train.main(command)
+    whole, written = read_artifact(tmp_path / "m"), (tmp_path / "m.model").stat().st_mtime_ns
+    train.main([*command, "--resume"])
+    assert "step:3 resumed from" in capsys.readouterr().out
+    assert (tmp_path / "m.model").stat().st_mtime_ns == written
+    assert _same_model(tmp_path / "m", whole)
 
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -510,11 +543,11 @@ def test_killed_at_any_point_and_resumed_ends_with_the_same_bits(shards, tmp_pat
         process.wait(timeout=60)
     assert kills, "the run was over before it could be killed"
     train.main([*map(str, command[3:])])
-    assert _same_model(tmp_path / "m", tmp_path / "whole")
+    assert _same_model(tmp_path / "m", read_artifact(tmp_path / "whole"))
 
 
 def _same_model(ours, theirs):
-    ours, theirs = read_artifact(ours).tensors, read_artifact(theirs).tensors
+    ours, theirs = read_artifact(ours).tensors, theirs.tensors
     leaves = [
         (getattr(ours[name], part, ours[name]), getattr(theirs[name], part, theirs[name]))
         for name in ours

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .. import corpus
 from ..config import TrainSettings
-from ..data import Tokenizer, TokenStream, atomic_write, open_shards, read_documents, read_shard, shard_paths
+from ..data import Tokenizer, TokenStream, atomic_write, read_documents, read_shard, shard_paths
 from ..errors import InputError
 from .ttt import overlap
 
@@ -56,7 +56,11 @@ class Inputs:
         return sum(map(len, self.shards))
 
     def unigram(self) -> Tensor:
-        """Frequency of each token in the training stream, float32 [V]."""
+        """Frequency of each token in the training stream, float32 [V].
+
+        Raises:
+            InputError: a token that the tokenizer does not have.
+        """
         counts = np.zeros(self.tokenizer.vocab_size, np.int64)
         for chunk in TokenStream(self.shards, _UNIGRAM_TOKENS).chunks():
             if chunk.max(initial=0) >= len(counts):
@@ -113,22 +117,14 @@ def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Input
         trained_on = (settings.text and Path(settings.text).name) or "standard library"
         names, shards = [trained_on], [tokenizer.encode_documents(learned)[0]]
         about = f"{len(learned):,} documents"
-    limit = settings.max_val_tokens
-    val, val_bytes = None, 0
-    if val_tokens:
-        val = TokenStream([read_shard(path) for path in shard_paths(val_tokens)], limit)
-        val.check_vocabulary(tokenizer.vocab_size)
-        val_bytes = sum(
-            int(tokenizer.byte_table.count(chunk[1:], chunk[:-1]).sum())
-            for chunk in (val.read(start, start + (1 << 22) + 1) for start in range(0, len(val), 1 << 22))
-        )
-    elif settings.val_text or held_out:
-        documents = read_documents(settings.val_text) if settings.val_text else held_out
-        ids, count = tokenizer.encode_documents(documents, limit)
-        val, val_bytes = TokenStream([ids]), count.rule
+    val, val_bytes = _read_val(settings, tokenizer, val_tokens, held_out, settings.max_val_tokens)
     if val is not None and not val_bytes:
         raise InputError("the documents that are held out to measure the training are empty: give more text")
-    ttt, shared = _read_ttt(settings, tokenizer, val)
+    ttt, shared = None, None
+    if settings.ttt != "off":
+        # compared with all of the validation text, measured on its start or not
+        whole, _ = _read_val(settings, tokenizer, val_tokens, held_out, None)
+        ttt, shared = _read_ttt(settings, tokenizer, whole)
     about += f", {sum(map(len, shards)):,} tokens"
     if held_out:
         about += f"; {len(held_out)} documents held out"
@@ -144,15 +140,29 @@ def check_ttt(settings: TrainSettings) -> None:
         raise InputError(f"--ttt-tokens {settings.ttt_tokens}: {_NONCAUSAL}")
 
 
+def _read_val(
+    settings: TrainSettings, tokenizer: Tokenizer, val_tokens: str | None, held_out: list[str], limit: int | None
+) -> tuple[TokenStream | None, int]:
+    """The first `limit` tokens that measure the training and the bytes behind them; None and 0 where there are none."""
+    if val_tokens:
+        val = TokenStream([read_shard(path) for path in shard_paths(val_tokens, "--val-tokens")], limit)
+        val.check_vocabulary(tokenizer.vocab_size)
+        pieces = (val.read(start, start + (1 << 22) + 1) for start in range(0, len(val), 1 << 22))
+        return val, sum(int(tokenizer.byte_table.count(piece[1:], piece[:-1]).sum()) for piece in pieces)
+    if not (settings.val_text or held_out):
+        return None, 0
+    documents = read_documents(settings.val_text) if settings.val_text else held_out
+    ids, count = tokenizer.encode_documents(documents, limit)
+    return TokenStream([ids]), count.rule
+
+
 def _read_ttt(
     settings: TrainSettings, tokenizer: Tokenizer, val: TokenStream | None
-) -> tuple[TokenStream | None, float | None]:
+) -> tuple[TokenStream, float | None]:
     """The stream to adapt to, and how much it shares with the validation stream."""
-    if settings.ttt == "off":
-        return None, None
     name = settings.ttt_text or settings.ttt_tokens
     if settings.ttt_tokens:
-        stream = open_shards(settings.ttt_tokens)
+        stream = TokenStream([read_shard(path) for path in shard_paths(settings.ttt_tokens, "--ttt-tokens")])
     else:
         stream = TokenStream([tokenizer.encode_documents(read_documents(settings.ttt_text))[0]])
     stream.check_vocabulary(tokenizer.vocab_size)

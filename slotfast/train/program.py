@@ -14,6 +14,7 @@ from typing import Any
 import pydantic
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__, config
@@ -66,6 +67,7 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
     log = _logger(settings, rank)
     torch.manual_seed(settings.seed)
     inputs = read_inputs(settings, rank, world)
+    unigram = inputs.unigram()  # counted before the work: it refuses foreign tokens
     model_config = build_config(settings, inputs.tokenizer.vocab_size, inputs.tokenizer.bos_id)
     loader = open_loader(
         settings.loader, inputs.names, inputs.shards, settings.seq_len, settings.batch_windows, settings.seed, world
@@ -82,9 +84,8 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
             checkpoint.save(settings.checkpoint, run, {"trainer": state, "dtype": _name(dtype)})
             log(f"step:{step} saved to {settings.checkpoint}")
 
-    def validate() -> str:
-        found = _measure(model, inputs, settings, device, rank, world)
-        return f"nats:{found['nats']:.4f} bpb:{found['bpb']:.4f}"
+    def validate() -> dict[str, float]:
+        return _measure(model, inputs, settings, device, rank, world)
 
     trainer = Trainer(
         model,
@@ -99,7 +100,10 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
         log=log,
     )
     if resumed:
-        trainer.load_state_dict(resumed["trainer"])
+        try:
+            trainer.load_state_dict(resumed["trainer"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            raise InputError(f"{settings.checkpoint}: its state does not fit this run: damaged") from None
         log(f"step:{trainer.step} resumed from {settings.checkpoint}")
     elif settings.resume:
         log(f"{settings.checkpoint}: not there yet, starting from the beginning")
@@ -114,34 +118,22 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
         start, recipe = time.perf_counter(), _recipe(settings)
         ttt.adapt(model, inputs.ttt, recipe, settings.seq_len, dtype, rank, world, trainer.forward, log)
         seconds["ttt"] = time.perf_counter() - start
-    return _finish(settings, inputs, trainer, seconds, log) if rank == 0 else {}
+    return _finish(settings, inputs, unigram, trainer, seconds, log) if rank == 0 else {}
 
 
 def _finish(
-    settings: config.TrainSettings, inputs: Inputs, trainer: Trainer, seconds: dict[str, float], log: Callable
+    settings: config.TrainSettings,
+    inputs: Inputs,
+    unigram: Tensor,
+    trainer: Trainer,
+    seconds: dict[str, float],
+    log: Callable,
 ) -> dict[str, Any]:
     """Write the artifact and measure it; the summary."""
     start = time.perf_counter()
-    metadata = {
-        "preset": settings.preset,
-        "tokenizer_sha256": inputs.tokenizer.sha256,
-        "trained_on": inputs.trained_on,
-        "tokens": inputs.tokens,
-        "steps": trainer.step,
-        "seconds": round(trainer.elapsed, 1),
-        "seed": settings.seed,
-    }
-    if inputs.ttt is not None:
-        metadata["ttt"] = {
-            "recipe": settings.ttt,
-            **asdict(_recipe(settings)),
-            "stream": Path(settings.ttt_text or settings.ttt_tokens).name,
-            "stream_sha256": inputs.ttt.sha256(),
-            "tokens": len(inputs.ttt),
-            "validation_overlap": inputs.ttt_overlap,
-        }
+    metadata = _metadata(settings, inputs, trainer)
     model = trainer.model.eval().cpu()
-    artifact = Artifact.from_model(model, metadata, inputs.unigram())
+    artifact = Artifact.from_model(model, metadata, unigram)
     size = write_artifact(settings.out, artifact)
     seconds["quantize"] = time.perf_counter() - start
     if settings.reserve and seconds["quantize"] > settings.reserve:
@@ -168,6 +160,7 @@ def _finish(
         "artifact_bytes": size,
         "artifact_sha256": hashlib.sha256(Path(settings.out).read_bytes()).hexdigest(),
         "history": trainer.history,
+        "measured": trainer.measured,
         "device": "cpu" if trainer.device.type == "cpu" else torch.cuda.get_device_name(trainer.device),
         "dtype": _name(trainer.dtype),
         "ranks": trainer.world,
@@ -175,6 +168,29 @@ def _finish(
         "config": settings.model_dump(by_alias=True),
         "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__},
     }
+
+
+def _metadata(settings: config.TrainSettings, inputs: Inputs, trainer: Trainer) -> dict[str, Any]:
+    """What the artifact says of its making."""
+    metadata = {
+        "preset": settings.preset,
+        "tokenizer_sha256": inputs.tokenizer.sha256,
+        "trained_on": inputs.trained_on,
+        "tokens": inputs.tokens,
+        "steps": trainer.step,
+        "seconds": round(trainer.elapsed, 1),
+        "seed": settings.seed,
+    }
+    if inputs.ttt is not None:
+        metadata["ttt"] = {
+            "recipe": settings.ttt,
+            **asdict(_recipe(settings)),
+            "stream": Path(settings.ttt_text or settings.ttt_tokens).name,
+            "stream_sha256": inputs.ttt.sha256(),
+            "tokens": len(inputs.ttt),
+            "validation_overlap": inputs.ttt_overlap,
+        }
+    return metadata
 
 
 def _recipe(settings: config.TrainSettings) -> ttt.Recipe:
@@ -333,10 +349,11 @@ def _pyplot() -> Any:
 
 
 def _draw(path: str, summary: dict[str, Any]) -> None:
-    """The loss along the training, and the rates below it."""
+    """The loss along the training, dots where it was measured on other text, and the rates below."""
     columns = {name: [row[name] for row in summary["history"]] for name in ("step", "loss", "lr_scale")}
     figure, (above, below) = _pyplot().subplots(2, 1, sharex=True, figsize=(8, 5), height_ratios=(3, 1))
     above.plot(columns["step"], columns["loss"])
+    above.plot([row["step"] for row in summary["measured"]], [row["nats"] for row in summary["measured"]], "o")
     above.set_ylabel("loss (nats a token)")
     above.set_title(f"{summary['preset']}, {summary['parameters']:,} parameters, {summary['device']}")
     below.plot(columns["step"], columns["lr_scale"])

@@ -36,7 +36,7 @@ class Trainer:
         device: of the model.
         rank, world: this process among all.
         on_save: called on every rank with `state_dict` and the step whenever the state should be saved.
-        on_validate: called on every rank every `val_every` steps; gives what to print.
+        on_validate: called on every rank every `val_every` steps; gives named numbers, which `measured` keeps.
         log: prints a line, on rank 0.
     """
 
@@ -50,7 +50,7 @@ class Trainer:
         rank: int = 0,
         world: int = 1,
         on_save: Callable[[dict[str, Any], int], None] | None = None,
-        on_validate: Callable[[], str] | None = None,
+        on_validate: Callable[[], dict[str, float]] | None = None,
         log: Callable[[str], None] = print,
     ):
         check_length(settings, world)
@@ -68,10 +68,12 @@ class Trainer:
             self.average = WeightAverage(model.parameters(), decay)
         self.soft = qat.SoftRound(self.device)
         self.check_steps = _CHECK_STEPS_GPU if on_gpu else 1
-        self.step, self.elapsed, self.saved_step = 0, 0.0, None
+        self.step, self.elapsed = 0, 0.0
+        self.saved_step, self.saved_at = None, 0.0
         self.qat_step: int | None = None  # at which the rounding began
         self.loss_mean = torch.full((), math.nan, device=self.device)
-        self.history: list[dict[str, float]] = []
+        self.history: list[dict[str, float]] = []  # a row for each line that was logged
+        self.measured: list[dict[str, float]] = []  # and for each validation
 
     def run(self) -> None:
         """Train until the steps or the time are up, then put the averaged weights in place.
@@ -80,33 +82,22 @@ class Trainer:
             InputError: the loss is no longer finite; the last checkpoint stays.
         """
         self._warm_up()
-        settings = self.settings
-        started, saved_at = time.perf_counter() - self.elapsed, self.elapsed
+        settings, self.saved_at = self.settings, self.elapsed
+        started = time.perf_counter() - self.elapsed
         with _progress(settings, silent=self.rank > 0) as bar:
-            while True:
-                self.elapsed = self._agree(time.perf_counter() - started)
-                now = moment(settings, self.step, self.elapsed)
-                if not now.left:
-                    break
+            while (now := moment(settings, self.step, self.elapsed)).left:
                 self._prepare(now)
                 loss = self._update(self._next_batch())
                 self.step += 1
+                self.elapsed = self._agree(time.perf_counter() - started)
                 self.loss_mean = loss if self.step == 1 else self.loss_mean.lerp(loss, 0.03)
                 if self.average is not None and self._counts(now):
                     self.average.update()
-                if self.step % self.check_steps == 0:
-                    self._check_loss()
-                bar(self, now)
-                if self.step % settings.log_every == 0:
-                    self._log(now)
-                if settings.val_every and self.on_validate and self.step % settings.val_every == 0:
-                    paused = time.perf_counter()
-                    self.log(f"val step:{self.step} {self.on_validate()}")
-                    started += time.perf_counter() - paused  # measuring is not training
-                due = self.elapsed - saved_at >= settings.checkpoint_seconds
-                if self.on_save and (due or self.step % settings.checkpoint_steps == 0):
-                    self._save()
-                    saved_at = self.elapsed
+                bar(self)
+                paused = time.perf_counter()
+                self._report(now)
+                started += time.perf_counter() - paused  # measuring is not training
+                self._save_if_due()
         self._check_loss()
         if self.step % settings.log_every:
             self._log(now)
@@ -208,6 +199,23 @@ class Trainer:
             kept = "" if self.saved_step is None else f"; the checkpoint of step {self.saved_step} is kept"
             raise InputError(f"loss {loss} at step {self.step}: lower --matrix-lr, --embed-lr or --scalar-lr{kept}")
 
+    def _report(self, now: Moment) -> None:
+        """What is said after some steps: that the loss is broken, how it is, how good the model is on other text."""
+        if self.step % self.check_steps == 0:
+            self._check_loss()
+        if self.step % self.settings.log_every == 0:
+            self._log(now)
+        if self.on_validate and self.settings.val_every and self.step % self.settings.val_every == 0:
+            found = self.on_validate()
+            self.log(f"val step:{self.step} " + " ".join(f"{name}:{value:.4f}" for name, value in found.items()))
+            self.measured.append({"step": self.step, **found})
+
+    def _save_if_due(self) -> None:
+        settings = self.settings
+        waited = self.elapsed - self.saved_at >= settings.checkpoint_seconds
+        if self.on_save and (waited or self.step % settings.checkpoint_steps == 0):
+            self._save()
+
     def _save(self) -> None:
         self._check_loss()
         # A loss is finite once more after the step that ruins the weights.
@@ -215,7 +223,7 @@ class Trainer:
             self.loss_mean.fill_(math.nan)
             self._check_loss()
         self.on_save(self.state_dict(), self.step)
-        self.saved_step = self.step
+        self.saved_step, self.saved_at = self.step, self.elapsed
 
     def _log(self, now: Moment) -> None:
         loss, settings = float(self.loss_mean), self.settings
@@ -241,6 +249,7 @@ class Trainer:
             "qat_step": self.qat_step,
             "loss_mean": self.loss_mean,
             "history": self.history,
+            "measured": self.measured,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,7 +263,7 @@ class Trainer:
         torch.set_rng_state(state["random"].cpu())
         self.step, self.elapsed, self.qat_step = state["step"], state["elapsed"], state["qat_step"]
         self.loss_mean = state["loss_mean"].to(self.device)
-        self.history = [dict(row) for row in state["history"]]
+        self.history, self.measured = ([dict(row) for row in state[name]] for name in ("history", "measured"))
 
 
 def check_length(settings: TrainSettings, world: int) -> None:
@@ -339,7 +348,7 @@ class _progress:
     def __exit__(self, *_: object) -> None:
         self.bar.close()
 
-    def __call__(self, trainer: Trainer, now: Moment) -> None:
+    def __call__(self, trainer: Trainer) -> None:
         if self.bar.disable:
             return
         self.bar.n = min(trainer.step if self.by_steps else round(trainer.elapsed), self.bar.total)

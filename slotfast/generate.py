@@ -22,7 +22,8 @@ _KNOWN = frozenset(
     (
         *("vocab_size", "seq_len", "layers", "width", "heads", "kv_heads", "mlp_width", "mlp_slope"),
         *("rope_dims", "rope_base", "rope_length", "qk_gain", "xsa_layers", "ln_scale", "unet", "smear"),
-        *("bigram_buckets", "bigram_width", "value_width", "value_layers", "softcap", "tied"),
+        *("bigram_buckets", "bigram_width", "value_width", "value_layers", "softcap", "tied", "bos_id", "skip_gates"),
+        *("loops", "loop_start", "loop_end", "parallel_from"),
     )
 )
 
@@ -48,7 +49,9 @@ class Decoder:
         self.model, self.length, self.position = model, length, 0
         self.dtype = dtype or embedding.dtype
         self._rope = rotary_table(length, config, embedding.device)
-        shape = (config.layers, batch, config.kv_heads, length, config.head_width)
+        self._order = config.order if model.looping else tuple(range(config.layers))
+        # A repeated layer reads other inputs each time, so each of its runs has keys and values of its own.
+        shape = (len(self._order), batch, config.kv_heads, length, config.head_width)
         self._keys, self._values = (torch.empty(shape, dtype=self.dtype, device=embedding.device) for _ in range(2))
         # Of the last position: int [B, 1], none before the first; [B, 1, width] before the smear gate.
         self._token = torch.empty(batch, 0, dtype=torch.int64, device=embedding.device)
@@ -77,30 +80,35 @@ class Decoder:
         x = embedding = rms_norm(x)
         if model.smear is not None:
             gate = torch.sigmoid(model.smear.gate).to(dtype)
-            x = (1 - gate) * x + gate * self._embedding
+            before = self._embedding
+            if config.bos_id is not None:
+                before = before.masked_fill(token[..., None] == config.bos_id, 0.0)
+            x = (1 - gate) * x + gate * before
         self._token, self._embedding = token, embedding
         x0, skips = x, []
         value = model.ve_shared(token, dtype) if model.ve_shared is not None else None
-        for layer, block in enumerate(model.blocks):
-            if skips and layer >= config.layers // 2:
-                x = x + model.skip_weights[config.skips - len(skips)].to(dtype) * skips.pop()
+        half = len(self._order) // 2
+        for run, layer in enumerate(self._order):
+            if skips and run >= half:
+                x = model.add_skip(x, skips.pop(), run - half)
             own_value = None
             if value is not None and layer in config.value_layers:
                 own_value = value * model.ve_layer_scales[config.value_layers.index(layer)].to(dtype)
-            x = self._block(block, layer, x, x0, own_value)
-            if layer < config.skips:
+            x = self._block(model.blocks[layer], run, x, x0, own_value)
+            if config.unet and run < half:
                 skips.append(x)
         self.position += 1
         return model.head(rms_norm(x[:, 0]))
 
-    def _block(self, block: Block, layer: int, x: Tensor, x0: Tensor, value: Tensor | None) -> Tensor:
+    def _block(self, block: Block, run: int, x: Tensor, x0: Tensor, value: Tensor | None) -> Tensor:
         mix = block.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        attended = self._attention(block.attn, layer, rms_norm(x) * block.norm_scale, value)
-        x = x + block.attn_scale.to(x.dtype) * attended
-        return x + block.mlp_scale.to(x.dtype) * block.mlp(rms_norm(x) * block.norm_scale)
+        attended = self._attention(block.attn, run, rms_norm(x) * block.norm_scale, value)
+        attended = x + block.attn_scale.to(x.dtype) * attended
+        mlp_input = x if block.parallel else attended
+        return attended + block.mlp_scale.to(x.dtype) * block.mlp(rms_norm(mlp_input) * block.norm_scale)
 
-    def _attention(self, attn: Attention, layer: int, x: Tensor, value: Tensor | None) -> Tensor:
+    def _attention(self, attn: Attention, run: int, x: Tensor, value: Tensor | None) -> Tensor:
         batch, here, past = x.size(0), self.position, slice(self.position + 1)
         q = attn.c_q(x).view(batch, 1, attn.heads, attn.head_width)
         k = attn.c_k(x).view(batch, 1, attn.kv_heads, attn.head_width)
@@ -108,11 +116,11 @@ class Decoder:
         v = (v if value is None else v + value).view(batch, attn.kv_heads, attn.head_width)
         cos, sin = (table[here, None] for table in self._rope)
         q = rotate(rms_norm(q), cos, sin) * attn.q_gain.to(x.dtype)[:, None]
-        self._keys[layer, :, :, here] = rotate(rms_norm(k), cos, sin)[:, 0]
-        self._values[layer, :, :, here] = v
+        self._keys[run, :, :, here] = rotate(rms_norm(k), cos, sin)[:, 0]
+        self._values[run, :, :, here] = v
         # The heads of a group are rows of one product with the keys that they share.
         q = q.view(batch, attn.kv_heads, -1, attn.head_width)
-        y = F.scaled_dot_product_attention(q, self._keys[layer, :, :, past], self._values[layer, :, :, past])
+        y = F.scaled_dot_product_attention(q, self._keys[run, :, :, past], self._values[run, :, :, past])
         if attn.xsa:
             own = F.normalize(v, dim=-1)[:, :, None]  # (batch, kv_heads, 1, head_width)
             y = y - (y * own).sum(-1, keepdim=True) * own

@@ -345,7 +345,7 @@ class GPT(nn.Module):
         half = len(order) // 2
         for step, layer in enumerate(order):
             if skips and step >= half:
-                x = self._add_skip(x, skips.pop(), step - half)
+                x = self.add_skip(x, skips.pop(), step - half)
             own_value = None
             if value is not None and layer in self.config.value_layers:
                 own_value = value * self.ve_layer_scales[self.config.value_layers.index(layer)].to(dtype)
@@ -354,7 +354,8 @@ class GPT(nn.Module):
                 skips.append(x)
         return rms_norm(x)
 
-    def _add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
+    def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
+        """States x joined by those of the skip that step `index` of the second half takes; both [B, T, width]."""
         skip = self.skip_weights[index].to(x.dtype) * skip
         if self.skip_gates is None:
             return x + skip

@@ -40,6 +40,18 @@ VARIANTS = {
         "rope_dims": 0,
     },
     "untied, one head group, even depth": {"tied": False, "kv_heads": 4, "layers": 4, "value_layers": (0,)},
+    "documents apart": {"bos_id": 5},
+    "gated skips": {"skip_gates": True},
+    "a repeated segment": {"loops": 2, "loop_start": 1, "loop_end": 3},
+    "everything at once": {
+        "bos_id": 5,
+        "skip_gates": True,
+        "loops": 1,
+        "loop_start": 2,
+        "loop_end": 3,
+        "parallel_from": 3,
+    },
+    "parallel residuals": {"parallel_from": 2},
     "one layer, short of the rope length": {"rope_length": 64, "layers": 1, "value_layers": (0,)},
 }
 
@@ -63,10 +75,18 @@ def _steps(model, tokens, dtype=None):
 def test_every_step_is_a_position_of_the_forward(changes, dtype, tolerance):
     model = _random_model(**changes)
     tokens = torch.randint(37, (3, 12), generator=torch.Generator().manual_seed(1))
+    tokens[0, 4] = tokens[1, 0] = tokens[2, 11] = 5
     expected = model.head(model.hidden(tokens, dtype))
     got = _steps(model, tokens, dtype)
     assert got.dtype == expected.dtype
     assert (got - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_a_model_whose_repetitions_are_off_is_sampled_without_them():
+    model = _random_model(loops=2, loop_start=1, loop_end=3, layers=6, xsa_layers=4)
+    model.looping = False
+    tokens = torch.randint(37, (1, 12), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(_steps(model, tokens), model.head(model.hidden(tokens)))
 
 
 def test_the_length_decides_the_rotary_base():
@@ -125,14 +145,14 @@ def test_what_cannot_be_sampled_is_refused(monkeypatch):
         next(sample(model, 1, 4))
 
     class Extended(GPTConfig):
-        recurrence: int = Field(0)
+        experts: int = Field(0)
 
     monkeypatch.setattr(slotfast.generate, "GPTConfig", Extended)
     for value, refused in ((0, False), (2, True)):
         model = _random_model()
-        model.config = Extended(**SMALL, recurrence=value)
+        model.config = Extended(**SMALL, experts=value)
         if refused:
-            with pytest.raises(InputError, match="a model with recurrence 2 is not supported"):
+            with pytest.raises(InputError, match="a model with experts 2 is not supported"):
                 Decoder(model, 1, 4)
         else:
             Decoder(model, 1, 4).step(torch.tensor([3]))

@@ -23,9 +23,12 @@ _PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "V20_")
 ADAPTATION_VARIABLES = ("SLOT_ENABLED", "SLOT_STEPS", "SLOT_FOCAL_CTX", "SLOT_CLAMP", "SLOT_WARMSTART")
 
 
-def setting(default: Any, help: str, env: str | None = None, **options: Any) -> Any:
-    """A field of a settings class: its default, help text, environment variable, and options of pydantic's Field."""
-    return Field(default, description=help, json_schema_extra={"env": env}, **options)
+def setting(default: Any, help: str, env: str | None = None, positional: bool = False, **options: Any) -> Any:
+    """A field of a settings class: its default, help text, environment variable, and options of pydantic's Field.
+
+    A positional one is given without a flag, and has to be given.
+    """
+    return Field(default, description=help, json_schema_extra={"env": env, "positional": positional}, **options)
 
 
 class Settings(BaseModel):
@@ -40,6 +43,9 @@ class EvalSettings(Settings):
     """Settings of python -m slotfast.eval."""
 
     artifact: str | None = setting(None, "model to evaluate; default: the one in this package", "ARTIFACT_PATH")
+    model_config_: str | None = setting(
+        None, "settings of the model of other people's files: KEY=VALUE,KEY=VALUE or JSON", alias="model_config"
+    )
     tokens: str | None = setting(None, "glob of token shards to score")
     data_path: str | None = setting(None, "folder whose fineweb_val_*.bin shards are scored", "DATA_PATH")
     text: str | None = setting(None, "text to score: .txt, .jsonl (key text), also .xz .gz .bz2 .zst")
@@ -95,6 +101,22 @@ class TrainSettings(Settings):
     show_config: bool = setting(False, "show every setting with its source and exit")
 
 
+class ShowSettings(Settings):
+    """Settings of python -m slotfast.artifact show."""
+
+    file: str = setting("", "artifact or checkpoint", positional=True)
+    model_config_: str | None = setting(
+        None, "settings of the model of other people's files: KEY=VALUE,KEY=VALUE or JSON", alias="model_config"
+    )
+    json_: str | None = setting(None, "write the result as JSON; - for standard output", alias="json")
+
+
+class ConvertSettings(ShowSettings):
+    """Settings of python -m slotfast.artifact convert."""
+
+    out: str = setting("", "file to write: .slotfast, or .ptz as PR #1019 has it", positional=True)
+
+
 S = TypeVar("S", bound=Settings)
 
 
@@ -116,7 +138,9 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, field in cls.model_fields.items():
         flag = _flag(name)
-        if field.annotation is bool:
+        if field.json_schema_extra["positional"]:
+            parser.add_argument(name, metavar=name.upper(), help=field.description)
+        elif field.annotation is bool:
             parser.add_argument(flag, dest=name, action="store_true", help=field.description)
         else:
             many = {"nargs": "+", "action": "extend"} if get_origin(field.annotation) is list else {}

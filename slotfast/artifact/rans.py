@@ -107,9 +107,8 @@ def encode(codes: np.ndarray) -> bytes | None:
     lowest = min(int(codes.min()), 126)
     symbols = max(int(codes.max()) - lowest + 1, 2)
     shifted = (codes.astype(np.int16) - lowest).astype(np.uint8)
-    side = min((_side(shifted, symbols, lowest, *classes) for classes in _classes(codes)), key=lambda found: found[0])[
-        1
-    ]
+    sides = [_side(shifted, symbols, lowest, rows, columns) for rows, columns in _classes(codes)]
+    _, side = min(sides, key=lambda found: found[0])
     table = side.table
     coder = constriction.stream.stack.AnsCoder()
     for index in reversed(range(len(side.levels))):  # a stack: what is decoded first is pushed last

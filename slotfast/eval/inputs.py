@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from .. import corpus
-from ..artifact import Artifact, read_artifact
+from ..artifact import Artifact, load_artifact, parse_overrides
 from ..config import EvalSettings
 from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError
@@ -48,7 +48,10 @@ def read_inputs(settings: EvalSettings) -> Inputs:
     """
     shipped = resources.files("slotfast") / "demo"
     artifact_path = Path(settings.artifact or str(shipped / "demo.slotfast"))
-    artifact = read_artifact(artifact_path)
+    artifact = load_artifact(artifact_path, parse_overrides(settings.model_config_))
+    if assumed := artifact.metadata.get("assumed"):
+        shown = ", ".join(f"{key}={value}" for key, value in assumed.items())
+        print(f"warning: {artifact_path} does not say, so it is assumed: {shown} (--model-config)", file=sys.stderr)
     tokenizer = Tokenizer(settings.tokenizer or str(shipped / "demo.model"))
     expected = artifact.metadata.get("tokenizer_sha256")
     if tokenizer.vocab_size != artifact.config.vocab_size or expected not in (None, tokenizer.sha256):

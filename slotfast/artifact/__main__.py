@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import Tensor
 
 from .. import config
 from ..command import run
@@ -15,6 +15,7 @@ from ..data import atomic_write, check_writable
 from ..errors import InputError
 from ..quantize import QuantizedMatrix
 from .architecture import parse_overrides
+from .codecs import order0_bytes
 from .community import write_community
 from .format import read_entries, write_artifact
 from .load import is_ours, load_artifact
@@ -64,7 +65,7 @@ def _show(settings: config.ShowSettings) -> tuple[dict[str, Any], str]:
                 "codec": parts[0].codec if parts else None,
                 "bytes": sum(part.bytes for part in parts) if parts else None,
                 "weights": codes.numel(),
-                "order0_bytes": _order0_bytes(tensor) if isinstance(tensor, QuantizedMatrix) else None,
+                "order0_bytes": _order0_bytes(tensor),
             }
         )
     found = {
@@ -79,11 +80,11 @@ def _show(settings: config.ShowSettings) -> tuple[dict[str, Any], str]:
     return found, _table(found)
 
 
-def _order0_bytes(matrix: QuantizedMatrix) -> float:
-    """What the codes come to at the entropy of their frequencies, and the scales as they are."""
-    count = np.bincount(matrix.codes.numpy().ravel().astype(np.int16) + 128, minlength=256)
-    share = count[count > 0] / max(matrix.codes.numel(), 1)
-    return float(-(share * np.log2(share)).sum() * matrix.codes.numel() / 8 + 2 * len(matrix.scale))
+def _order0_bytes(tensor: Tensor | QuantizedMatrix) -> float | None:
+    """Of a matrix's codes and its scales as they are."""
+    if not isinstance(tensor, QuantizedMatrix):
+        return None
+    return order0_bytes(tensor.codes.numpy()) + 2 * len(tensor.scale)
 
 
 def _table(found: dict[str, Any]) -> str:

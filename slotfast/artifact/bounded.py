@@ -1,6 +1,6 @@
 """Decompression that stops at a bound: a stream that would expand further is refused, and never held.
 
-Each function gives all the decoded bytes, or raises ValueError where the data are damaged, end early, go on behind
+Each `un` function gives all the decoded bytes, or raises ValueError where the data are damaged, end early, go on behind
 their end, or decode to more than `limit` bytes.
 """
 
@@ -66,3 +66,9 @@ def unzlib(data: bytes | memoryview, limit: int) -> bytes:
 def _check(size: int, limit: int) -> None:
     if size > limit:
         raise ValueError(f"decodes to more than {limit} bytes")
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, short enough for one line."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from .bounded import one_line
 
 _MAX_MEMBERS = 1 << 14
 _PIECE = 1 << 22
@@ -96,7 +97,7 @@ def read_torch(file: BinaryIO) -> Any:
         ValueError,
         struct.error,
     ) as error:
-        raise InputError(f"a damaged archive: {_line(error)}") from None
+        raise InputError(f"a damaged archive: {one_line(error)}") from None
 
 
 def read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
@@ -129,7 +130,7 @@ def read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
     except InputError:
         raise
     except (KeyError, TypeError, AttributeError, RecursionError, ValueError) as error:
-        raise InputError(f"a header that is none: {_line(error)}") from None
+        raise InputError(f"a header that is none: {one_line(error)}") from None
     if end != size - 8 - length:
         raise InputError(f"{size - 8 - length - end} bytes behind the last tensor")
     return tensors
@@ -169,7 +170,7 @@ class _Machine:
         except InputError:
             raise
         except (IndexError, KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-            raise InputError(f"a damaged pickle: {_line(error)}") from None
+            raise InputError(f"a damaged pickle: {one_line(error)}") from None
         raise InputError("a pickle without an end")
 
     def _step(self, code: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
@@ -296,7 +297,3 @@ def _key(value: Any) -> str | int:
     if not isinstance(value, str | int):  # a tuple nested deep enough would exhaust the stack when it is hashed
         raise InputError(f"a key of type {type(value).__name__}")
     return value
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

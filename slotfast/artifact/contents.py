@@ -15,9 +15,9 @@ from ..model import GPT, GPTConfig, PackedLinear
 from ..ops import Backend
 from ..quantize import QuantizedMatrix, quantize_rows
 
-# A trained tensor shrinks by a factor of two or three, an all-zero one without limit: more than this is taken for a
-# bomb. The slack is for files of a few bytes.
-_MAX_EXPANSION = 32
+# A trained model shrinks by a factor of two, one of ternary weights by five, an all-zero one without limit: more than
+# this is taken for a bomb. The slack is for files of a few bytes.
+_MAX_EXPANSION = 8
 _SLACK_BYTES = 1 << 20
 
 

@@ -15,7 +15,7 @@ A code of row class a and column class b is in table min(max(a + b, 1), C) - 1. 
 proportional to 2^((l - 1) / 4), 0 for one that does not occur; `_frequencies` makes whole numbers of 2^24 of them
 without floating point, so that every machine has the same. The words are a stack: rANS with a 64-bit state, 32-bit
 words and these frequencies, which holds the codes table by table and within a table row by row, the first code on top.
-`constriction` runs it; `_decode_words` is its definition, and runs where there is no constriction.
+`constriction` runs it; `_PlainStack` is its definition, and runs where there is no constriction.
 
 Sources: Duda, arXiv 1311.2540; https://bamler-lab.github.io/constriction.
 """
@@ -143,49 +143,59 @@ def decode(data: bytes | memoryview, shape: tuple[int, int]) -> np.ndarray:
         raise ValueError("the last word is zero")
     table = side.table
     codes = np.empty(shape, np.int8)
-    sizes = np.bincount(table.ravel(), minlength=len(side.levels))
-    used = [(index, int(size)) for index, size in enumerate(sizes) if size]
-    stream = _decode_words(words, side.levels, used) if constriction is None else _decode(words, side.levels, used)
-    for index, size in used:
+    stack = _PlainStack(words) if constriction is None else _Stack(words)
+    for index, size in enumerate(np.bincount(table.ravel(), minlength=len(side.levels)).tolist()):
         members = np.empty(size, np.int8)
         for start in range(0, size, _CHUNK):
-            members[start : start + _CHUNK] = next(stream) + side.lowest
+            chunk = members[start : start + _CHUNK]
+            chunk[:] = stack.pop(side.levels[index], len(chunk)) + side.lowest
         codes[table == index] = members
-    if next(stream) is not None:
-        raise ValueError("codes end before their data do")
+    if not stack.is_empty():
+        raise ValueError("its codes end before its data do")
     return codes
 
 
-def _decode(words: np.ndarray, levels: np.ndarray, used: list[tuple[int, int]]) -> Iterator[np.ndarray | None]:
-    """Codes in the stream's order, at most _CHUNK at a time and never of two tables; None behind an exact end."""
-    coder = constriction.stream.stack.AnsCoder(words) if words.size else constriction.stream.stack.AnsCoder()
-    for index, size in used:
-        model = _model(levels[index])
-        for start in range(0, size, _CHUNK):
-            yield coder.decode(model, min(_CHUNK, size - start))
-    yield None if coder.is_empty() else np.empty(0, np.int32)
+class _Stack:
+    """Codes that come off a stack of words, by constriction.
+
+    Args:
+        words: uint32, the last one not zero.
+    """
+
+    def __init__(self, words: np.ndarray):
+        self.coder = constriction.stream.stack.AnsCoder(*[words] if words.size else [])
+
+    def pop(self, levels: np.ndarray, count: int) -> np.ndarray:
+        """The next `count` codes of one table, int32."""
+        return self.coder.decode(_model(levels), count)
+
+    def is_empty(self) -> bool:
+        return self.coder.is_empty()
 
 
-def _decode_words(words: np.ndarray, levels: np.ndarray, used: list[tuple[int, int]]) -> Iterator[np.ndarray | None]:
-    """What `_decode` gives, in plain Python: a microsecond a code."""
-    stack, state = words.tolist(), 0
-    while stack and state < 1 << 32:
-        state = state << 32 | stack.pop()
-    for index, size in used:
-        frequency = _frequencies(levels[index])
-        below = np.concatenate([[0], frequency.cumsum()[:-1]])
+class _PlainStack:
+    """What `_Stack` does, in plain Python: a microsecond a code."""
+
+    def __init__(self, words: np.ndarray):
+        self.words, self.state = words.tolist(), 0
+        while self.words and self.state < 1 << 32:
+            self.state = self.state << 32 | self.words.pop()
+
+    def pop(self, levels: np.ndarray, count: int) -> np.ndarray:
+        frequency = _frequencies(levels)
+        below = (frequency.cumsum() - frequency).tolist()
         code_of = np.repeat(np.arange(len(frequency), dtype=np.uint8), frequency)
-        frequency, below = frequency.tolist(), below.tolist()
-        for start in range(0, size, _CHUNK):
-            codes = np.empty(min(_CHUNK, size - start), np.int32)
-            for at in range(len(codes)):
-                low = state & ((1 << _PRECISION) - 1)
-                code = codes[at] = int(code_of[low])
-                state = frequency[code] * (state >> _PRECISION) + low - below[code]
-                if state < 1 << 32 and stack:
-                    state = state << 32 | stack.pop()
-            yield codes
-    yield None if state == 0 and not stack else np.empty(0, np.int32)
+        frequency, codes = frequency.tolist(), np.empty(count, np.int32)
+        for at in range(count):
+            low = self.state & ((1 << _PRECISION) - 1)
+            code = codes[at] = int(code_of[low])
+            self.state = frequency[code] * (self.state >> _PRECISION) + low - below[code]
+            if self.state < 1 << 32 and self.words:
+                self.state = self.state << 32 | self.words.pop()
+        return codes
+
+    def is_empty(self) -> bool:
+        return self.state == 0 and not self.words
 
 
 def _frequencies(levels: np.ndarray) -> np.ndarray:

@@ -32,6 +32,7 @@ setup(
     ],
     extras_require={
         "plot": ["matplotlib>=3.8"],
+        "hf": ["transformers>=5.0"],
         "flash": ["flash-attn>=2.6"],
         "bench": ["pytest-benchmark>=5.0", "liger-kernel>=0.5"],
         "dev": [

@@ -175,18 +175,27 @@ class TokenStream:
         return digest.hexdigest()
 
 
-def open_shards(pattern: str, max_tokens: int | None = None) -> TokenStream:
-    """Memory-map every shard that a glob pattern matches, in the order of their names.
+def shard_paths(pattern: str) -> list[str]:
+    """The token shards that a glob pattern matches, in the order of their names.
 
     Byte sidecars (`*_bytes_*`), which match the usual patterns, are left out.
 
     Raises:
-        InputError: nothing matches, or a shard is damaged.
+        InputError: nothing matches.
     """
     paths = [path for path in sorted(glob.glob(pattern)) if "_bytes_" not in Path(path).name]
     if not paths:
         raise InputError(f"--tokens {pattern}: no such file")
-    return TokenStream([read_shard(path) for path in paths], max_tokens)
+    return paths
+
+
+def open_shards(pattern: str, max_tokens: int | None = None) -> TokenStream:
+    """Memory-map every shard that a glob pattern matches, as one stream.
+
+    Raises:
+        InputError: nothing matches, or a shard is damaged.
+    """
+    return TokenStream([read_shard(path) for path in shard_paths(pattern)], max_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -306,6 +315,10 @@ class Tokenizer:
     def bos_id(self) -> int:
         return self._processor.bos_id()
 
+    @property
+    def unknown_id(self) -> int:
+        return self._processor.unk_id()
+
     @cached_property
     def sha256(self) -> str:
         return hashlib.sha256(self._model).hexdigest()
@@ -343,6 +356,10 @@ class Tokenizer:
         """Text of token ids; control tokens vanish."""
         return self._processor.decode([int(token) for token in ids])
 
+    def normalized(self, text: str, ids: np.ndarray) -> str:
+        """The text as the normaliser leaves it; `ids` are its tokens."""
+        return self._processor.normalize(text).replace(_SPACE, " ")
+
     def encode_documents(self, documents: Iterable[str], max_tokens: int | None = None) -> tuple[np.ndarray, ByteCount]:
         """One token row of all documents, and their bytes counted by the rule, normalised, raw.
 
@@ -354,7 +371,7 @@ class Tokenizer:
                 row = np.asarray(self.encode(document), np.int32)
             except InputError as error:
                 raise InputError(f"document {number}: {error}") from None
-            seen = self._processor.normalize(document).replace(_SPACE, " ")
+            seen = self.normalized(document, row)
             kept = row if max_tokens is None else row[: max_tokens - total]
             counted = int(self.byte_table.count(kept[1:], kept[:-1]).sum())
             rows.append(kept)
@@ -363,7 +380,7 @@ class Tokenizer:
             normalized += len(seen.encode("utf-8")) if len(kept) == len(row) else counted
             raw += len(document.encode("utf-8")) if len(kept) == len(row) else counted
             altered += seen != document
-            unknown += int(np.count_nonzero(kept == self._processor.unk_id()))
+            unknown += int(np.count_nonzero(kept == self.unknown_id))
             if total == max_tokens:
                 break
         tokens = np.concatenate(rows) if rows else np.empty(0, np.int32)

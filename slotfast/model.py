@@ -1,11 +1,13 @@
 """The contest's GPT, every part of it a setting: tokens -> hidden states -> logits of the positions that are asked for.
 
 The architecture and its names are those of PR #1019 of openai/parameter-golf, so that tensors can be exchanged with
-community artifacts. `hidden` and `head` are apart: an evaluation needs the logits of few positions, and adaptations of
+community artifacts; what later entries added (skip gates, repeated layers, parallel residuals, document awareness) is
+off by default. `hidden` and `head` are apart: an evaluation needs the logits of few positions, and adaptations of
 the hidden state go through `head` alone.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +49,16 @@ class GPTConfig(BaseModel):
     value_layers: tuple[int, ...] = Field((9, 10), max_length=256, description="layers whose values get it")
     softcap: float = Field(30.0, ge=0, description="logits are cap * tanh(logits / cap); 0: no cap")
     tied: bool = Field(True, description="the embedding is the output matrix")
+    bos_id: int | None = Field(
+        None, ge=0, description="token at which smear gate and bigram hash start anew; None: they look across documents"
+    )
+    skip_gates: bool = Field(False, description="a learned gate per channel between each skip and the stream (#1179)")
+    loops: int = Field(0, ge=0, le=16, description="how often more the layers loop_start..loop_end run (#1394, #1493)")
+    loop_start: int = Field(0, ge=0)
+    loop_end: int = Field(0, ge=0, description="last layer of the repeated segment")
+    parallel_from: int | None = Field(
+        None, ge=0, description="layers from here on add attention and MLP of one and the same input (#1412)"
+    )
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "GPTConfig":
@@ -61,6 +73,12 @@ class GPTConfig(BaseModel):
         layers = set(self.value_layers)
         if self.value_width and (len(layers) < len(self.value_layers) or not layers <= set(range(self.layers))):
             raise ValueError(f"value_layers {self.value_layers}: expected different layers of 0..{self.layers - 1}")
+        if self.loops and not self.loop_start <= self.loop_end < self.layers:
+            raise ValueError(
+                f"loop {self.loop_start}..{self.loop_end}: expected layers of 0..{self.layers - 1} in order"
+            )
+        if self.skip_gates and not self.unet:
+            raise ValueError("skip_gates without unet: there are no skips to gate")
         return self
 
     @property
@@ -72,8 +90,17 @@ class GPTConfig(BaseModel):
         return self.kv_heads * self.head_width
 
     @property
+    def order(self) -> tuple[int, ...]:
+        """Layers in the order in which they run: the repeated segment comes loops + 1 times."""
+        layers = tuple(range(self.layers))
+        if not self.loops:
+            return layers
+        after = self.loop_end + 1
+        return layers[:after] + layers[self.loop_start : after] * self.loops + layers[after:]
+
+    @property
     def skips(self) -> int:
-        return self.layers // 2 if self.unet else 0
+        return len(self.order) // 2 if self.unet else 0
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -87,11 +114,15 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """A bias-free linear layer whose weight is cast to the input's dtype; orthogonal initialisation."""
+    """A bias-free linear layer whose weight is cast to the input's dtype; orthogonal initialisation.
+
+    `rounding` is for training: a function that the weight goes through first.
+    """
 
     def __init__(self, n_in: int, n_out: int, zero: bool = False):
         self.zero = zero
         super().__init__(n_in, n_out, bias=False)
+        self.rounding: Callable[[Tensor], Tensor] | None = None
 
     def reset_parameters(self) -> None:
         if self.zero:
@@ -100,7 +131,8 @@ class Linear(nn.Linear):
             nn.init.orthogonal_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        weight = self.weight if self.rounding is None else self.rounding(self.weight)
+        return F.linear(x, weight.to(x.dtype))
 
 
 class PackedLinear(nn.Module):
@@ -122,38 +154,46 @@ class PackedLinear(nn.Module):
         return ops.int6_linear(x, PackedInt6(self.low, self.high, self.scale, self.shape), self.backend)
 
 
+def document_starts(tokens: Tensor, bos_id: int | None) -> Tensor:
+    """Positions that look at none before them: the first one, and every BOS where `bos_id` is given; bool [B, T]."""
+    starts = torch.zeros_like(tokens, dtype=torch.bool) if bos_id is None else tokens == bos_id
+    return torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], dim=1)
+
+
 class BigramHash(nn.Module):
     """A learned vector for a hash of each token and the one before it."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.buckets = config.bigram_buckets
+        self.buckets, self.bos_id = config.bigram_buckets, config.bos_id
         self.embed = nn.Embedding(config.bigram_buckets, config.bigram_width)
         nn.init.zeros_(self.embed.weight)
         self.proj = Linear(config.bigram_width, config.width)
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def index(self, tokens: Tensor) -> Tensor:
-        """Bucket of each position; the first one has no predecessor and takes the last bucket."""
+        """Bucket of each position; where a document starts there is no predecessor, and it is the last bucket."""
         tokens = tokens.to(torch.int64)
         last = self.buckets - 1
-        hashed = ((36313 * tokens[:, 1:]) ^ (27191 * tokens[:, :-1])) % last
-        return torch.cat([torch.full_like(tokens[:, :1], last), hashed], dim=1)
+        hashed = ((36313 * tokens) ^ (27191 * tokens.roll(1, dims=1))) % last
+        return hashed.masked_fill(document_starts(tokens, self.bos_id), last)
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         return self.proj(self.embed(self.index(tokens)).to(dtype)) * self.scale.to(dtype)
 
 
 class SmearGate(nn.Module):
-    """(1 - g) * x_i + g * x_(i-1) with a gate g per channel; position 0 mixes with zeros."""
+    """(1 - g) * x_i + g * x_(i-1) with a gate g per channel; where a document starts, x_(i-1) is zero."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        self.bos_id = config.bos_id
         self.gate = nn.Parameter(torch.zeros(config.width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         gate = torch.sigmoid(self.gate).to(x.dtype)
-        return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+        before = x.roll(1, dims=1).masked_fill(document_starts(tokens, self.bos_id)[..., None], 0.0)
+        return (1 - gate) * x + gate * before
 
 
 class ValueEmbedding(nn.Module):
@@ -244,12 +284,14 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(config.width))
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(config.width), torch.zeros(config.width)]))
         self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
+        self.parallel = config.parallel_from is not None and layer >= config.parallel_from
 
     def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, rope, value)
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x) * self.norm_scale)
+        attended = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, rope, value)
+        mlp_input = x if self.parallel else attended
+        return attended + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(mlp_input) * self.norm_scale)
 
 
 class GPT(nn.Module):
@@ -257,17 +299,22 @@ class GPT(nn.Module):
 
     Args:
         config: shape and parts.
+
+    `looping` is for training, which may run every layer once at first: False leaves the repetitions out.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.looping = True
         self.tok_emb = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.tok_emb.weight, std=0.005)
         self.bigram = BigramHash(config) if config.bigram_buckets else None
         self.smear = SmearGate(config) if config.smear else None
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.skip_weights = nn.Parameter(torch.ones(config.skips, config.width)) if config.skips else None
+        gates = config.skips and config.skip_gates
+        self.skip_gates = nn.Parameter(torch.zeros(config.skips, config.width)) if gates else None
         has_values = config.value_width and config.value_layers
         self.ve_shared = ValueEmbedding(config) if has_values else None
         scales = config.value_layers if has_values else ()
@@ -290,31 +337,42 @@ class GPT(nn.Module):
             x = x + self.bigram(tokens, dtype)
         x = rms_norm(x)
         if self.smear is not None:
-            x = self.smear(x)
+            x = self.smear(x, tokens)
         x0, skips = x, []
         rope = rotary_table(tokens.size(1), self.config, x.device)
         value = self.ve_shared(tokens, dtype) if self.ve_shared is not None else None
-        first_decoder = self.config.layers // 2
-        for layer, block in enumerate(self.blocks):
-            if skips and layer >= first_decoder:
-                x = x + self.skip_weights[self.config.skips - len(skips)].to(dtype) * skips.pop()
+        order = self.config.order if self.looping else range(self.config.layers)
+        half = len(order) // 2
+        for step, layer in enumerate(order):
+            if skips and step >= half:
+                x = self._add_skip(x, skips.pop(), step - half)
             own_value = None
             if value is not None and layer in self.config.value_layers:
                 own_value = value * self.ve_layer_scales[self.config.value_layers.index(layer)].to(dtype)
-            x = block(x, x0, rope, own_value)
-            if layer < self.config.skips:
+            x = self.blocks[layer](x, x0, rope, own_value)
+            if self.config.unet and step < half:
                 skips.append(x)
         return rms_norm(x)
+
+    def _add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
+        skip = self.skip_weights[index].to(x.dtype) * skip
+        if self.skip_gates is None:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states [..., width] before the soft cap, in their dtype [..., vocab_size]."""
         matrix = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         return F.linear(hidden, matrix.to(hidden.dtype))
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states [..., width], soft-capped, float32 (float64 for float64) [..., vocab_size]."""
+    def head(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits of hidden states [..., width], soft-capped, float32 (float64 for float64) [..., vocab_size].
+
+        A bias [..., vocab_size] is added before the cap.
+        """
         logits = self.unembed(hidden)
-        return softcap(logits if logits.dtype == torch.float64 else logits.float(), self.config.softcap)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return softcap(logits if bias is None else logits + bias, self.config.softcap)
 
     def forward(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Mean cross-entropy in nats; tokens and targets int [B, T]."""

@@ -234,15 +234,19 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-@functools.cache
+# By type of device. A dictionary, not a cache decorator: a compiler that traces `attention` reads it, whereas it would
+# look through the decorator and trace the probe. Whoever compiles calls `flash_attention` once before.
+_FLASH: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor] | None] = {"cpu": None}
+
+
 def flash_attention(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
     """The first FlashAttention that computes a tiny grouped, causal bfloat16 case rightly on a device, or None.
 
     An importable library proves nothing: it may lack kernels for this GPU, or be another one of the same name.
     """
-    if device.type != "cuda":
-        return None
-    return probe_flash_attention(device)
+    if device.type not in _FLASH:
+        _FLASH[device.type] = probe_flash_attention(device)
+    return _FLASH[device.type]
 
 
 def probe_flash_attention(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:

@@ -20,6 +20,7 @@ from tests.community_files import FORMS, baseline, pr1019, pr1179, pr1394, quant
 SHAPES = {
     "every part": dict(layers=3, width=32, heads=2, kv_heads=1, bigram_buckets=40, value_width=8, value_layers=(1, 2)),
     "heads alike, deeper": dict(layers=5, width=48, heads=3, kv_heads=3, bigram_buckets=16, value_layers=(3, 4)),
+    "skip gates": dict(layers=4, width=32, heads=2, kv_heads=1, bigram_buckets=9, value_layers=(3,), skip_gates=True),
     "no tables": dict(layers=4, width=64, heads=2, kv_heads=2, bigram_buckets=0, value_width=0, value_layers=()),
     "untied": dict(layers=2, width=32, heads=1, kv_heads=1, bigram_buckets=16, value_layers=(1,), tied=False),
 }
@@ -149,7 +150,6 @@ def test_our_own_files_take_no_settings(tmp_path, tiny_model):
 
 
 STRANGERS = {
-    "skip gates": ({"skip_gates": torch.zeros(1, 32)}, {}, "'skip_gates' has no home in this model: gated skips"),
     "low-rank corrections": ({"tok_emb.weight.lqA_a": torch.zeros(2, dtype=torch.int8)}, {}, "LQER"),
     "8-bit gates": ({"blocks.0.attn.gate.gq": torch.zeros(2, dtype=torch.int8)}, {}, "attention gates"),
     "biases": ({"blocks.0.mlp.fc.bias": torch.zeros(40)}, {}, "a bias"),
@@ -188,8 +188,6 @@ def test_what_has_no_home_is_named(weights, meta, message, tmp_path):
     contents["w"] |= weights
     contents["m"] |= meta
     (tmp_path / "a").write_bytes(saved(contents))
-    if "skip_gates" in weights and "skip_gates" in GPTConfig.model_fields:
-        pytest.skip("this model has skip gates")
     with pytest.raises(InputError, match=message) as caught:
         read_community(tmp_path / "a")
     assert "\n" not in str(caught.value)
@@ -311,3 +309,14 @@ def test_other_files(tmp_path):
         load_artifact(tmp_path / "none")
     with pytest.raises(InputError, match="cannot be read"):
         load_artifact(tmp_path)
+
+
+def test_repeated_layers_are_not_seen_in_the_names(tmp_path):
+    """PR #1394's: more skips than the layers alone have, which only --model-config explains."""
+    model = _model(**SHAPES["skip gates"] | {"loops": 1, "loop_start": 1, "loop_end": 2})
+    data, loaded = pr1394(model.state_dict())
+    (tmp_path / "a").write_bytes(data)
+    with pytest.raises(InputError, match=r"'skip_weights' has shape \[3, 32\], this model has \[2, 32\]"):
+        load_artifact(tmp_path / "a")
+    artifact = load_artifact(tmp_path / "a", parse_overrides("loops=1,loop_start=1,loop_end=2"))
+    assert torch.equal(_nll(artifact.model()), _nll(_with_state(model.config, loaded)))

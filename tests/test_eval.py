@@ -117,6 +117,17 @@ def test_packed_weights_score_like_dequantised_ones(small, capsys):
         assert packed == pytest.approx(dense, rel=1e-6)
 
 
+def test_training_on_what_was_scored_composes_with_presets(small, capsys):
+    main(_args(small, "--preset", "none", "causal", "--json", "-"))
+    plain = json.loads(capsys.readouterr().out)
+    main(_args(small, "--ttt", "--ttt-chunk", "200", "--ttt-lr", "0.1", "--preset", "none", "causal", "--json", "-"))
+    trained = json.loads(capsys.readouterr().out)
+    assert trained["base"]["nats"] < plain["base"]["nats"] - 1 and trained["tokens"] == plain["tokens"]
+    assert trained["plan"]["ttt"] and trained["config"]["ttt_chunk"] == 200 and trained["seconds"]["train"] > 0
+    with pytest.raises(InputError, match="--ttt with --weights int6: packed weights cannot be trained"):
+        main(_args(small, "--ttt", "--weights", "int6"))
+
+
 def test_data_path_variable_names_the_shards(small, tmp_path, capsys, monkeypatch):
     write_shard(tmp_path / "fineweb_val_000000.bin", [1, 400, 401, 402])
     monkeypatch.setenv("DATA_PATH", str(tmp_path))

@@ -23,18 +23,33 @@ def _tokens(n=400, seed=0):
     return tokens
 
 
-def _run(model, tokens, presets, batch=8, rank=0, world=1, parts=1):
+def _run(model, tokens, presets, batch=8, rank=0, world=1, parts=1, together=None):
     stream = TokenStream(np.array_split(np.asarray(tokens), parts))
     adapters = [Adapter(parse_preset(name), bos_id=BOS) for name in presets]
     scored = []
     plan = Plan(len(stream) - 1, L, STRIDE)
     result = sliding_pass(
-        model, stream, plan, adapters, BYTES, BOS, batch_windows=batch, rank=rank, world=world, on_scored=scored.append
+        model,
+        stream,
+        plan,
+        adapters,
+        BYTES,
+        BOS,
+        batch_windows=batch,
+        adapt_windows=together,
+        rank=rank,
+        world=world,
+        on_scored=scored.append,
     )
     columns = [
         np.concatenate([getattr(s, name) for s in scored], -1) for name in ("position", "token", "n_bytes", "nll")
     ]
     return result, *columns
+
+
+def _quick(name):
+    """Few steps of an AdamW row are as good for these tests as many."""
+    return f"{name}:steps=2" if PRESETS[name].optimizer == "adamw" else name
 
 
 def test_every_token_is_scored_once_with_all_its_context(tiny_model):
@@ -58,7 +73,7 @@ def test_every_token_is_scored_once_with_all_its_context(tiny_model):
 def test_a_changed_token_moves_no_earlier_score_of_a_causal_preset(tiny_model, name):
     """The future flip through the real loop, at borders of windows, batches and documents, and in the tail."""
     tokens = _tokens()
-    *_, before = _run(tiny_model, tokens, [name], batch=32)
+    *_, before = _run(tiny_model, tokens, [_quick(name)], batch=32)
     row = int(name != "none")
     leaks = 0
     for flipped in (
@@ -75,7 +90,7 @@ def test_a_changed_token_moves_no_earlier_score_of_a_causal_preset(tiny_model, n
     ):
         other = tokens.copy()
         other[flipped] = 4 + (other[flipped] + 1) % (V - 4)
-        *_, after = _run(tiny_model, other, [name], batch=32)
+        *_, after = _run(tiny_model, other, [_quick(name)], batch=32)
         # prediction p is charged for token p + 1: scores of tokens before the flipped one
         assert np.array_equal(before[0, : flipped - 1], after[0, : flipped - 1])
         assert not np.array_equal(before[row, flipped - 1 :], after[row, flipped - 1 :])
@@ -85,13 +100,43 @@ def test_a_changed_token_moves_no_earlier_score_of_a_causal_preset(tiny_model, n
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
 def test_batch_size_does_not_move_the_scores_of_causal_presets(tiny_model, batch):
-    names = [name for name, row in PRESETS.items() if row.compliance.causal and name != "none"]
+    names = [_quick(name) for name, row in PRESETS.items() if row.compliance.causal and name != "none"]
     reference, *_, expected = _run(tiny_model, _tokens(), names, batch=8)
     result, *_, nll = _run(tiny_model, _tokens(), names, batch=batch)
     # the forward may round differently in another batch shape, and an unregularised fit amplifies that
-    steady = [0, *(1 + i for i, name in enumerate(names) if name != "pr1350-window")]
+    unsteady = (
+        "pr1350-window",
+        "pr1372-window",
+        "film-logit-only:steps=2",
+    )  # the last one starts from the batch before
+    steady = [0, *(1 + i for i, name in enumerate(names) if name not in unsteady)]
     np.testing.assert_allclose(nll[steady], expected[steady], atol=2e-4)
-    assert result.meter.rows == ["none", *names] == reference.meter.rows
+    assert result.meter.rows == ["none", *(n.partition(":")[0] for n in names)] == reference.meter.rows
+
+
+@pytest.mark.parametrize("together", [16, 1024])
+def test_windows_adapted_at_once_do_not_move_a_bit(tiny_model, together):
+    names = [_quick(name) for name in PRESETS if name != "none"]
+    names = [
+        name + (":" if name in PRESETS else ",") + "batch=8" * ("batch" in parse_preset(name).options) for name in names
+    ]
+    *_, expected = _run(tiny_model, _tokens(), names)
+    *_, nll = _run(tiny_model, _tokens(), names, together=together)
+    for name, mine, other in zip(["none", *names], nll, expected, strict=True):
+        assert np.array_equal(mine, other), name
+
+
+def test_distributions_are_given_on_request(tiny_model):
+    stream, scored = TokenStream([_tokens()]), []
+    adapters = [Adapter(parse_preset(name), bos_id=BOS) for name in ("causal", "pr1217-window")]
+    plan = Plan(len(stream) - 1, L, STRIDE)
+    options = {"batch_windows": 8, "keep_logprobs": True, "on_scored": scored.append}
+    sliding_pass(tiny_model, stream, plan, adapters, BYTES, BOS, **options)
+    logprobs = torch.cat([part.logprobs for part in scored], 1)
+    assert logprobs.shape == (3, 399, V)
+    assert (logprobs.exp().sum(-1) - 1).abs().max() < 1e-5
+    charged = -logprobs.gather(-1, torch.from_numpy(_tokens()[1:]).expand(3, -1)[..., None])[..., 0]
+    np.testing.assert_allclose(charged.numpy(), np.concatenate([part.nll for part in scored], 1), atol=1e-5)
 
 
 @pytest.mark.parametrize("world", [2, 3, 60])

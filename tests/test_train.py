@@ -1,16 +1,13 @@
 """Training: the corpus keeps its promise, and the command writes an artifact that evaluates."""
 
 import json
-import math
 
 import pytest
-import torch
 
 from slotfast import corpus, train
 from slotfast.artifact import read_artifact
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main as evaluate
-from slotfast.optim import Muon, orthogonalize
 
 
 def test_training_text_shares_no_eight_words_with_any_page():
@@ -77,31 +74,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert not (tmp_path / "m").exists()
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (3, 20), (20, 3)])
-def test_orthogonalized_matrices_have_singular_values_near_one(shape):
-    matrix = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0))
-    singular = torch.linalg.svdvals(orthogonalize(matrix))
-    assert 0.6 < float(singular.min()) and float(singular.max()) < 1.3
-    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    cosine = torch.cosine_similarity(orthogonalize(matrix).flatten(1), (u @ v).flatten(1))
-    assert float(cosine.min()) > 0.97
-
-
-def test_muon_takes_one_nesterov_step_as_written():
-    parameter = torch.nn.Parameter(torch.randn(6, 4, generator=torch.Generator().manual_seed(0)))
-    before = parameter.detach().clone()
-    optimizer = Muon([parameter], lr=0.1, momentum=0.9, weight_decay=0.5)
-    buffer = torch.zeros_like(before)
-    for seed in (1, 2):
-        gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))
-        parameter.grad = gradient.clone()
-        optimizer.step()
-        buffer = 0.9 * buffer + 0.1 * gradient
-        step = orthogonalize(0.1 * gradient + 0.9 * buffer)
-        before = before * (1 - 0.1 * 0.5) - 0.1 * math.sqrt(6 / 4) * step
-        assert (parameter - before).abs().max() < 1e-5
-
-
 WRONG = {
     "sizes that do not fit": (["--width", "100", "--heads", "6"], "width 100 is not a multiple of heads 6"),
     "a seed beyond 63 bits": (["--seed", "9" * 23], "--seed"),
@@ -115,10 +87,3 @@ WRONG = {
 def test_wrong_settings_are_refused_before_the_work(arguments, message):
     with pytest.raises(InputError, match=message):
         train.main(arguments)
-
-
-def test_a_text_of_few_windows_is_learned_from_again_and_again():
-    windows = train._windows(torch.arange(30), 10, 8, torch.Generator().manual_seed(0))
-    for _ in range(3):
-        batch = next(windows)
-        assert batch.shape == (8, 11) and bool((batch[:, 1:] - batch[:, :-1] == 1).all())

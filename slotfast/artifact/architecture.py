@@ -15,7 +15,6 @@ from ..quantize import QuantizedMatrix
 
 # Parts of other people's models that this one lacks, with the reason why they cannot just be left out.
 _NO_HOME = {
-    r"skip_gates": "gated skips (PR #1179): they change the forward",
     r".*\.lq[AB]s?(_a)?": "a low-rank correction of a quantised matrix (LQER, PR #1797)",
     r".*\.g[qs]": "attention gates of 8 bits (PR #1855)",
     r".*(gate_proj|attn_gate|gate_w).*": "gated attention: it changes the forward",
@@ -68,10 +67,9 @@ def guess_config(
         "bigram_buckets": buckets,
         "bigram_width": bigram_width,
         "value_width": value_width,
+        "skip_gates": "skip_gates" in shape,
         "tied": "lm_head.weight" not in shape,
     }
-    if "skip_gates" in GPTConfig.model_fields:
-        found["skip_gates"] = "skip_gates" in shape
     assumed = {
         "seq_len": 1024 if baseline else 2048,
         "mlp_slope": 0.0 if baseline else 0.5,

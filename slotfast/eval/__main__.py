@@ -1,11 +1,9 @@
 """The command."""
 
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +14,9 @@ from .. import config, ops
 from ..command import run
 from ..data import atomic_write, check_writable
 from ..errors import InputError
+from ..ranks import join_ranks
 from ..slot import Adaptation, Adapter, Calibration
-from .inputs import choose_batch, choose_plan, choose_rows, read_inputs
+from .inputs import choose_batch, choose_plan, choose_rows, choose_training, read_inputs
 from .loop import sliding_pass
 from .report import TokenRows, list_presets, merge_work, peak_memory_bytes, report, show_preset, table
 
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(show_preset(settings.show_preset))
     rows = choose_rows(settings)
     _check_outputs(settings.json_, settings.per_token)
-    with _ranks(settings.device) as (rank, world, device):
+    with join_ranks(settings.device) as (rank, world, device):
         found, collected = _evaluate(settings, rows, rank, world, device, started)
     if rank:
         return None
@@ -63,7 +62,8 @@ def _evaluate(
         raise InputError("--dtype float64: the kernels compute in float32; add --backend torch")
     inputs = read_inputs(settings)
     plan = choose_plan(settings, inputs)
-    batch_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size)
+    batch_windows, adapt_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size, device)
+    training = choose_training(settings, rows, world)
     calibration = Calibration(inputs.artifact.unigram, inputs.artifact.metadata.get("scale"))
     bos_id = inputs.tokenizer.bos_id
     adapters = [Adapter(row, calibration, bos_id) for row in rows]
@@ -81,6 +81,8 @@ def _evaluate(
             inputs.tokenizer.byte_table,
             bos_id,
             batch_windows=batch_windows,
+            adapt_windows=adapt_windows,
+            training=training,
             dtype=dtype,
             device=device,
             rank=rank,
@@ -106,6 +108,7 @@ def _evaluate(
         "ranks": world,
         "peak_memory_bytes": peak,
         "batch_windows": batch_windows,
+        "adapt_windows": adapt_windows,
         "dtype": str(dtype).removeprefix("torch."),
     }
     return report(settings, inputs, plan, adapters, work, result, seconds, where), collected
@@ -120,43 +123,6 @@ def _check_outputs(result: str | None, per_token: str | None) -> None:
     for path in (result, per_token):
         if path not in (None, "-"):
             check_writable(path)
-
-
-@contextmanager
-def _ranks(name: str) -> Iterator[tuple[int, int, str]]:
-    """Rank, number of ranks and device of this process, joined with the others under torchrun."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
-    found = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= found:
-        raise InputError(f"--device {name}: torch sees {found} GPUs here")
-    variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world == "1":
-        rank, local, world = 0, device.index or 0, 1
-    else:
-        values = {variable: os.environ.get(variable, "") for variable in variables}
-        numbers = [values[variable] for variable in variables if variable != "MASTER_ADDR"]
-        if not all(values.values()) or not all(number.isdecimal() for number in numbers):
-            raise InputError(f"{values}: several processes need all of these, as torchrun sets them")
-        rank, local, world = (int(values[variable]) for variable in variables[:3])
-        if not rank < world:
-            raise InputError(f"RANK {rank} of WORLD_SIZE {world}: expected less")
-        if device.index is not None:
-            raise InputError(f"--device {name}: under torchrun each process has its own; expected cuda")
-    if device.type == "cuda":
-        torch.cuda.set_device(local)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield rank, world, f"cuda:{local}" if device.type == "cuda" else "cpu"
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
 
 
 class _progress:

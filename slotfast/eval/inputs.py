@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
+import torch
+
 from .. import corpus
 from ..artifact import Artifact, load_artifact, parse_overrides
 from ..config import EvalSettings
 from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError
-from ..slot import Adaptation, from_environment, parse_preset
+from ..foreign import ForeignModel, HuggingFaceTokenizer, read_foreign
+from ..slot import Adaptation, first_position, from_environment, parse_preset
+from ..ttt import ScoreFirst
 from ..windows import Plan
 
 _MAX_BATCH_WINDOWS = 32
@@ -26,14 +30,14 @@ class Inputs:
     """Everything that an evaluation reads.
 
     Args:
-        artifact: the model as stored, with its size on disk.
+        artifact: the model as stored, with its size on disk; a model of another project has none.
         stream: tokens.
         source: what the tokens are, for people.
         text_bytes: byte counts where the input was text, else None.
     """
 
-    artifact: Artifact
-    artifact_bytes: int
+    artifact: Artifact | ForeignModel
+    artifact_bytes: int | None
     tokenizer: Tokenizer
     stream: TokenStream
     source: str
@@ -46,6 +50,39 @@ def read_inputs(settings: EvalSettings) -> Inputs:
     Raises:
         InputError: anything missing, damaged or made for another model.
     """
+    artifact, artifact_bytes, tokenizer = _read_model(settings)
+    tokens, text_bytes = settings.tokens, None
+    if tokens is not None and settings.text is not None:
+        raise InputError("--tokens and --text: give one of them")
+    if tokens is None and settings.text is None and settings.data_path:
+        tokens = os.path.join(settings.data_path, "fineweb_val_*.bin")
+    if tokens is not None:
+        if settings.tokenizer is None and not isinstance(tokenizer, HuggingFaceTokenizer):
+            print("warning: no --tokenizer: the shards are taken for tokens of the shipped one", file=sys.stderr)
+        stream, source = open_shards(tokens, settings.max_tokens), tokens
+    else:
+        if settings.text is None:
+            documents = iter(corpus.test_documents())
+            source = f"language reference inside Python {platform.python_version()}"
+        else:
+            documents, source = read_documents(settings.text), settings.text
+        ids, text_bytes = tokenizer.encode_documents(documents, settings.max_tokens)
+        stream = TokenStream([ids])
+    if len(stream) < 2:
+        raise InputError(f"{source}: {len(stream)} tokens; scoring needs at least 2")
+    stream.check_vocabulary(tokenizer.vocab_size)
+    return Inputs(artifact, artifact_bytes, tokenizer, stream, source, text_bytes)
+
+
+def _read_model(settings: EvalSettings) -> tuple[Artifact | ForeignModel, int | None, Tokenizer]:
+    """Model, its size on disk where it is an artifact, and the tokenizer that goes with it."""
+    if settings.model is not None:
+        if settings.artifact is not None:
+            raise InputError("--model and --artifact (or ARTIFACT_PATH): give one of them")
+        if settings.model_config_ is not None:
+            raise InputError("--model-config: goes with --artifact; a factory makes its model as it likes")
+        model, tokenizer = read_foreign(settings)
+        return model, None, tokenizer
     shipped = resources.files("slotfast") / "demo"
     artifact_path = Path(settings.artifact or str(shipped / "demo.slotfast"))
     artifact = load_artifact(artifact_path, parse_overrides(settings.model_config_))
@@ -59,27 +96,7 @@ def read_inputs(settings: EvalSettings) -> Inputs:
             f"{tokenizer.path}: {tokenizer.vocab_size} pieces, SHA-256 {tokenizer.sha256[:12]}; the model needs "
             f"{artifact.config.vocab_size} pieces, SHA-256 {(expected or 'unknown')[:12]}: pass its own --tokenizer"
         )
-    tokens, text_bytes = settings.tokens, None
-    if tokens is not None and settings.text is not None:
-        raise InputError("--tokens and --text: give one of them")
-    if tokens is None and settings.text is None and settings.data_path:
-        tokens = os.path.join(settings.data_path, "fineweb_val_*.bin")
-    if tokens is not None:
-        if settings.tokenizer is None:
-            print("warning: no --tokenizer: the shards are taken for tokens of the shipped one", file=sys.stderr)
-        stream, source = open_shards(tokens, settings.max_tokens), tokens
-    else:
-        if settings.text is None:
-            documents = iter(corpus.test_documents())
-            source = f"language reference inside Python {platform.python_version()}"
-        else:
-            documents, source = read_documents(settings.text), settings.text
-        ids, text_bytes = tokenizer.encode_documents(documents, settings.max_tokens)
-        stream = TokenStream([ids])
-    if len(stream) < 2:
-        raise InputError(f"{source}: {len(stream)} tokens; scoring needs at least 2")
-    stream.check_vocabulary(artifact.config.vocab_size)
-    return Inputs(artifact, artifact_path.stat().st_size, tokenizer, stream, source, text_bytes)
+    return artifact, artifact_path.stat().st_size, tokenizer
 
 
 def choose_rows(settings: EvalSettings) -> list[Adaptation]:
@@ -110,13 +127,44 @@ def choose_plan(settings: EvalSettings, inputs: Inputs) -> Plan:
     return Plan(predictions, settings.seq_len or length, settings.stride)
 
 
-def choose_batch(settings: EvalSettings, rows: Sequence[Adaptation], plan: Plan, vocab_size: int) -> int:
-    """Windows of one forward: what fits, a multiple of every batch that a row adapts together."""
-    unit = math.lcm(*(row.batch for row in rows if row.scope == "batch"))
+def choose_batch(
+    settings: EvalSettings, rows: Sequence[Adaptation], plan: Plan, vocab_size: int, device: str = "cpu"
+) -> tuple[int, int]:
+    """Windows of one forward, and windows that are adapted at once: what fits, in multiples of what a row needs.
+
+    A GPU solves a window on each of its processors, and wants many times what one forward gives; a CPU does not.
+    """
+    unit = math.lcm(*(row.unit for row in rows))
     fits = _LOGIT_BYTES // (4 * plan.seq_len * vocab_size)
     chosen = settings.batch_windows or max(unit, min(fits, _MAX_BATCH_WINDOWS) // unit * unit)
     if chosen % unit:
         raise InputError(
             f"--batch-windows {chosen}: expected a multiple of {unit}, the windows that a preset fits together"
         )
-    return chosen if chosen <= len(plan) or settings.batch_windows else max(len(plan), 1)
+    batch = chosen if chosen <= len(plan) or settings.batch_windows else max(len(plan), 1)
+    needed = plan.seq_len - min((first_position(row, plan.seq_len, plan.stride) for row in rows), default=0)
+    memory = 0 if device == "cpu" else torch.cuda.mem_get_info(device)[0] // 8
+    fits = memory // (4 * needed * vocab_size)
+    together = settings.adapt_windows or max(batch, fits // batch * batch)
+    if together % batch:
+        raise InputError(f"--adapt-windows {together}: expected a multiple of {batch}, the windows of one forward")
+    return batch, together
+
+
+def choose_training(settings: EvalSettings, rows: Sequence[Adaptation], world: int) -> ScoreFirst | None:
+    """The test-time training that --ttt asks for.
+
+    Raises:
+        InputError: it does not go together with packed weights, or with a streaming preset on several ranks.
+    """
+    if not settings.ttt:
+        return None
+    if settings.weights == "int6":
+        raise InputError("--ttt with --weights int6: packed weights cannot be trained; leave out --weights")
+    streaming = [row.name for row in rows if row.scope == "prefix"]
+    if world > 1 and streaming:
+        raise InputError(
+            f"--ttt on {world} processes: preset {streaming[0]!r} needs the stream in order; run one process"
+        )
+    names = ("chunk", "lr", "epochs", "batch", "momentum", "clip")
+    return ScoreFirst(**{name: getattr(settings, f"ttt_{name}") for name in names})

@@ -76,15 +76,18 @@ def report(
         "projected_seconds_8gpu": projected,
         "peak_memory_bytes": where["peak_memory_bytes"],
         "artifact_bytes": inputs.artifact_bytes,
-        "model": inputs.artifact.config.model_dump() | {"metadata": dict(inputs.artifact.metadata)},
+        "model": inputs.artifact.config.model_dump()
+        | {"metadata": None if inputs.artifact_bytes is None else dict(inputs.artifact.metadata)},
         "backend": where["backend"],
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "ranks": where["ranks"],
         "plan": {"seq_len": plan.seq_len, "stride": plan.stride, "batch_windows": where["batch_windows"]}
+        | {"adapt_windows": where["adapt_windows"], "ttt": settings.ttt}
         | {"dtype": where["dtype"], "weights": settings.weights},
         "config": settings.model_dump(by_alias=True),
         "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
-        | {name: importlib.metadata.version(name) for name in ("numpy", "sentencepiece")},
+        | {name: importlib.metadata.version(name) for name in ("numpy", "sentencepiece")}
+        | {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers") if name in sys.modules},
     }
     if settings.budget is not None:
         found["budget"] = {
@@ -124,11 +127,11 @@ def peak_memory_bytes(device: str) -> int:
 def table(found: dict[str, Any]) -> str:
     """The result for people."""
     text, speed = found["text"], found["windows_per_second"] or 0.0
+    size = "" if found["artifact_bytes"] is None else f"{found['artifact_bytes']:,} bytes; "
     lines = [
         f"text    {text['source']}: {text['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} "
         f"tokens, SHA-256 {text['sha256'][:12]}",
-        f"model   {found['artifact_bytes']:,} bytes; {found['windows']:,} windows, {speed:.1f} a second, "
-        f"on {found['device']}",
+        f"model   {size}{found['windows']:,} windows, {speed:.1f} a second, on {found['device']}",
         "",
         f"{'preset':<24}{'bpb':>9}{'gain':>10}{'± s.e.':>9}   causal",
     ]
@@ -147,7 +150,7 @@ def table(found: dict[str, Any]) -> str:
         verdict = "yes" if row["causal"] else f"NO: {row['why'].partition(',')[0]}"
         lines.append(f"{row['preset']:<24}{adapted['bpb']:>9.4f}{gain:>10}{error:>9}   {verdict}")
     if not found["calibrated"] and any(row["resolved_preset"]["optimizer"] == "rates" for row in found["presets"]):
-        lines.append("uncalibrated: the artifact holds no training frequencies, so k = 2 and scale 0.7 are used")
+        lines.append("uncalibrated: the model comes without training frequencies, so k = 2 and scale 0.7 are used")
     if "budget" in found:
         budget = found["budget"]
         verdict = "within" if budget["within"] else "OVER"

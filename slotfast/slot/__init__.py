@@ -14,18 +14,24 @@
 Whether a row is causal follows from these choices; nobody declares it.
 """
 
-from .adapters import Adapted, Adapter, Calibration, WindowBatch, adapt
-from .rows import PRESETS, Adaptation, Compliance, from_environment, parse_preset
+from .adapters import Adapted, Adapter, adapt, first_position
+from .batch import Adjusted, WindowBatch
+from .presets import PRESETS, VARIABLES, from_environment, parse_preset
+from .rates import Calibration
+from .rows import Adaptation, Compliance
 
 __all__ = [
     "PRESETS",
+    "VARIABLES",
     "Adaptation",
     "Adapted",
     "Adapter",
+    "Adjusted",
     "Calibration",
     "Compliance",
     "WindowBatch",
     "adapt",
+    "first_position",
     "from_environment",
     "parse_preset",
 ]

@@ -1,0 +1,60 @@
+"""The command."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from .. import config
+from ..command import run
+from ..data import atomic_write, check_writable
+from ..errors import InputError
+from .hub import write_hub
+from .inline import inline
+from .pack import CAP_BYTES, self_extracting
+
+_ABOUT = (
+    "The kernels to take along: in a script's one file (--script, --out), or as a folder of the kernel hub (--hub). "
+    f"Code and model of more than {CAP_BYTES:,} bytes are refused: nothing is written, exit code 2."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the one file, the hub folder, or both; raises InputError on bad input."""
+    settings, sources = config.load(config.BundleSettings, "python -m slotfast.bundle", _ABOUT, argv)
+    if settings.show_config:
+        return print(config.show(settings, sources))
+    if settings.script is None and settings.hub is None:
+        raise InputError("--script or --hub: give one of them, or both")
+    if settings.script is not None:
+        _write_script(settings)
+    if settings.hub is not None:
+        variant = write_hub(Path(settings.hub), settings.name, settings.kernels)
+        print(f"{variant}: {sum(1 for _ in variant.rglob('*.py'))} files, loaded by get_local_kernel({settings.hub!r})")
+    return None
+
+
+def _write_script(settings: config.BundleSettings) -> None:
+    script = Path(settings.script)
+    if settings.out is None or Path(settings.out).resolve() == script.resolve():
+        raise InputError(f"--out {settings.out}: expected a file other than the script")
+    check_writable(settings.out)
+    plain = inline(script, settings.kernels)
+    text = self_extracting(plain) if settings.compress else plain
+    size = len(text.encode())
+    lines = [f"{settings.out}: {size:,} bytes of code" + (f", {len(plain.encode()):,} extracted" * settings.compress)]
+    total = size
+    if settings.artifact is not None:
+        try:
+            model = Path(settings.artifact).stat().st_size
+        except OSError as error:
+            raise InputError(f"{settings.artifact}: cannot be read: {error.strerror}") from None
+        total += model
+        lines.append(f"{settings.artifact}: {model:,} bytes; together {total:,}, {CAP_BYTES - total:,} below the cap")
+    if total > CAP_BYTES:
+        raise InputError(f"{total:,} bytes of code and model, {total - CAP_BYTES:,} above the cap: nothing is written")
+    with atomic_write(settings.out) as file:
+        file.write(text.encode())
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    run(main)

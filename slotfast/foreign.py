@@ -1,0 +1,360 @@
+"""Models of other projects behind the interface of ours: a factory's torch module, or a Hugging Face folder.
+
+The evaluation asks a model for `hidden(tokens, dtype)` and `head(hidden)`. A module that has `hidden(tokens)` and
+`head(hidden)` apart keeps them; of one that only maps tokens to logits, the logits are the hidden states and the head
+does nothing. Before anything is scored, a few tokens go through the model: it must give finite logits of one
+vocabulary, and a changed token must leave the logits before it as they were.
+"""
+
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from .config import EvalSettings
+from .data import ByteTable, Tokenizer
+from .errors import InputError
+
+_PROBE_TOKENS = 16
+_DEFAULT_SEQ_LEN = 1024  # of a model that does not say what it was trained on
+_LONGEST_DEFAULT = 2048  # the contest's; models of long context say 131,072, which no default should run
+_PADDING_ROWS = 1024  # embeddings are padded to round sizes, by fewer rows than this
+
+
+class ForeignConfig(BaseModel):
+    """What is known of somebody else's model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: str
+    architecture: str
+    parameters: int
+    vocab_size: int
+    seq_len: int
+    head_apart: bool
+
+
+class LanguageModel(nn.Module):
+    """A module of somebody else behind the two methods that the evaluation calls.
+
+    Args:
+        module: maps tokens int64 [B, T] to logits [B, T, V], or to something whose `logits` they are.
+        hidden, head: where they are apart, tokens -> hidden states [B, T, D], and hidden states -> logits.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        hidden: Callable[[Tensor], Tensor] | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
+    ):
+        super().__init__()
+        self.module, self._hidden, self._head = module, hidden, head
+
+    @property
+    def head_apart(self) -> bool:
+        return self._head is not None
+
+    def hidden(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Hidden states of tokens int64 [B, T] in that dtype; where there is no head apart, the logits in float32."""
+        with _autocast(tokens.device, dtype):
+            if self._hidden is None:
+                logits = self.module(tokens)
+                return _at_least_float32(getattr(logits, "logits", logits))
+            return self._hidden(tokens).to(dtype)
+
+    def head(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits of hidden states, float32 (float64 for float64) [..., V]; a bias is added last: no cap is known of."""
+        if self._head is None:
+            logits = hidden
+        else:
+            with _autocast(hidden.device, hidden.dtype):
+                logits = _at_least_float32(self._head(hidden))
+        return logits if bias is None else logits + bias
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Narrow types by autocast: which weights of somebody else's model may be narrowed is not ours to know."""
+    return torch.autocast(device.type, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@dataclass(frozen=True)
+class ForeignModel:
+    """Somebody else's model in the place of an artifact: without training frequencies, and without a size in bytes."""
+
+    config: ForeignConfig
+    module: LanguageModel
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    unigram: None = None
+
+    def model(self, weights: str = "dequantized", backend: str = "auto") -> LanguageModel:
+        """The model in evaluation mode; it runs as it is, so both arguments change nothing."""
+        return self.module
+
+
+def read_foreign(settings: EvalSettings) -> tuple[ForeignModel, Tokenizer]:
+    """The model that `--model` names, checked, and its tokenizer.
+
+    Args:
+        settings: `model` is package.module:factory, or a folder with a Hugging Face causal language model;
+            `tokenizer` a SentencePiece model or a folder with a tokenizer of the `tokenizers` library.
+
+    Raises:
+        InputError: nothing there, weights that are missing or not finite, a model that is not a causal language model,
+            or a tokenizer of another vocabulary.
+    """
+    name, is_folder = settings.model, Path(settings.model).is_dir()
+    if settings.weights != "dequantized":
+        raise InputError(f"--weights {settings.weights}: needs an --artifact, whose weights are packed")
+    if not is_folder and not re.fullmatch(r"[\w.]+:[\w.]+", name):
+        raise InputError(f"--model {name}: no such folder, and not of the form package.module:factory")
+    module, model = _from_folder(Path(name)) if is_folder else _from_factory(name)
+    for parameter_name, parameter in module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise InputError(f"--model {name}: parameter {parameter_name!r} holds NaN or infinite values")
+    longest = _declared_length(module)
+    if is_folder and longest and (settings.seq_len or 0) > longest:  # others may mean a training length
+        raise InputError(f"--seq-len {settings.seq_len}: the model has {longest} positions")
+    seq_len = min(longest or _DEFAULT_SEQ_LEN, _LONGEST_DEFAULT)
+    config = ForeignConfig(
+        source=name,
+        architecture=type(module).__name__,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        vocab_size=_probe(model, f"--model {name}", min(_PROBE_TOKENS, seq_len)),
+        seq_len=seq_len,
+        head_apart=model.head_apart,
+    )
+    shipped = str(resources.files("slotfast") / "demo" / "demo.model")
+    path = Path(settings.tokenizer or (name if is_folder else shipped))
+    tokenizer = HuggingFaceTokenizer(path) if path.is_dir() else Tokenizer(path)
+    if not 0 <= config.vocab_size - tokenizer.vocab_size < _PADDING_ROWS:
+        raise InputError(
+            f"{path}: {tokenizer.vocab_size} pieces; the model gives {config.vocab_size} logits: pass its own "
+            "--tokenizer"
+        )
+    return ForeignModel(config, model), tokenizer
+
+
+def _from_factory(name: str) -> tuple[nn.Module, LanguageModel]:
+    """The module that package.module:factory returns, as it is and behind our interface."""
+    module_name, _, factory_name = name.partition(":")
+    try:
+        factory = importlib.import_module(module_name)
+        for part in factory_name.split("."):
+            factory = getattr(factory, part)
+        module = factory()
+    except Exception as error:  # whatever somebody else's code raises
+        raise InputError(f"--model {name}: {_first_line(error)}") from error
+    if not isinstance(module, nn.Module):
+        raise InputError(f"--model {name}: returned {type(module).__name__}, expected a torch.nn.Module")
+    module = module.eval().requires_grad_(False)
+    apart = callable(getattr(module, "hidden", None)) and callable(getattr(module, "head", None))
+    return module, LanguageModel(module, module.hidden, module.head) if apart else LanguageModel(module)
+
+
+def _from_folder(folder: Path) -> tuple[nn.Module, LanguageModel]:
+    """A Hugging Face causal language model of a local folder, as it is and behind our interface; runs no code of it."""
+    transformers = _transformers(folder)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        module, found = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            weights_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except Exception as error:  # damaged files raise whatever their parsers raise
+        raise InputError(f"{folder}: not a causal language model: {_first_line(error)}") from None
+    # transformers would start such weights at random, with a warning
+    absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if absent:
+        raise InputError(f"{folder}: no weights for {absent[0]}, and {len(absent) - 1} more parameters")
+    module = module.eval().requires_grad_(False)
+
+    def hidden(tokens: Tensor) -> Tensor:
+        return module.base_model(tokens, use_cache=False)[0]
+
+    # Some architectures scale or cap what their output matrix gives: apart only where that is all there is.
+    head = module.get_output_embeddings()
+    tokens = _probe_tokens(_PROBE_TOKENS)
+    with torch.inference_mode():
+        try:
+            logits = module(tokens, use_cache=False).logits
+            apart = head is not None and torch.allclose(head(hidden(tokens)), logits, rtol=1e-5, atol=1e-5)
+        except (AttributeError, TypeError, RuntimeError):
+            apart = False
+    return module, LanguageModel(module, hidden, head) if apart else LanguageModel(module)
+
+
+def _transformers(folder: Path) -> ModuleType:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError:
+        raise InputError(f"{folder}: reading it needs transformers: pip install 'slotfast[hf]'") from None
+
+
+def _declared_length(module: nn.Module) -> int | None:
+    """Positions that a module, or its `config`, says it was made for."""
+    for owner in (module, getattr(module, "config", None)):
+        for name in ("seq_len", "max_position_embeddings", "block_size"):
+            if isinstance(length := getattr(owner, name, None), int) and length > 0:
+                return length
+    return None
+
+
+def _probe_tokens(length: int) -> Tensor:
+    """int64 [2, length]: two rows that differ in their last token alone; every vocabulary has tokens 0 and 1."""
+    tokens = (torch.arange(length) % 2).repeat(2, 1)
+    tokens[1, -1] = 1 - tokens[0, -1]
+    return tokens
+
+
+def _probe(model: LanguageModel, where: str, length: int) -> int:
+    """Vocabulary of a model, from the logits of a few tokens; raises InputError where they are no logits."""
+    try:
+        with torch.inference_mode():
+            logits = model.head(model.hidden(_probe_tokens(length), torch.float32))
+    except Exception as error:  # whatever somebody else's code raises
+        raise InputError(f"{where}: fails on tokens int64 [2, {length}]: {_first_line(error)}") from error
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != (2, length):
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"{where}: gives {shape} for tokens [2, {length}], expected logits [2, {length}, V]")
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError(f"{where}: gives NaN or infinite logits")
+    before, after = logits[:, :-1]
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
+        moved = float((before - after).abs().max())
+        raise InputError(f"{where}: a token moves logits before it by up to {moved:.3g}: not a causal language model")
+    return logits.size(-1)
+
+
+def _first_line(error: Exception) -> str:
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of the `tokenizers` library and the byte count of each of its pieces.
+
+    A document starts with the tokenizer's BOS, or its EOS where it has none. Special tokens written out in a text are
+    text.
+
+    Args:
+        path: a folder with tokenizer.json, or with what transformers makes one of.
+
+    Raises:
+        InputError: no such tokenizer there, or one without BOS and EOS.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        transformers = _transformers(self.path)
+        try:
+            loaded = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            self._backend = loaded.backend_tokenizer
+        except Exception as error:  # damaged files raise whatever their parsers raise
+            raise InputError(f"{path}: not a tokenizer of the tokenizers library: {_first_line(error)}") from None
+        found = (loaded.bos_token_id, loaded.eos_token_id)
+        self._separator = next((token for token in found if token is not None), None)
+        if self._separator is None:
+            raise InputError(f"{path}: has neither BOS nor EOS; every document must start with one")
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._model = self._backend.to_str().encode()
+        self._backend.encode_special_tokens = True
+
+    @property
+    def vocab_size(self) -> int:
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+
+    @property
+    def bos_id(self) -> int:
+        return self._separator
+
+    @property
+    def unknown_id(self) -> int:
+        return self._unknown
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self._model).hexdigest()
+
+    @cached_property
+    def _unknown(self) -> int:
+        """The token of unknown characters, -1 where there is none: GPT-2's never comes, as every byte has a piece."""
+        model = json.loads(self._model)["model"]
+        if isinstance(model.get("unk_token"), str):
+            token = self._backend.token_to_id(model["unk_token"])
+        else:
+            token = model.get("unk_id")  # of Unigram models
+        return -1 if token is None or token == self._separator else token
+
+    @cached_property
+    def byte_table(self) -> ByteTable:
+        """UTF-8 bytes of each piece, from how its decoder spells it; `encode_documents` holds their sums to the text.
+
+        A byte-level piece has a character a byte. Another one spells spaces as U+2581, and single bytes as <0x0A>.
+        """
+        stored = json.loads(self._model)
+        decoder = stored["decoder"] or {}
+        kinds = {part["type"] for part in [decoder, *decoder.get("decoders", [])] if part}
+        byte_level = "ByteLevel" in kinds
+        space = "\u0120" if byte_level else "\u2581"
+        special = {token["id"] for token in stored["added_tokens"] if token["special"]} | {self._unknown}
+        literal = {token["id"] for token in stored["added_tokens"]} - special
+        # Some put a space in front of every text; the rule for leading spaces leaves it out behind BOS.
+        first = self._backend.encode("a", add_special_tokens=False).tokens[:1]
+        prepends = bool(first) and first[0].startswith(space)
+        size = self.vocab_size
+        table = ByteTable(np.zeros(size, np.int64), np.zeros(size, bool), np.zeros(size, bool))
+        for piece, token in self._backend.get_vocab(with_added_tokens=True).items():
+            if token in special:
+                table.boundary[token] = True
+            elif token in literal:
+                table.base[token] = len(piece.encode("utf-8"))
+            elif "ByteFallback" in kinds and re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
+                table.base[token] = 1
+            else:
+                table.leading_space[token] = prepends and piece.startswith(space)
+                piece = piece[int(table.leading_space[token]) :]
+                table.base[token] = len(piece if byte_level else piece.replace(space, " ").encode("utf-8"))
+        return table
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of one document, its separator first.
+
+        Raises:
+            InputError: a lone surrogate.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(f"lone surrogate at character {error.start}: not text") from None
+        return [self.bos_id, *self._backend.encode(text, add_special_tokens=False).ids]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of token ids; special tokens vanish."""
+        return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def normalized(self, text: str, ids: np.ndarray) -> str:
+        """What the pieces spell: the text, where the tokenizer loses nothing."""
+        return self.decode(ids)

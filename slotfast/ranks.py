@@ -1,0 +1,47 @@
+"""Several processes of one command, as torchrun starts them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from .errors import InputError
+
+
+@contextmanager
+def join_ranks(name: str) -> Iterator[tuple[int, int, str]]:
+    """Rank, number of ranks and device of this process, joined with the others under torchrun."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    found = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= found:
+        raise InputError(f"--device {name}: torch sees {found} GPUs here")
+    variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        rank, local, world = 0, device.index or 0, 1
+    else:
+        values = {variable: os.environ.get(variable, "") for variable in variables}
+        numbers = [values[variable] for variable in variables if variable != "MASTER_ADDR"]
+        if not all(values.values()) or not all(number.isdecimal() for number in numbers):
+            raise InputError(f"{values}: several processes need all of these, as torchrun sets them")
+        rank, local, world = (int(values[variable]) for variable in variables[:3])
+        if not rank < world:
+            raise InputError(f"RANK {rank} of WORLD_SIZE {world}: expected less")
+        if device.index is not None:
+            raise InputError(f"--device {name}: under torchrun each process has its own; expected cuda")
+    if device.type == "cuda":
+        torch.cuda.set_device(local)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield rank, world, f"cuda:{local}" if device.type == "cuda" else "cpu"
+    finally:
+        if world > 1:
+            dist.destroy_process_group()

@@ -1,0 +1,169 @@
+"""The published systems and ours, a row each, and the way from text and environment to a row."""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+
+import pydantic
+
+from ..errors import InputError
+from .rows import Adaptation
+
+_STREAM = {"scope": "prefix", "optimizer": "rates", "clamp": 5.0}
+_REPEATS = {"parameter": "bias+repeats"}
+_FOCAL_BATCH = {"positions": "focal", "scope": "batch", "warm_start": "mean", "clamp": 5.0}
+_TWO_PHASES = {"phases": ((5, 10), (18, 20))}
+_HIDDEN = {"parameter": "hidden", "optimizer": "adamw", "steps": 8, "lr": 0.005}
+_FILM = {"parameter": "hidden+bias", "softcap": "before", "positions": "focal", "warm_start": "mean", "clamp": 5.0}
+_FILM_ADAMW = {"optimizer": "adamw", "steps": 24, "lr": 0.012, "lr_end": 0.001}
+_FILM_LBFGS = {"scope": "joint", "phases": ((24, 20),)}
+_OPTIONAL = ("clamp", "lr_end", "scale", "k", "decay")
+_FILM_LOWRANK = {"parameter": "lowrank", "positions": "focal", "scope": "batch", "warm_start": "mean"}
+
+PRESETS: dict[str, Adaptation] = {
+    name: Adaptation(name=name, about=about, **choices)
+    for name, about, choices in (
+        ("none", "plain sliding windows", {"parameter": "none", "positions": "none", "optimizer": "none"}),
+        ("causal", "token rates over the stream so far, and what followed the same tokens before", _STREAM | _REPEATS),
+        ("causal-unigram", "token rates over the stream so far, refreshed after every window", _STREAM),
+        ("causal-bigram", "the same for each preceding token", _STREAM | {"parameter": "bigram"}),
+        (
+            "causal-window",
+            "token rates over the window's own context: nothing is carried",
+            {"optimizer": "rates", "decay": 0.9985, "clamp": 5.0},
+        ),
+        (
+            "causal-lbfgs",
+            "a bias per window by L-BFGS on all of its context, held back by a ridge",
+            {"ridge": 3.0, "clamp": 5.0},
+        ),
+        ("pr1350", "PR #1350: one bias for 32 windows, focal 128, warm start: sees what it scores", _FOCAL_BATCH),
+        (
+            "pr1350-window",
+            "PR #1350 made honest: the same fit for each window alone, no warm start",
+            {"positions": "focal", "clamp": 5.0},
+        ),
+        ("pr1372", "PR #1372: as #1350, 5 and then 18 iterations with fresh memory", _FOCAL_BATCH | _TWO_PHASES),
+        (
+            "pr1372-window",
+            "PR #1372 made honest: each window alone, no warm start",
+            {"positions": "focal", "clamp": 5.0, **_TWO_PHASES},
+        ),
+        (
+            "pr1217",
+            "PR #1217: one shift of the hidden states for 32 windows",
+            _HIDDEN | {"scope": "batch"},
+        ),
+        ("pr1217-window", "PR #1217 made honest, as its thread proposed: a shift for each window", _HIDDEN),
+        (
+            "pr1306",
+            "PR #1306: as #1217, with betas 0.3 and 0.9",
+            _HIDDEN | {"scope": "batch", "betas": (0.3, 0.9)},
+        ),
+        (
+            "pr1318",
+            "PR #1318: as #1350, fitted to the positions that it scores",
+            _FOCAL_BATCH | {"positions": "scored"},
+        ),
+        (
+            "pr1229",
+            "PR #1229: hidden shift and bias for each window, fitted to the positions that it scores",
+            {"parameter": "hidden+bias", "softcap": "before", "positions": "scored", "optimizer": "adamw"}
+            | {"steps": 16, "lr": 0.008, "lr_end": 0.0008},
+        ),
+        (
+            "film-v1",
+            "yuyeon's FiLM model, v1: hidden shift and bias on all context (its stride was 96)",
+            {"parameter": "hidden+bias", "softcap": "before", **_FILM_ADAMW},
+        ),
+        (
+            "film-logit-only",
+            "FiLM: the bias alone, focal 128, started from the mean of the batch before",
+            _FILM | _FILM_ADAMW | {"parameter": "bias"},
+        ),
+        ("film-lbfgs", "FiLM: hidden shifts and biases of a batch under one L-BFGS", _FILM | _FILM_LBFGS),
+        (
+            "film-lbfgs-logit",
+            "FiLM: biases of a batch under one L-BFGS",
+            _FILM | _FILM_LBFGS | {"parameter": "bias"},
+        ),
+        (
+            "film-lowrank",
+            "FiLM: a product of rank 8, shared in a batch, as published: both factors start at zero and stay there",
+            _FILM_LOWRANK | {"phases": ((24, 20),)},
+        ),
+        (
+            "film-lowrank-repaired",
+            "the same from a random first factor, so that it can move",
+            _FILM_LOWRANK | {"phases": ((24, 20),), "start": "random"},
+        ),
+    )
+}
+
+
+def parse_preset(text: str) -> Adaptation:
+    """A row from NAME or NAME:key=value,key=value.
+
+    Raises:
+        InputError: unknown name or key (with the nearest right one), or a value that does not fit.
+    """
+    name, _, options = text.partition(":")
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r}: no such preset{_nearest(name, PRESETS)}; --list-presets shows them")
+    row, changes = PRESETS[name], {}
+    for option in filter(None, options.split(",")):
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise InputError(f"preset {text!r}: {option!r} is not of the form key=value")
+        changes[key] = value
+    if {"steps", "phases"} <= changes.keys():
+        raise InputError(f"preset {text!r}: steps and phases say the same: give one of them")
+    known = {key: value for key, value in changes.items() if key in Adaptation.model_fields}
+    changed = _changed(row, known, f"preset {text!r}")
+    acting = (*row.options, *changed.options, "steps") if changed.optimizer == "lbfgs" else changed.options
+    for key in changes:
+        if key not in (*row.options, *acting):
+            raise InputError(f"preset {text!r}: {key!r} does nothing here{_nearest(key, acting)}")
+    return changed
+
+
+# What the community's scripts read, the key of a row that it sets, and the value where that is not the variable's.
+VARIABLES: dict[str, tuple[str, Mapping[str, str]]] = {
+    "SLOT_STEPS": ("steps", {}),
+    "SLOT_LR": ("lr", {}),
+    "SLOT_FOCAL_CTX": ("focal", {}),
+    "SLOT_CLAMP": ("clamp", {}),
+    "SLOT_WARMSTART": ("warm_start", {}),
+    "V20_GRAD_WEIGHTED": ("importance", {"1": "0.5"}),  # PR #1372 weights by the root
+}
+
+
+def from_environment(row: Adaptation, text: str) -> Adaptation:
+    """The row with the community's variables applied, except to keys that `text`, NAME:key=value, sets itself."""
+    explicit = {option.partition("=")[0] for option in text.partition(":")[2].split(",")}
+    explicit |= {"steps"} if "phases" in explicit else set()
+    for variable, (key, meaning) in VARIABLES.items():
+        value = os.environ.get(variable, "")
+        acts = key in row.options or (key == "steps" and row.optimizer == "lbfgs")
+        if value and acts and key not in explicit:
+            row = _changed(row, {key: meaning.get(value, value)}, variable)
+    return row
+
+
+def _changed(row: Adaptation, changes: Mapping[str, str], where: str) -> Adaptation:
+    values = {key: None if value == "none" and key in _OPTIONAL else value for key, value in changes.items()}
+    try:
+        if "steps" in values and values.get("optimizer", row.optimizer) == "lbfgs":
+            values["phases"] = ((int(values.pop("steps")), row.phases[-1][1]),)
+        return Adaptation.model_validate({**row.model_dump(), **values})
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        key = f"{first['loc'][0]}={first['input']}: " if first["loc"] else ""
+        raise InputError(f"{where}: {key}{first['msg']}") from None
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"; the nearest is {near[0]!r}" if near else ""

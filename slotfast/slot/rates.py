@@ -1,0 +1,178 @@
+"""The closed form: how much more often each token comes than the model expects.
+
+The MAP estimate of that ratio under a Gamma prior, for counts C of the targets that came and sums E of the model's own
+probabilities at the same positions, both decayed: bias_v = scale * log((C_v + k_v) / (E_v + k_v)). For the bigram form
+the same counts are kept for each preceding token u, with the first ratio r as the prior's mean:
+bias_uv = scale * log((C_uv + h r_v) / (E_uv + h)).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..lbfgs.rows import BLOCK_ROWS, row_mixture
+from .batch import Adjusted, WindowBatch
+from .repeats import DEFAULT_GATES
+from .rows import Adaptation
+
+_LARGEST_TABLES = 1 << 30  # bytes
+_SMALLEST_UNIT = 1e-6  # below it float32 sums in shrinking units are brought back to 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the closed forms take from the model's training data.
+
+    Args:
+        frequency: float [V], how often each token came, or None where unknown.
+        scale: strength of the bias; 0 is off.
+        decay: weight of a count one token later.
+        gates: (a, b) of each context length of `repeats`.
+    """
+
+    frequency: Tensor | None = None
+    scale: float | None = None
+    decay: float | None = None
+    gates: tuple[tuple[float, float], ...] | None = None
+
+    @property
+    def known(self) -> bool:
+        return self.frequency is not None
+
+    def resolve(self, row: Adaptation) -> Adaptation:
+        """The row with the numbers that it will use."""
+        if row.optimizer != "rates":
+            return row
+        found = {}
+        if row.scale is None:
+            # 0.7 is what strong models, which gain less, were found to want
+            default = 1.0 if self.known else 0.7
+            found["scale"] = default if self.scale is None else self.scale
+        if row.decay is None:
+            found["decay"] = 0.97 ** (1 / 64) if self.decay is None else self.decay
+        if row.parameter == "bias+repeats" and row.gates is None:
+            found["gates"] = self.gates or DEFAULT_GATES
+        return row.model_copy(update=found)
+
+    def pseudo_counts(self, row: Adaptation, vocab_size: int) -> Tensor:
+        """k of each token, float64 [V]: rare tokens need less evidence than frequent ones."""
+        if row.k is not None or self.frequency is None:
+            return torch.full((vocab_size,), row.k or 2.0, dtype=torch.float64)
+        return (2 * (1024 * self.frequency.double()).sqrt()).clamp(min=0.2)
+
+
+class Rates:
+    """Decayed counts of what came and of what the model expected, and the bias that follows; all in float64.
+
+    Args:
+        row: the adaptation, resolved.
+        pseudo_counts: [V].
+        bos_id: the token that starts a document, or None.
+    """
+
+    def __init__(self, row: Adaptation, pseudo_counts: Tensor, bos_id: int | None):
+        self.row, self.k, self.bos_id = row, pseudo_counts, bos_id
+        self.counts, self.expected = torch.zeros_like(pseudo_counts), torch.zeros_like(pseudo_counts)
+
+    def stream(self, batch: WindowBatch) -> Tensor:
+        """Biases [W, V] from all that came before each window; takes the windows' scored tokens in."""
+        biases = []
+        left, new_counts, new_expected = self._sums(batch, batch.context_end, batch.scored_end)
+        for window in range(len(left)):
+            biases.append(self._bias(self.counts, self.expected))  # before the window's own tokens go in
+            self.counts = left[window] * self.counts + new_counts[window]
+            self.expected = left[window] * self.expected + new_expected[window]
+        return torch.stack(biases)
+
+    def windows(self, batch: WindowBatch) -> Tensor:
+        """Biases [W, V] from each window's own context."""
+        _, counts, expected = self._sums(batch, torch.zeros_like(batch.context_end), batch.context_end)
+        return torch.stack([self._bias(*window) for window in zip(counts, expected, strict=True)])
+
+    def _bias(self, counts: Tensor, expected: Tensor) -> Tensor:
+        ratio = ((counts + self.k) / (expected + self.k)).log()
+        bound = self.row.clamp or math.inf
+        return (self.row.scale * ratio).clamp(-bound, bound)
+
+    def _sums(self, batch: WindowBatch, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Take in positions [begin, end) of each window, int64 [W] each.
+
+        Returns:
+            What they leave of an earlier state, [W], and what they add to its counts and expectations, [W, V].
+        """
+        longest = max(1, int((end - begin).max()))
+        offset = torch.arange(-(-longest // BLOCK_ROWS) * BLOCK_ROWS, device=begin.device)
+        # Packed to the front, so that a window's sums round alike whatever else is in the batch
+        index = (begin[:, None] + offset).clamp(max=batch.targets.size(1) - 1)
+        taken = offset < (end - begin)[:, None]
+        targets = batch.targets.gather(1, index)
+        keep = torch.ones(index.shape, dtype=torch.float64, device=index.device).masked_fill(taken, self.row.decay)
+        if self.bos_id is not None:
+            keep = torch.where(taken & (targets == self.bos_id), keep * self.row.document_decay, keep)
+        after = keep.flip(1).cumprod(1).flip(1)  # what each token, with all that follow it, leaves of the state
+        weight = torch.where(taken, torch.cat([after[:, 1:], torch.ones_like(after[:, :1])], 1), 0.0)
+        counts = weight.new_zeros(len(begin), len(self.k)).scatter_add_(1, targets, weight)
+        logits = batch.logits[torch.arange(len(begin), device=begin.device)[:, None], index]
+        rows = torch.softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
+        return after[:, 0], counts, row_mixture(weight.to(rows.dtype), rows).double()
+
+
+class BigramRates:
+    """Rates of each token after each other, smoothed towards `Rates`: two tables [V, V] in float32 for the stream.
+
+    Args:
+        rates: the unigram form.
+
+    Raises:
+        InputError: a vocabulary whose tables would take more than 1 GiB.
+    """
+
+    def __init__(self, rates: Rates):
+        vocabulary = len(rates.k)
+        if 8 * vocabulary**2 > _LARGEST_TABLES:
+            raise InputError(
+                f"a vocabulary of {vocabulary} needs {8 * vocabulary**2:,} bytes of bigram tables, "
+                f"more than {_LARGEST_TABLES:,}"
+            )
+        self.rates, self.previous = rates, None
+        self.counts, self.expected = (torch.zeros(vocabulary, vocabulary, device=rates.k.device) for _ in range(2))
+        self.unit = 1.0  # what a table's entry is worth, so that a decay touches nothing
+
+    def adjust(self, batch: WindowBatch) -> Adjusted:
+        """Score each window with what came before it; takes the windows' scored tokens in."""
+        row, adjusted = self.rates.row, []
+        unigram = self.rates.stream(batch)
+        for window in batch.scored.any(1).nonzero()[:, 0].tolist():
+            scored = batch.scored[window]
+            logits, targets = batch.logits[window][scored], batch.targets[window][scored]
+            ratio = (unigram[window] / row.scale).exp() if row.scale else torch.ones_like(self.rates.k)
+            # the stream's very first token has no predecessor that was charged: it stands for itself
+            before = targets[:1] if self.previous is None else self.previous
+            previous = torch.cat([before, targets[:-1]])
+            counts, expected = self.unit * self.counts[previous], self.unit * self.expected[previous]
+            bias = ((counts + row.k2 * ratio.float()) / (expected + row.k2)).log()
+            bound = row.clamp or math.inf
+            adjusted.append(logits + (row.scale * bias).clamp(-bound, bound).to(logits.dtype))
+            self._take(logits, targets, previous)
+        empty = batch.logits.new_zeros(0, batch.logits.size(-1))
+        return Adjusted(batch, logits=torch.cat(adjusted) if adjusted else empty)
+
+    def _take(self, logits: Tensor, targets: Tensor, previous: Tensor) -> None:
+        row = self.rates.row
+        keep = torch.full(targets.shape, row.decay, dtype=torch.float64, device=targets.device)
+        if self.rates.bos_id is not None:
+            keep = torch.where(targets == self.rates.bos_id, keep * row.document_decay, keep)
+        after = keep.flip(0).cumprod(0).flip(0)
+        self.unit *= float(after[0])
+        if self.unit < _SMALLEST_UNIT:
+            self.counts *= self.unit
+            self.expected *= self.unit
+            self.unit = 1.0
+        weight = (torch.cat([after[1:], torch.ones_like(after[:1])]) / self.unit).float()
+        self.counts.index_put_((previous, targets), weight, accumulate=True)
+        rows = weight[:, None] * torch.softmax(logits.float(), -1)
+        self.expected.index_put_((previous,), rows, accumulate=True)  # in order, where index_add_ need not be
+        self.previous = targets[-1:]

@@ -1,0 +1,6 @@
+"""The command."""
+
+from ..command import run
+from . import main
+
+run(main)

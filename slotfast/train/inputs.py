@@ -1,0 +1,220 @@
+"""What a training reads: text or token shards to train on, a tokenizer, and tokens that measure the training."""
+
+import hashlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import corpus
+from ..config import TrainSettings
+from ..data import Tokenizer, TokenStream, atomic_write, open_shards, read_documents, read_shard, shard_paths
+from ..errors import InputError
+from .ttt import overlap
+
+_HELD_OUT_EVERY = 32  # every 32nd document measures the training and is not learned from
+MAX_OVERLAP = 0.01  # phrases that texts share by chance are less
+_NONCAUSAL = "weights that learn validation text are no honest score of it; --allow-noncausal does it anyway"
+_UNIGRAM_TOKENS = 100_000_000  # enough for frequencies; shards of the contest hold ten billion
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that a training reads.
+
+    Args:
+        names, shards: token ids to learn, a memory map each or one array for text.
+        val: tokens that measure the training, or None.
+        val_bytes: behind them, by the byte rule.
+        ttt: tokens that the finished weights are adapted to, or None.
+        ttt_overlap: larger share of runs that `ttt` and `val` have from one another; None where one of them is missing.
+        trained_on: where the tokens come from, for people.
+        about: how much there is of everything, for people.
+    """
+
+    tokenizer: Tokenizer
+    names: Sequence[str]
+    shards: Sequence[np.ndarray]
+    val: TokenStream | None
+    val_bytes: int
+    ttt: TokenStream | None
+    ttt_overlap: float | None
+    trained_on: str
+    about: str
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.shards))
+
+    def unigram(self) -> Tensor:
+        """Frequency of each token in the training stream, float32 [V]."""
+        counts = np.zeros(self.tokenizer.vocab_size, np.int64)
+        for chunk in TokenStream(self.shards, _UNIGRAM_TOKENS).chunks():
+            if chunk.max(initial=0) >= len(counts):
+                raise InputError(f"token id {chunk.max()} in {self.trained_on}: the tokenizer has {len(counts)} pieces")
+            counts += np.bincount(chunk, minlength=len(counts))
+        return torch.from_numpy(counts / counts.sum()).float()
+
+    def fingerprint(self) -> str:
+        """A hash by which a resumed run knows its data: of each shard the name, the length, and both ends."""
+        digest = hashlib.sha256()
+        for name, shard in zip(self.names, self.shards, strict=True):
+            digest.update(f"{Path(name).name} {len(shard)} ".encode())
+            for end in (shard[:4096], shard[-4096:]):
+                digest.update(end.astype("<u4").tobytes())
+        return digest.hexdigest()
+
+
+def tokenizer_path(settings: TrainSettings) -> Path:
+    """Where the tokenizer is, or will be written."""
+    return Path(settings.tokenizer or Path(settings.out).with_suffix(".model"))
+
+
+def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Inputs:
+    """Read everything; train a tokenizer where none is given, on rank 0 for all.
+
+    Raises:
+        InputError: anything missing, damaged, contradictory or too little.
+    """
+    tokens, val_tokens = settings.tokens, settings.val_tokens
+    if tokens and settings.text:
+        raise InputError("--tokens and --text: give one of them")
+    if val_tokens and settings.val_text:
+        raise InputError("--val-tokens and --val-text: give one of them")
+    if settings.data_path and not tokens and not settings.text:
+        tokens = os.path.join(settings.data_path, "fineweb_train_*.bin")
+        if not val_tokens and not settings.val_text:
+            val_tokens = os.path.join(settings.data_path, "fineweb_val_*.bin")
+    if tokens and not settings.tokenizer:
+        raise InputError(f"--tokens {tokens}: needs the --tokenizer that made them")
+    if tokens:
+        names = shard_paths(tokens)
+        shards, held_out, trained_on = [read_shard(name) for name in names], [], tokens
+        tokenizer = Tokenizer(tokenizer_path(settings))
+        about = f"{len(shards)} shards"
+    else:
+        learned, held_out = _documents(settings)
+        # A resumed run must have the very tokenizer it had.
+        going_on = settings.resume and Path(settings.checkpoint).exists() and tokenizer_path(settings).exists()
+        if settings.tokenizer is None and rank == 0 and not going_on:
+            train_tokenizer(learned, settings.vocab_size, tokenizer_path(settings))
+        if world > 1:
+            dist.barrier()
+        tokenizer = Tokenizer(tokenizer_path(settings))
+        trained_on = (settings.text and Path(settings.text).name) or "standard library"
+        names, shards = [trained_on], [tokenizer.encode_documents(learned)[0]]
+        about = f"{len(learned):,} documents"
+    limit = settings.max_val_tokens
+    val, val_bytes = None, 0
+    if val_tokens:
+        val = TokenStream([read_shard(path) for path in shard_paths(val_tokens)], limit)
+        val.check_vocabulary(tokenizer.vocab_size)
+        val_bytes = sum(
+            int(tokenizer.byte_table.count(chunk[1:], chunk[:-1]).sum())
+            for chunk in (val.read(start, start + (1 << 22) + 1) for start in range(0, len(val), 1 << 22))
+        )
+    elif settings.val_text or held_out:
+        documents = read_documents(settings.val_text) if settings.val_text else held_out
+        ids, count = tokenizer.encode_documents(documents, limit)
+        val, val_bytes = TokenStream([ids]), count.rule
+    if val is not None and not val_bytes:
+        raise InputError("the documents that are held out to measure the training are empty: give more text")
+    ttt, shared = _read_ttt(settings, tokenizer, val)
+    about += f", {sum(map(len, shards)):,} tokens"
+    if held_out:
+        about += f"; {len(held_out)} documents held out"
+    return Inputs(tokenizer, names, shards, val, val_bytes, ttt, shared, trained_on, about)
+
+
+def check_ttt(settings: TrainSettings) -> None:
+    """Raise InputError where test-time training is asked for by halves."""
+    named = [path for path in (settings.ttt_text, settings.ttt_tokens) if path]
+    if len(named) != (settings.ttt != "off"):
+        raise InputError(f"--ttt {settings.ttt}: goes with one of --ttt-text and --ttt-tokens, this has {len(named)}")
+    if settings.ttt_tokens and "_val_" in Path(settings.ttt_tokens).name and not settings.allow_noncausal:
+        raise InputError(f"--ttt-tokens {settings.ttt_tokens}: {_NONCAUSAL}")
+
+
+def _read_ttt(
+    settings: TrainSettings, tokenizer: Tokenizer, val: TokenStream | None
+) -> tuple[TokenStream | None, float | None]:
+    """The stream to adapt to, and how much it shares with the validation stream."""
+    if settings.ttt == "off":
+        return None, None
+    name = settings.ttt_text or settings.ttt_tokens
+    if settings.ttt_tokens:
+        stream = open_shards(settings.ttt_tokens)
+    else:
+        stream = TokenStream([tokenizer.encode_documents(read_documents(settings.ttt_text))[0]])
+    stream.check_vocabulary(tokenizer.vocab_size)
+    if len(stream) <= settings.seq_len:
+        raise InputError(f"{name}: {len(stream)} tokens; one training window needs {settings.seq_len + 1}")
+    if val is None:
+        return stream, None
+    # Both ways: a little of a long validation stream is much of what such training would see.
+    shared = max(overlap(val, stream), overlap(stream, val))
+    if shared > MAX_OVERLAP and not settings.allow_noncausal:
+        raise InputError(f"{name}: shares {shared:.1%} with the text that measures the training; {_NONCAUSAL}")
+    return stream, shared
+
+
+def _documents(settings: TrainSettings) -> tuple[list[str], list[str]]:
+    """Documents to learn, in random order, and documents to measure with, none where others are named for it."""
+    if settings.text is not None:
+        documents = list(read_documents(settings.text))
+    else:
+        bar = {"disable": None, "file": sys.stderr, "leave": False}
+        modules = tqdm(corpus.standard_library(), "reading the standard library", unit=" modules", **bar)
+        documents = list(corpus.training_documents(modules))
+    np.random.default_rng(settings.seed).shuffle(documents)
+    if settings.val_text or settings.val_tokens:
+        return documents, []
+    learned = [text for i, text in enumerate(documents) if i % _HELD_OUT_EVERY]
+    if not learned:
+        raise InputError(f"{len(documents)} documents: too few to hold one out and learn from the rest")
+    return learned, documents[::_HELD_OUT_EVERY]
+
+
+def train_tokenizer(documents: list[str], vocab_size: int, path: Path) -> None:
+    """Train a SentencePiece BPE model that loses nothing: bytes for rare characters, no normaliser, white space kept.
+
+    Args:
+        documents: text; a sentence is a line.
+        vocab_size: pieces, among them 256 bytes, unknown, BOS, EOS and padding.
+        path: the `.model` file to write.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder) / "tokenizer"
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(line for text in documents for line in text.splitlines() if line.strip()),
+                model_prefix=str(prefix),
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                character_coverage=0.9999,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                split_digits=True,
+                pad_id=0,
+                bos_id=1,
+                eos_id=2,
+                unk_id=3,
+                max_sentence_length=1 << 16,
+                num_threads=2,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise InputError(f"tokenizer of {vocab_size} pieces: {str(error).splitlines()[0]}") from None
+        with atomic_write(path) as file:
+            file.write(prefix.with_suffix(".model").read_bytes())

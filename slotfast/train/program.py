@@ -1,0 +1,347 @@
+"""The command: settings to inputs, training, an int6 artifact and a summary."""
+
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from .. import __version__, config
+from ..artifact import Artifact, write_artifact
+from ..data import atomic_write, check_writable
+from ..errors import InputError
+from ..loader import open_loader
+from ..model import GPT, GPTConfig
+from ..ranks import join_ranks
+from . import checkpoint, ttt
+from .inputs import MAX_OVERLAP, Inputs, check_ttt, read_inputs, tokenizer_path
+from .trainer import Trainer, check_length, evaluate
+
+_ABOUT = "Train a model and write its int6 artifact."
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# Settings that change no weight, or whose effect the data's fingerprint covers: a resumed run may have others.
+_FREE = {"out", "text", "tokens", "data_path", "val_text", "val_tokens", "max_val_tokens", "tokenizer", "preset"}
+_FREE |= {"device", "dtype", "compile", "checkpoint", "checkpoint_steps", "checkpoint_seconds", "resume", "log_every"}
+_FREE |= {"val_every", "json_", "plot", "show_config", "allow_noncausal"}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, quantise, write; raises InputError on bad input."""
+    started = time.perf_counter()
+    settings, sources = config.load(config.TrainSettings, "python -m slotfast.train", _ABOUT, argv)
+    config.warn_unread_variables()
+    if settings.show_config:
+        return print(config.show(settings, sources))
+    build_config(settings, settings.vocab_size)
+    _check_outputs(settings)
+    with join_ranks(settings.device) as (rank, world, device):
+        summary = _train(settings, rank, world, device, started)
+    if rank:
+        return None
+    if settings.plot:
+        _draw(settings.plot, summary)
+    document = json.dumps(summary, indent=2, allow_nan=False)
+    if settings.json_ == "-":
+        return print(document)
+    if settings.json_:
+        with atomic_write(settings.json_) as file:
+            file.write(document.encode() + b"\n")
+    return None
+
+
+def _train(settings: config.TrainSettings, rank: int, world: int, device: str, started: float) -> dict[str, Any]:
+    """The summary, of all ranks on rank 0."""
+    check_length(settings, world)
+    check_ttt(settings)
+    log = _logger(settings, rank)
+    torch.manual_seed(settings.seed)
+    inputs = read_inputs(settings, rank, world)
+    model_config = build_config(settings, inputs.tokenizer.vocab_size, inputs.tokenizer.bos_id)
+    loader = open_loader(
+        settings.loader, inputs.names, inputs.shards, settings.seq_len, settings.batch_windows, settings.seed, world
+    )
+    model = GPT(model_config).to(device)
+    parameters = sum(p.numel() for p in model.parameters())
+    log(f"{parameters:,} parameters; {inputs.about}")
+    run = _describe(settings, inputs, model_config, world)
+    resumed = checkpoint.load(settings.checkpoint, run) if settings.resume else None
+    dtype = _DTYPES[resumed["dtype"]] if resumed else _choose_dtype(settings, model, device, world)
+
+    def save(state: dict[str, Any], step: int) -> None:
+        if rank == 0:
+            checkpoint.save(settings.checkpoint, run, {"trainer": state, "dtype": _name(dtype)})
+            log(f"step:{step} saved to {settings.checkpoint}")
+
+    def validate() -> str:
+        found = _measure(model, inputs, settings, device, rank, world)
+        return f"nats:{found['nats']:.4f} bpb:{found['bpb']:.4f}"
+
+    trainer = Trainer(
+        model,
+        loader,
+        settings,
+        dtype,
+        device,
+        rank,
+        world,
+        on_save=save if settings.checkpoint else None,
+        on_validate=validate if inputs.val else None,
+        log=log,
+    )
+    if resumed:
+        trainer.load_state_dict(resumed["trainer"])
+        log(f"step:{trainer.step} resumed from {settings.checkpoint}")
+    elif settings.resume:
+        log(f"{settings.checkpoint}: not there yet, starting from the beginning")
+    ready = time.perf_counter()
+    trainer.run()
+    log(
+        f"{trainer.step} steps of {settings.batch_windows * settings.seq_len} tokens in {trainer.elapsed:.0f} s, "
+        f"{dtype}; loss {float(trainer.loss_mean):.4f}"
+    )
+    seconds = {"load": ready - started, "train": trainer.elapsed}
+    if inputs.ttt is not None:
+        start, recipe = time.perf_counter(), _recipe(settings)
+        ttt.adapt(model, inputs.ttt, recipe, settings.seq_len, dtype, rank, world, trainer.forward, log)
+        seconds["ttt"] = time.perf_counter() - start
+    return _finish(settings, inputs, trainer, seconds, log) if rank == 0 else {}
+
+
+def _finish(
+    settings: config.TrainSettings, inputs: Inputs, trainer: Trainer, seconds: dict[str, float], log: Callable
+) -> dict[str, Any]:
+    """Write the artifact and measure it; the summary."""
+    start = time.perf_counter()
+    metadata = {
+        "preset": settings.preset,
+        "tokenizer_sha256": inputs.tokenizer.sha256,
+        "trained_on": inputs.trained_on,
+        "tokens": inputs.tokens,
+        "steps": trainer.step,
+        "seconds": round(trainer.elapsed, 1),
+        "seed": settings.seed,
+    }
+    if inputs.ttt is not None:
+        metadata["ttt"] = {
+            "recipe": settings.ttt,
+            **asdict(_recipe(settings)),
+            "stream": Path(settings.ttt_text or settings.ttt_tokens).name,
+            "stream_sha256": inputs.ttt.sha256(),
+            "tokens": len(inputs.ttt),
+            "validation_overlap": inputs.ttt_overlap,
+        }
+    model = trainer.model.eval().cpu()
+    artifact = Artifact.from_model(model, metadata, inputs.unigram())
+    size = write_artifact(settings.out, artifact)
+    seconds["quantize"] = time.perf_counter() - start
+    if settings.reserve and seconds["quantize"] > settings.reserve:
+        log(f"quantisation took {seconds['quantize']:.1f} s, more than --reserve {settings.reserve:g}")
+    val = {}
+    if inputs.val is not None:
+        for name, tested in (("float32", model), ("int6", artifact.model())):
+            val[name] = _measure(tested.to(trainer.device), inputs, settings, trainer.device)
+            log(f"held-out documents, {name:>7}: {val[name]['bpb']:.4f} bpb")
+    if inputs.ttt is not None and (inputs.ttt_overlap or 0) > MAX_OVERLAP:
+        log(f"NOT an honest score: the weights have learned text that shares {inputs.ttt_overlap:.1%} with it")
+    log(f"{settings.out}: {size:,} bytes; {inputs.tokenizer.path}: {inputs.tokenizer.path.stat().st_size:,} bytes")
+    seconds["total"] = sum(seconds.values()) + time.perf_counter() - start - seconds["quantize"]
+    return {
+        "preset": settings.preset,
+        "ttt": metadata.get("ttt"),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": trainer.step,
+        "tokens_seen": trainer.step * settings.batch_windows * settings.seq_len,
+        "loss": float(trainer.loss_mean),
+        "ms_per_step": 1000 * trainer.elapsed / trainer.step,
+        "val": val,
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "artifact_bytes": size,
+        "artifact_sha256": hashlib.sha256(Path(settings.out).read_bytes()).hexdigest(),
+        "history": trainer.history,
+        "device": "cpu" if trainer.device.type == "cpu" else torch.cuda.get_device_name(trainer.device),
+        "dtype": _name(trainer.dtype),
+        "ranks": trainer.world,
+        "model": model.config.model_dump(),
+        "config": settings.model_dump(by_alias=True),
+        "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def _recipe(settings: config.TrainSettings) -> ttt.Recipe:
+    """The published recipe with what the settings change of it."""
+    chosen = {
+        "epochs": settings.ttt_epochs,
+        "rate": settings.ttt_lr,
+        "frozen_blocks": settings.ttt_freeze,
+        "batch_windows": settings.ttt_batch_windows,
+    }
+    return replace(ttt.RECIPES[settings.ttt], **{name: value for name, value in chosen.items() if value is not None})
+
+
+def _measure(
+    model: GPT,
+    inputs: Inputs,
+    settings: config.TrainSettings,
+    device: str | torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> dict[str, float]:
+    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+    nats = evaluate(model, inputs.val, settings.seq_len, dtype, device, rank, world)
+    return {"nats": nats / (len(inputs.val) - 1), "bpb": nats / math.log(2) / inputs.val_bytes}
+
+
+def build_config(settings: config.TrainSettings, vocab_size: int, bos_id: int | None = None) -> GPTConfig:
+    """The model that the settings describe.
+
+    Raises:
+        InputError: sizes that do not fit together.
+    """
+    try:
+        return GPTConfig(
+            vocab_size=vocab_size,
+            seq_len=settings.seq_len,
+            layers=settings.layers,
+            width=settings.width,
+            heads=settings.heads,
+            kv_heads=settings.kv_heads,
+            mlp_width=settings.mlp_width,
+            mlp_slope=settings.mlp_slope,
+            rope_dims=min(settings.rope_dims, settings.width // settings.heads // 2 * 2),
+            qk_gain=settings.qk_gain,
+            xsa_layers=min(settings.xsa_layers, settings.layers),
+            ln_scale=settings.ln_scale == "yes",
+            unet=settings.skips != "off",
+            skip_gates=settings.skips == "gate",
+            smear=settings.smear != "off",
+            bos_id=bos_id if settings.smear == "documents" else None,
+            bigram_buckets=settings.bigram_buckets,
+            bigram_width=settings.bigram_width,
+            value_width=settings.value_width,
+            value_layers=tuple(range(max(settings.layers - settings.value_layers, 0), settings.layers)),
+            softcap=settings.softcap,
+            loops=settings.loops,
+            loop_start=settings.loop_start if settings.loops else 0,
+            loop_end=settings.loop_end if settings.loops else 0,
+            parallel_from=settings.parallel_from,
+        )
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"model: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
+        ) from None
+
+
+def _check_outputs(settings: config.TrainSettings) -> None:
+    """Refuse before the work what could not be written after it."""
+    out = Path(settings.out)
+    files = {"--out": out, "the tokenizer": tokenizer_path(settings)}
+    for flag, path in (("--checkpoint", settings.checkpoint), ("--json", settings.json_), ("--plot", settings.plot)):
+        if path not in (None, "-"):
+            files[flag] = Path(path)
+    for flag, path in files.items():
+        if flag != "the tokenizer" or settings.tokenizer is None:
+            check_writable(path)
+    if out == files["the tokenizer"]:
+        raise InputError(f"--out {out}: the tokenizer is written there; choose another suffix")
+    seen: dict[Path, str] = {}
+    for flag, path in files.items():
+        if path in seen:
+            raise InputError(f"{flag} and {seen[path]}: both are {path}")
+        seen[path] = flag
+    if settings.resume and settings.checkpoint is None:
+        raise InputError("--resume: needs --checkpoint FILE")
+    if settings.checkpoint and not settings.resume and files["--checkpoint"].exists():
+        raise InputError(f"--checkpoint {settings.checkpoint}: exists; add --resume to go on from it, or remove it")
+    if settings.plot:
+        _pyplot()
+
+
+def _logger(settings: config.TrainSettings, rank: int) -> Callable[[str], None]:
+    """Prints lines above the progress bar, on rank 0; to standard error where standard output is for the JSON."""
+    if rank:
+        return lambda line: None
+    file = sys.stderr if settings.json_ == "-" else sys.stdout
+
+    def log(line: str) -> None:
+        tqdm.write(line, file=file)
+        file.flush()
+
+    return log
+
+
+def _describe(settings: config.TrainSettings, inputs: Inputs, model: GPTConfig, world: int) -> dict[str, Any]:
+    """What a checkpoint must agree with to be gone on from."""
+    chosen = {
+        name: value
+        for name, value in settings.model_dump().items()
+        if name not in _FREE and not name.startswith("ttt")  # that comes after all that a checkpoint holds
+    }
+    sizes = {"vocabulary": model.vocab_size, "BOS": model.bos_id}
+    return chosen | sizes | {"data": inputs.fingerprint(), "ranks": world}
+
+
+def _choose_dtype(settings: config.TrainSettings, model: GPT, device: str, world: int) -> torch.dtype:
+    """The dtype asked for; where left open, bfloat16 on a GPU and what rank 0 finds faster on a CPU."""
+    if settings.dtype != "auto":
+        return _DTYPES[settings.dtype]
+    if device != "cpu":
+        return torch.bfloat16
+    choice = [_faster_dtype(model, settings.seq_len)]
+    if world > 1:
+        dist.broadcast_object_list(choice)
+    return choice[0]
+
+
+def _faster_dtype(model: GPT, seq_len: int) -> torch.dtype:
+    """bfloat16 where this machine is faster at it (a CPU with matrix units), else float32: measured, not guessed."""
+    tokens = torch.arange(seq_len + 1)[None] % model.config.vocab_size
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for _ in range(2):
+            start = time.perf_counter()
+            model(tokens[:, :-1], tokens[:, 1:], dtype).backward()
+            seconds[dtype] = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return min(seconds, key=seconds.get)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--plot: needs matplotlib: pip install 'slotfast[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _draw(path: str, summary: dict[str, Any]) -> None:
+    """The loss along the training, and the rates below it."""
+    columns = {name: [row[name] for row in summary["history"]] for name in ("step", "loss", "lr_scale")}
+    figure, (above, below) = _pyplot().subplots(2, 1, sharex=True, figsize=(8, 5), height_ratios=(3, 1))
+    above.plot(columns["step"], columns["loss"])
+    above.set_ylabel("loss (nats a token)")
+    above.set_title(f"{summary['preset']}, {summary['parameters']:,} parameters, {summary['device']}")
+    below.plot(columns["step"], columns["lr_scale"])
+    below.set_ylabel("rates")
+    below.set_xlabel("step")
+    figure.tight_layout()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,99 @@
+"""Score-first test-time training: each chunk of the stream is scored, and only then trained on.
+
+Source: PR #549: SGD with momentum on all weights, several epochs a chunk, the rate a cosine over the chunks.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from . import ops
+from .data import TokenStream
+from .windows import Plan
+
+
+class ScoreFirst:
+    """The legal protocol.
+
+    Args:
+        chunk: predictions of a chunk, >= 1; a window belongs to the chunk of its first scored prediction.
+        lr: of the first chunk; a cosine takes it to 0 at the last.
+        epochs: over each chunk.
+        batch: sequences of one step on each rank.
+        momentum, clip: of SGD; bound on the gradient's norm.
+    """
+
+    def __init__(
+        self,
+        chunk: int = 32768,
+        lr: float = 0.002,
+        epochs: int = 3,
+        batch: int = 32,
+        momentum: float = 0.9,
+        clip: float = 1.0,
+    ):
+        self.chunk, self.lr, self.epochs, self.batch = chunk, lr, epochs, batch
+        self.momentum, self.clip = momentum, clip
+        self._optimizer: torch.optim.SGD | None = None
+
+    def chunks(self, plan: Plan) -> list[range]:
+        """The windows of each chunk, in order; chunks without a window are left out."""
+        borders, last = [], None
+        for index in range(len(plan)):
+            window = plan[index]
+            chunk = (window.start + window.context_end) // self.chunk
+            if chunk != last:
+                borders.append(index)
+                last = chunk
+        return [range(a, b) for a, b in zip(borders, [*borders[1:], len(plan)], strict=True)]
+
+    def train(
+        self,
+        model: nn.Module,
+        stream: TokenStream,
+        plan: Plan,
+        chunk: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Train on what the windows of chunk number `chunk` have scored; nothing to do after the last one.
+
+        Every rank takes its share of the sequences, and gradients are summed over ranks.
+        """
+        chunks = self.chunks(plan)
+        if chunk == len(chunks) - 1:
+            return
+        if self._optimizer is None:
+            model.requires_grad_(True)
+            self._optimizer = torch.optim.SGD(model.parameters(), self.lr, self.momentum)
+        rate = self.lr * (1 + math.cos(math.pi * chunk / max(1, len(chunks) - 1))) / 2
+        self._optimizer.param_groups[0]["lr"] = rate
+        first, end = (plan[chunks[number].start] for number in (chunk, chunk + 1))
+        begin, stop = first.start + first.context_end, end.start + end.context_end  # scored, and not one more
+        starts = range(begin, stop, plan.seq_len)
+        parameters = list(model.parameters())
+        for _ in range(self.epochs):
+            for step in range(0, len(starts), self.batch * world):
+                together = starts[step : step + self.batch * world]
+                predictions = min(together.start + len(together) * plan.seq_len, stop) - together.start
+                for parameter in parameters:
+                    parameter.grad = torch.zeros_like(parameter)
+                for start in together[rank::world]:
+                    piece = torch.from_numpy(stream.read(start, min(start + plan.seq_len, stop) + 1).astype("int64"))
+                    piece = piece[None].to(device)
+                    with torch.enable_grad():
+                        logits = model.head(model.hidden(piece[:, :-1], dtype))
+                        loss = ops.cross_entropy(logits, piece[:, 1:]).sum() / predictions
+                    loss.backward()
+                if world > 1:
+                    for parameter in parameters:
+                        dist.all_reduce(parameter.grad)
+                nn.utils.clip_grad_norm_(parameters, self.clip)
+                self._optimizer.step()
+        for parameter in parameters:
+            parameter.grad = None

@@ -1,0 +1,168 @@
+"""Repeats and bigram rates: against their definitions, as distributions, in bounded memory."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from slotfast.errors import InputError
+from slotfast.slot import Adapter, Calibration, WindowBatch, parse_preset
+from slotfast.slot.rates import BigramRates, Rates
+from slotfast.slot.repeats import CONTEXTS, DEFAULT_GATES, Repeats, fit_gates, mix, mix_rows
+from tests.streams import BOS, L, V, stream
+
+DECAY, DOCUMENT_DECAY = 0.97, 0.1
+
+
+def _tokens(n=300, seed=0):
+    """Few kinds of tokens, so that long contexts come back; documents."""
+    tokens = np.random.default_rng(seed).integers(2, 5, n)
+    tokens[[0, 120, 121, 200]] = BOS
+    return tokens.tolist()
+
+
+def _slow(tokens, t, v, length):
+    """c_j(v): every earlier token that is v and follows the same tokens, decayed by what came since."""
+    total = 0.0
+    for s in range(length, t):
+        if t >= length and tokens[s] == v and tokens[s - length : s] == tokens[t - length : t]:
+            documents = tokens[s:t].count(BOS)
+            total += DECAY ** (t - s) * DOCUMENT_DECAY**documents
+    return total
+
+
+def test_followers_are_decayed_counts_of_exact_contexts():
+    tokens = _tokens()
+    found = Repeats(DECAY, DOCUMENT_DECAY, BOS).take(tokens, all_rows=True)
+    rows = {(i, j, v): weight for i, j, v, weight in found.rows}
+    for t in (0, 1, 2, 5, 30, 119, 120, 121, 122, 125, 199, 201, 299):
+        for j, length in enumerate(CONTEXTS):
+            counts = [_slow(tokens, t, v, length) for v in range(6)]
+            assert found.total[t, j] == pytest.approx(sum(counts), rel=1e-9)
+            assert found.hits[t, j] == pytest.approx(counts[tokens[t]], rel=1e-9)
+            for v, count in enumerate(counts):
+                assert rows.get((t, j, v), 0.0) == pytest.approx(count, rel=1e-9)
+
+
+def test_pieces_of_a_stream_count_like_the_whole():
+    tokens = _tokens()
+    whole, parts = Repeats(DECAY, DOCUMENT_DECAY, BOS).take(tokens), Repeats(DECAY, DOCUMENT_DECAY, BOS)
+    cut = [parts.take(tokens[a:b]) for a, b in ((0, 1), (1, 4), (4, 4), (4, 150), (150, 300))]
+    assert np.array_equal(np.concatenate([part.total for part in cut]), whole.total)
+    assert np.array_equal(np.concatenate([part.hits for part in cut]), whole.hits)
+
+
+def test_mixtures_are_distributions_that_hold_the_charge():
+    tokens = _tokens()
+    found = Repeats(DECAY, DOCUMENT_DECAY, BOS).take(tokens, all_rows=True)
+    base = torch.softmax(torch.randn(300, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64), -1)
+    gates = torch.tensor(DEFAULT_GATES, dtype=torch.float64) + 1
+    rows = mix_rows(base, found, gates)
+    assert (rows.sum(-1) - 1).abs().max() < 1e-12 and rows.min() > 0
+    index = torch.tensor(tokens)[:, None]
+    assert (rows.gather(1, index)[:, 0] - mix(base.gather(1, index)[:, 0], found, gates)).abs().max() < 1e-12
+    assert (rows - base).abs().max() > 0.3
+
+
+def test_memory_is_bounded_and_forgetting_changes_nothing_else():
+    tokens = np.random.default_rng(1).integers(2, 40, 6000).tolist()
+    repeats = Repeats(0.99, DOCUMENT_DECAY, BOS)  # a unit of 1e12 after 2,750 tokens
+    sizes = []
+    for first in range(0, 6000, 500):
+        found = repeats.take(tokens[first : first + 500])
+        sizes.append(sum(map(len, repeats.tables)))
+    assert max(sizes) < 6 * 6000
+    recent = Repeats(0.99, DOCUMENT_DECAY, BOS)
+    recent.take(tokens[1500:5500])
+    again = recent.take(tokens[5500:])
+    np.testing.assert_allclose(found.total, again.total, rtol=1e-9, atol=1e-9)
+
+
+def test_fitted_gates_beat_the_default_where_they_were_fitted_and_open_only_if_it_pays():
+    tokens = _tokens(2000) + _tokens(2000, seed=5)
+    found = Repeats(0.999, DOCUMENT_DECAY, BOS).take(tokens)
+    generator = np.random.default_rng(3)
+    nll = generator.uniform(0.9, 1.3, len(tokens))  # a model that knows the three kinds, about
+
+    def loss(gates):
+        gates = torch.tensor(gates, dtype=torch.float64)
+        return float(-mix(torch.from_numpy(np.exp(-nll)), found, gates).log().sum())
+
+    fitted = fit_gates(nll, found)
+    assert loss(fitted) < loss(DEFAULT_GATES) and np.shape(fitted) == (len(CONTEXTS), 2)
+    # what comes is random: after a long context, its few followers say nothing
+    typical = found.total[-1000:]
+    opened = 1 / (1 + np.exp(-(np.array(fitted)[-1] @ [1, math.log(typical[:, -1].mean())])))
+    assert opened < 1 / (1 + np.exp(-(np.array(DEFAULT_GATES)[-1] @ [1, math.log(typical[:, -1].mean())])))
+
+
+def _slow_bigram(logits, targets, context, scored, row, k):
+    """The bigram form from its definition, window by window: only windows before count."""
+    seen, out = [], []
+    previous = None
+    for w in range(len(targets)):
+        weights, weight = [], 1.0
+        for _, _, target in reversed(seen):
+            weights.append(weight)
+            weight *= row.decay * (row.document_decay if target == BOS else 1)
+        weights.reverse()
+        counts, expected = torch.zeros(V, dtype=torch.float64), torch.zeros(V, dtype=torch.float64)
+        for (_, p, target), weight in zip(seen, weights, strict=True):
+            counts[target] += weight
+            expected += weight * p
+        ratio = ((counts + k) / (expected + k)) ** row.scale
+        ratio = ratio.clamp(math.exp(-row.clamp), math.exp(row.clamp)) ** (1 / row.scale)
+        new = []
+        for t in range(int(context[w]), int(scored[w])):
+            target = int(targets[w, t])
+            before = target if previous is None else previous
+            counts, expected = torch.zeros(V, dtype=torch.float64), torch.zeros(V, dtype=torch.float64)
+            for (other, p, seen_target), weight in zip(seen, weights, strict=True):
+                if other == before:
+                    counts[seen_target] += weight
+                    expected += weight * p
+            bias = (row.scale * ((counts + row.k2 * ratio) / (expected + row.k2)).log()).clamp(-row.clamp, row.clamp)
+            out.append(-(logits[w, t] + bias).log_softmax(-1)[target])
+            new.append((before, logits[w, t].softmax(-1), target))
+            previous = target
+        seen += new
+    return torch.stack(out)
+
+
+def test_bigram_rates_agree_with_their_definition():
+    windows = stream(9, dtype=torch.float64)
+    row = Calibration().resolve(parse_preset("causal-bigram:scale=0.8,decay=0.98"))
+    expected = _slow_bigram(*windows, row, torch.full((V,), 2.0, dtype=torch.float64))
+    for pieces in ([9], [1] * 9, [4, 5]):
+        adapter, got, first = Adapter(row, bos_id=BOS), [], 0
+        for size in pieces:
+            got.append(adapter.step(WindowBatch(*(x[first : first + size] for x in windows))).nll())
+            first += size
+        assert (torch.cat(got) - expected).abs().max() < 1e-5  # tables are float32
+
+
+def test_bigram_tables_are_rescaled_without_a_trace():
+    windows = stream(60)
+    row = Calibration().resolve(parse_preset("causal-bigram:decay=0.9"))
+    adapter = Adapter(row, bos_id=BOS)
+    nll = adapter.step(WindowBatch(*windows)).nll()
+    slow = _slow_bigram(*windows, row, torch.full((V,), 2.0, dtype=torch.float64))
+    assert 1e-6 <= adapter._bigram.unit <= 1 and (nll - slow).abs().max() < 1e-3
+
+
+def test_tables_that_would_not_fit_are_refused():
+    row = Calibration().resolve(parse_preset("causal-bigram"))
+    with pytest.raises(InputError, match=r"a vocabulary of 50257 needs 20,206,128,392 bytes of bigram tables"):
+        BigramRates(Rates(row, torch.ones(50257), BOS))
+
+
+def test_repeats_see_the_window_s_own_earlier_tokens_and_nothing_later():
+    """A token that has just come back after the same eight moves the next repeat, inside one window."""
+    logits, targets, context, scored = stream(3)
+    targets = torch.full_like(targets, 7)
+    targets[:, ::2] = 9
+    adapter = Adapter(parse_preset("causal"), bos_id=BOS)
+    nll = adapter.step(WindowBatch(logits[:1], targets[:1], context[:1], scored[:1])).nll()
+    base = Adapter(parse_preset("none")).step(WindowBatch(logits[:1], targets[:1], context[:1], scored[:1])).nll()
+    assert torch.equal(nll[:2], base[:2]) and nll[L - 4 :].mean() < base[L - 4 :].mean() - 1

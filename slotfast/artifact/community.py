@@ -10,7 +10,8 @@
 "m" says of each parameter which. Shuffled: "BSHF", the stride, then every stride-th byte from the first, from the
 second, and so on. None of these says how large it is, so they are decompressed as a stream under a bound from the
 file's size; none is trusted with its pickle (`checkpoints`). Which model the tensors belong to is guessed from their
-names and shapes (`architecture`).
+names and shapes (`architecture`). The scripts' own loaders round embeddings to bfloat16; so does a bfloat16 forward
+here, and a float32 forward does not.
 """
 
 import io

@@ -130,7 +130,10 @@ def _verified(path: Path) -> tuple[bytes, bytes]:
         with path.open("rb") as file:
             prefix = file.read(_PREFIX.size)
             if not prefix.startswith(MAGIC):
-                raise InputError(f"{path}: starts with {prefix[:8]!r}, expected {MAGIC!r}: not a slotfast artifact")
+                raise InputError(
+                    f"{path}: starts with {prefix[:8]!r}, expected {MAGIC!r}: not a slotfast artifact; "
+                    "python -m slotfast.artifact convert makes one of other people's"
+                )
             if len(prefix) < _PREFIX.size:
                 raise InputError(f"{path}: {size} bytes, truncated inside the first {_PREFIX.size}")
             _, version, header_bytes, payload_bytes = _PREFIX.unpack(prefix)

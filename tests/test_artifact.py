@@ -128,6 +128,9 @@ HOSTILE = {
     "many value layers": (_set("config", "value_layers", value=[0] * 300), "value_layers"),
     "an infinite cap": (_set("config", "softcap", value=math.inf), "softcap: Input should be a finite number"),
     "an endless window": (_set("config", "seq_len", value=1 << 30), "seq_len"),
+    "a long name": (_set("tensors", 0, "name", value="x" * 5000), "tensor 'xxxx.*x[.]{3}$"),
+    "a long shape": (_set("tensors", 0, "shape", value=[1] * 5000), r"1, 1.*[.]{3}$"),
+    "a long codec": (_set("tensors", 0, "codec", value="z" * 5000), r"codec 'zz.*[.]{3}$"),
     "no metadata": (lambda header: header.pop("metadata") and None, "does not describe an artifact"),
 }
 

@@ -115,7 +115,7 @@ def check_names(names: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]])
                 ignored.append(name)
                 continue
             why = next((why for pattern, why in _NO_HOME.items() if re.fullmatch(pattern, name)), "of an unknown part")
-            raise InputError(f"tensor {name[:80]!r} has no home in this model: {why}")
+            raise InputError(f"tensor {name!r} has no home in this model: {why}")
         if _shape(tensor) != wanted[name]:
             raise InputError(f"tensor {name!r} has shape {list(_shape(tensor))}, this model has {list(wanted[name])}")
     for name in wanted:

@@ -69,6 +69,11 @@ def _check(size: int, limit: int) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, short enough for one line."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 200 else f"{text[:200]}..."
+    """What an exception says with its type, in one line of bearable length."""
+    return shortened(f"{type(error).__name__}: {error}")
+
+
+def shortened(text: str, length: int = 300) -> str:
+    """A text in one line of bearable length: names and values of a hostile file may be long."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[:length]}..."

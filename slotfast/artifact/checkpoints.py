@@ -2,8 +2,9 @@
 
 A .pt file is a zip archive of a pickle and the tensors' bytes. A pickle is a program; `read_torch` runs the few
 instructions that torch.save writes for dictionaries of tensors on a machine of its own, which knows three functions,
-all of them here. That is narrower than `torch.load(weights_only=True)`, which older versions of torch do not hold to
-the sizes of the archive's members. A .safetensors file is a JSON table of contents and bytes.
+all of them here, and holds every size against the archive's members. That is narrower than what
+`torch.load(weights_only=True)` runs, and the same with every version of torch. A .safetensors file is a JSON table of
+contents and bytes.
 
 Both raise InputError where a file is damaged, hostile, or holds what they do not know.
 """

@@ -30,7 +30,7 @@ from ..data import atomic_write
 from ..errors import InputError
 from ..quantize import QuantizedMatrix
 from .architecture import check_names, guess_config
-from .bounded import unbrotli, unlzma, unzlib
+from .bounded import shortened, unbrotli, unlzma, unzlib
 from .checkpoints import read_safetensors, read_torch
 from .contents import Artifact, expansion_limit, parameter_shapes
 
@@ -71,7 +71,7 @@ def read_community(path: str | os.PathLike, overrides: Mapping[str, Any] | None 
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {shortened(str(error))}") from None
     try:
         tensors, baseline = _tensors_of(contents)
         config, assumed = guess_config(tensors, baseline, overrides or {})
@@ -79,7 +79,7 @@ def read_community(path: str | os.PathLike, overrides: Mapping[str, Any] | None 
         left_out = check_names(tensors, shapes)
         tensors = {name: _checked(name, tensors[name]) for name in shapes}
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {shortened(str(error))}") from None
     return Artifact(config, tensors, {"format": form, "assumed": assumed, "left_out": left_out})
 
 
@@ -172,7 +172,7 @@ def _tensors_of(contents: Any) -> tuple[Tensors, bool]:
     tensors: Tensors = {}
     for name, tensor in contents.items():
         if not isinstance(tensor, Tensor) or not isinstance(name, str):
-            raise InputError(f"entry {str(name)[:80]!r} is no tensor: expected a state dict")
+            raise InputError(f"entry {str(name)!r} is no tensor: expected a state dict")
         tensors[prefix.sub("", name)] = tensor
     later = any(name.startswith(("bigram.", "smear.", "ve_shared.", *_BANKS, "skip_gates")) for name in tensors)
     return _unbanked(tensors), not later
@@ -187,14 +187,14 @@ def _quantized(weights: Any, meta: Any) -> Tensors:
     for name, info in meta.items():
         kind = info.get("type") if isinstance(info, dict) else info
         if not isinstance(kind, str) or not isinstance(name, str):
-            raise InputError(f"meta of {str(name)[:80]!r}: expected the kind of a tensor")
+            raise InputError(f"meta of {str(name)!r}: expected the kind of a tensor")
         if kind.startswith("passthrough"):
             tensors[name] = _of(weights, name)
             taken.add(name)
             continue
         bits = re.fullmatch(r"int([2-8])|.*\(int([2-8])\)", kind)
         if bits is None:
-            raise InputError(f"tensor {name[:80]!r} is stored as {kind[:40]!r}, which has no home in this model")
+            raise InputError(f"tensor {name!r} is stored as {kind!r}, which has no home in this model")
         codes, scale = _of(weights, f"{name}.q"), _of(weights, f"{name}.scale")
         tensors[name] = _matrix(name, codes, scale, int(bits[1] or bits[2]))
         taken |= {f"{name}.q", f"{name}.scale"}
@@ -214,25 +214,23 @@ def _baseline(contents: Mapping[str, Any]) -> Tensors:
 def _of(tensors: Mapping[str, Any], name: Any) -> Tensor:
     tensor = tensors.get(name)
     if not isinstance(tensor, Tensor):
-        raise InputError(f"tensor {str(name)[:80]!r} is missing")
+        raise InputError(f"tensor {str(name)!r} is missing")
     return tensor
 
 
 def _matrix(name: str, codes: Tensor, scale: Tensor, bits: int) -> Tensor | QuantizedMatrix:
     """A quantised matrix; where its scales are not one float16 a row, its float32 values."""
     if codes.dtype != torch.int8 or not scale.is_floating_point():
-        raise InputError(
-            f"tensor {name[:80]!r}: {codes.dtype} codes and {scale.dtype} scales, expected int8 and float16"
-        )
+        raise InputError(f"tensor {name!r}: {codes.dtype} codes and {scale.dtype} scales, expected int8 and float16")
     limit = 2 ** (bits - 1)
     if codes.numel() and not -limit <= int(codes.min()) <= int(codes.max()) < limit:
-        raise InputError(f"tensor {name[:80]!r} of {bits} bits holds codes from {codes.min()} to {codes.max()}")
+        raise InputError(f"tensor {name!r} of {bits} bits holds codes from {codes.min()} to {codes.max()}")
     if codes.ndim == 2 and scale.shape == codes.shape[:1] and scale.dtype == torch.float16:
         return QuantizedMatrix(codes.contiguous(), scale.contiguous(), 6 if bits <= 6 else 8)
     if scale.numel() == 1:
         return codes.float() * scale.float().reshape(())
     if scale.ndim != 1 or codes.ndim < 1 or len(scale) != len(codes):
-        raise InputError(f"tensor {name[:80]!r}: {list(scale.shape)} scales for {list(codes.shape)} codes")
+        raise InputError(f"tensor {name!r}: {list(scale.shape)} scales for {list(codes.shape)} codes")
     return codes.float() * scale.float().reshape(-1, *[1] * (codes.ndim - 1))
 
 

@@ -30,7 +30,7 @@ from ..errors import InputError
 from ..model import GPTConfig
 from ..quantize import QuantizedMatrix
 from . import codecs
-from .bounded import one_line
+from .bounded import one_line, shortened
 from .contents import Artifact, Metadata, expansion_limit, parameter_shapes
 
 MAGIC = b"slotfast"
@@ -159,10 +159,11 @@ def _described(path: Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {shortened(str(error))}") from None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        raise InputError(f"{path}: header, {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(f"{path}: header, {shortened(where)}: {shortened(first['msg'])}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: header does not describe an artifact: {one_line(error)}") from None
 
@@ -179,7 +180,7 @@ def _parse(header: bytes, payload: memoryview) -> Artifact:
         wanted = shapes.get(name)
         if name in arrays or wanted is None or shape != wanted or kind not in _TYPES:
             raise InputError(
-                f"tensor {str(name)[:80]!r} of type {kind!r} and shape {shape}: this model has {wanted or 'no such'}"
+                f"tensor {name!r} of type {kind!r} and shape {shape}: this model has {wanted or 'no such'}"
             )
         if not isinstance(length, int) or not 0 <= length <= len(payload) - start:
             raise InputError(f"tensor {name!r}: {length} bytes at {start} of a payload of {len(payload)}")

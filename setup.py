@@ -24,6 +24,8 @@ setup(
         "numpy>=1.26",
         "sentencepiece>=0.2.0",
         "brotli>=1.2",
+        # No wheels for Linux on ARM: without it rANS matrices are read slowly and not written.
+        "constriction>=0.4,<0.6; platform_system != 'Linux' or platform_machine == 'x86_64'",
         "zstandard>=0.22",
         "pydantic>=2.7",
         "tqdm>=4.66",

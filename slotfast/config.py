@@ -46,6 +46,9 @@ class EvalSettings(Settings):
     """Settings of python -m slotfast.eval."""
 
     artifact: str | None = setting(None, "model to evaluate; default: the one in this package", "ARTIFACT_PATH")
+    model_config_: str | None = setting(
+        None, "settings of the model of other people's files: KEY=VALUE,KEY=VALUE or JSON", alias="model_config"
+    )
     model: str | None = setting(
         None, "evaluate another project's model: package.module:factory, or a Hugging Face folder"
     )
@@ -358,6 +361,22 @@ class AuditSettings(Settings):
     certificate: str | None = setting(None, "write what was covered, of what, and how to repeat it, as JSON")
     traceback: bool = setting(False, "show where a loop failed")
     show_config: bool = setting(False, "show every setting with its source and exit")
+
+
+class ShowSettings(Settings):
+    """Settings of python -m slotfast.artifact show."""
+
+    file: str = setting("", "artifact or checkpoint", positional=True)
+    model_config_: str | None = setting(
+        None, "settings of the model of other people's files: KEY=VALUE,KEY=VALUE or JSON", alias="model_config"
+    )
+    json_: str | None = setting(None, "write the result as JSON; - for standard output", alias="json")
+
+
+class ConvertSettings(ShowSettings):
+    """Settings of python -m slotfast.artifact convert."""
+
+    out: str = setting("", "file to write: .slotfast, or .ptz as PR #1019 has it", positional=True)
 
 
 S = TypeVar("S", bound=Settings)

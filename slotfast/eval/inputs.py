@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .. import corpus
-from ..artifact import Artifact, read_artifact
+from ..artifact import Artifact, load_artifact, parse_overrides
 from ..config import EvalSettings
 from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError
@@ -79,11 +79,16 @@ def _read_model(settings: EvalSettings) -> tuple[Artifact | ForeignModel, int | 
     if settings.model is not None:
         if settings.artifact is not None:
             raise InputError("--model and --artifact (or ARTIFACT_PATH): give one of them")
+        if settings.model_config_ is not None:
+            raise InputError("--model-config: goes with --artifact; a factory makes its model as it likes")
         model, tokenizer = read_foreign(settings)
         return model, None, tokenizer
     shipped = resources.files("slotfast") / "demo"
     artifact_path = Path(settings.artifact or str(shipped / "demo.slotfast"))
-    artifact = read_artifact(artifact_path)
+    artifact = load_artifact(artifact_path, parse_overrides(settings.model_config_))
+    if assumed := artifact.metadata.get("assumed"):
+        shown = ", ".join(f"{key}={value}" for key, value in assumed.items())
+        print(f"warning: {artifact_path} does not say, so it is assumed: {shown} (--model-config)", file=sys.stderr)
     tokenizer = Tokenizer(settings.tokenizer or str(shipped / "demo.model"))
     expected = artifact.metadata.get("tokenizer_sha256")
     if tokenizer.vocab_size != artifact.config.vocab_size or expected not in (None, tokenizer.sha256):

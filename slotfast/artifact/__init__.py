@@ -1,0 +1,17 @@
+"""Artifacts: files that hold a quantised model, ours and other people's; verified before use and never executed."""
+
+from .architecture import parse_overrides
+from .community import read_community, write_community
+from .contents import Artifact
+from .format import read_artifact, write_artifact
+from .load import load_artifact
+
+__all__ = [
+    "Artifact",
+    "load_artifact",
+    "parse_overrides",
+    "read_artifact",
+    "read_community",
+    "write_artifact",
+    "write_community",
+]

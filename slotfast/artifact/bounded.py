@@ -1,0 +1,79 @@
+"""Decompression that stops at a bound: a stream that would expand further is refused, and never held.
+
+Each `un` function gives all the decoded bytes, or raises ValueError where the data are damaged, end early, go on behind
+their end, or decode to more than `limit` bytes.
+"""
+
+import lzma
+import zlib
+
+import brotli
+
+
+def unbrotli(data: bytes | memoryview, limit: int) -> bytes:
+    """Decode a brotli stream of at most `limit` bytes."""
+    decoder, pieces, size = brotli.Decompressor(), [], 0
+    try:
+        while not decoder.is_finished():
+            piece = decoder.process(data, output_buffer_limit=limit + 1 - size)
+            if not piece and not decoder.is_finished():
+                raise ValueError("truncated")
+            pieces.append(piece)
+            size += len(piece)
+            data = b""
+            _check(size, limit)
+    except brotli.error as error:
+        raise ValueError(f"damaged: {error}") from None
+    return b"".join(pieces)
+
+
+def unlzma(data: bytes | memoryview, limit: int, filters: list[dict[str, int]] | None = None) -> bytes:
+    """Decode at most `limit` bytes of an xz file, or of raw LZMA where filters are given."""
+    if filters:
+        decoder = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=filters)
+    else:  # preset 9 needs 65 MiB; a stream may ask for 4 GiB
+        decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=1 << 27)
+    try:
+        raw = decoder.decompress(data, max_length=limit + 1)
+        _check(len(raw), limit)
+        if not decoder.eof and not filters:  # the end of an xz file holds a check sum, which may be still to read
+            raw += decoder.decompress(b"", max_length=1)
+            _check(len(raw), limit)
+    except (lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"damaged: {error}") from None
+    if not filters and not decoder.eof:
+        raise ValueError("truncated")
+    if decoder.eof and decoder.unused_data:
+        raise ValueError("data behind the end")
+    return raw
+
+
+def unzlib(data: bytes | memoryview, limit: int) -> bytes:
+    """Decode a zlib stream of at most `limit` bytes."""
+    decoder = zlib.decompressobj()
+    try:
+        raw = decoder.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise ValueError(f"damaged: {error}") from None
+    _check(len(raw), limit)
+    if not decoder.eof:
+        raise ValueError("truncated")
+    if decoder.unused_data:
+        raise ValueError("data behind the end")
+    return raw
+
+
+def _check(size: int, limit: int) -> None:
+    if size > limit:
+        raise ValueError(f"decodes to more than {limit} bytes")
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says with its type, in one line of bearable length."""
+    return shortened(f"{type(error).__name__}: {error}")
+
+
+def shortened(text: str, length: int = 300) -> str:
+    """A text in one line of bearable length: names and values of a hostile file may be long."""
+    text = " ".join(text.split())
+    return text if len(text) <= length else f"{text[:length]}..."

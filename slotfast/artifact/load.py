@@ -1,0 +1,40 @@
+"""Any file that holds a model."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .community import read_community
+from .contents import Artifact
+from .format import MAGIC, read_artifact
+
+
+def is_ours(path: str | os.PathLike) -> bool:
+    """Whether a file starts as our artifacts do.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def load_artifact(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Artifact:
+    """Read a model from our artifact, a community artifact or a checkpoint; executes nothing.
+
+    Args:
+        overrides: settings of the model that replace what is guessed of other people's files.
+
+    Raises:
+        InputError: damaged or hostile file, another kind of file, overrides for a file that needs none.
+    """
+    if not is_ours(path):
+        return read_community(path, overrides)
+    if overrides:
+        raise InputError(f"{path}: says itself what its model is: model settings are for other people's files")
+    return read_artifact(path)

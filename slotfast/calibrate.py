@@ -1,6 +1,7 @@
 """python -m slotfast.calibrate: fit the few numbers of `causal` to a model, on text like its training text."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -121,8 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if len(ids) < 2:
         raise InputError(f"{settings.text}: {len(ids)} tokens; calibration needs at least 2")
     found = calibrate(artifact.model(), TokenStream([ids]), tokenizer.byte_table, tokenizer.bos_id, artifact.unigram)
-    artifact.metadata["calibration"] = found
-    size = write_artifact(settings.out, artifact)
+    size = write_artifact(settings.out, replace(artifact, metadata={**artifact.metadata, "calibration": found}))
     print(summary(found))
     print(f"{settings.out}: {size:,} bytes")
 

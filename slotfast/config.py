@@ -182,6 +182,15 @@ class TrainSettings(Settings):
     qat: Literal["off", "straight", "soft"] = setting("off", "late rounding of the matrices to 6 bits in the forward")
     qat_from: float = setting(0.15, "share of the rates below which it begins", "LATE_QAT_THRESHOLD", ge=0, le=1)
 
+    quantize: Literal["rows", "gptq"] = setting("rows", "how weights are rounded: row by row, or by GPTQ")
+    quantize_clip: Literal["percentile", "sdclip"] = setting("percentile", "how a row's range is chosen")
+    quantize_on: Literal["self", "data"] = setting(
+        "self", "GPTQ's calibration: text of the model's own, or training data"
+    )
+    quantize_windows: int = setting(64, "windows of it", "GPTQ_CALIBRATION_BATCHES", ge=1, le=4096)
+    target_bytes: int | None = setting(None, "prune weights until the artifact is this small", ge=1)
+    calibrate: Literal["yes", "no"] = setting("yes", "fit `causal` to the documents that are held out, and store it")
+
     ttt: Literal["off", "pr1306", "pr1351"] = setting(
         "off", "train the finished weights on one more stream, as published, before they are quantised"
     )
@@ -244,6 +253,7 @@ _PR1019 = {
     "clip_scope": "all",
     "average": "ema",
     "qat": "straight",
+    "quantize": "gptq",
 }
 TrainSettings.PRESETS |= {
     "demo": {},

@@ -122,8 +122,18 @@ HOSTILE = {
     "a length past the end": (_set("tensors", 0, "bytes", value=1 << 50), "bytes at 0 of a payload"),
     "a length of another type": (_set("tensors", 0, "bytes", value="9"), "9 bytes at 0"),
     "a tensor less": (lambda header: header["tensors"].pop() and None, "belong to no tensor"),
-    "a scale out of range": (_set("metadata", "scale", value=-50), "scale: Input should be greater than or equal to 0"),
-    "a scale that is no number": (_set("metadata", "scale", value=math.nan), "scale: Input should be a finite number"),
+    "a calibration out of range": (
+        _set("metadata", "calibration", value={"scale": -50, "decay": 0.9, "gates": [[0, 0]] * 6}),
+        "calibration.scale: Input should be greater than or equal to 0",
+    ),
+    "a calibration that is no number": (
+        _set("metadata", "calibration", value={"scale": 1, "decay": math.nan, "gates": [[0, 0]] * 6}),
+        "calibration.decay: Input should be",
+    ),
+    "a calibration of too few gates": (
+        _set("metadata", "calibration", value={"scale": 1, "decay": 0.9, "gates": [[0, 0]]}),
+        "calibration.gates: Tuple should have at least 6 items",
+    ),
     "a hash that is no text": (_set("metadata", "tokenizer_sha256", value=7), "tokenizer_sha256: Input should be"),
     "many value layers": (_set("config", "value_layers", value=[0] * 300), "value_layers"),
     "an infinite cap": (_set("config", "softcap", value=math.inf), "softcap: Input should be a finite number"),

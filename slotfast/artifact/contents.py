@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..kernels import pack_int6
 from ..model import GPT, GPTConfig, PackedLinear
 from ..ops import Backend
-from ..quantize import QuantizedMatrix, quantize_rows
+from ..quantize import QuantizedMatrix, quantize_rows, stored_bits
 
 # A trained model shrinks by a factor of two, one of ternary weights by five, an all-zero one without limit: more than
 # this is taken for a bomb. The slack is for files of a few bytes.
@@ -48,10 +48,10 @@ class Artifact:
         for name, tensor in self.tensors.items():
             if isinstance(tensor, QuantizedMatrix):
                 tensors[name] = tensor
-            elif tensor.ndim != 2 or ("blocks" in name and "weight" not in name) or name.startswith("skip_"):
+            elif (bits := stored_bits(name, tensor)) == 16:
                 tensors[name] = tensor.detach().half().float()
             else:
-                tensors[name] = quantize_rows(tensor, 6 if name.startswith("blocks.") else 8)
+                tensors[name] = quantize_rows(tensor, bits)
         return Artifact(self.config, tensors, self.metadata, self.unigram)
 
     def model(self, weights: Literal["dequantized", "int6"] = "dequantized", backend: Backend = "auto") -> GPT:
@@ -84,13 +84,25 @@ class Artifact:
         return model.eval().requires_grad_(False)
 
 
+class CalibratedRates(BaseModel):
+    """What `slotfast.calibrate` stored; anything else that it says is kept and shown."""
+
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    scale: float = Field(ge=0, le=2)
+    decay: float = Field(gt=0, le=1)
+    gates: tuple[tuple[Annotated[float, Field(ge=-100, le=100)], Annotated[float, Field(ge=-100, le=100)]], ...] = (
+        Field(min_length=6, max_length=6)
+    )
+
+
 class Metadata(BaseModel):
     """What of an artifact's metadata is acted on; anything else is kept and shown."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     tokenizer_sha256: str | None = None
-    scale: float | None = Field(None, ge=0, le=2)
+    calibration: CalibratedRates | None = None
 
 
 def expansion_limit(size: int) -> int:

@@ -68,6 +68,20 @@ def write_artifact(path: str | os.PathLike, artifact: Artifact) -> int:
     Returns:
         Size of the file in bytes.
     """
+    parts = _encoded(artifact)
+    with atomic_write(path) as file:
+        for part in parts:
+            file.write(part)
+    return sum(map(len, parts))
+
+
+def artifact_bytes(artifact: Artifact) -> int:
+    """Size of the file that `write_artifact` would write."""
+    return sum(map(len, _encoded(artifact)))
+
+
+def _encoded(artifact: Artifact) -> list[bytes]:
+    """The file's parts, in order."""
     entries, blobs = [], []
 
     def add(name: str, kind: str, array: np.ndarray) -> None:
@@ -88,10 +102,7 @@ def write_artifact(path: str | os.PathLike, artifact: Artifact) -> int:
         separators=(",", ":"),
     ).encode()
     prefix = _PREFIX.pack(MAGIC, VERSION, len(header), sum(map(len, blobs)))
-    with atomic_write(path) as file:
-        for part in (prefix, _digest(prefix, header, *blobs), header, *blobs):
-            file.write(part)
-    return Path(path).stat().st_size
+    return [prefix, _digest(prefix, header, *blobs), header, *blobs]
 
 
 def read_artifact(path: str | os.PathLike) -> Artifact:

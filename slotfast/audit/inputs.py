@@ -86,7 +86,7 @@ def _own(settings: AuditSettings) -> Subject:
     loop = OwnLoop(
         artifact.model(backend=settings.backend).to(device),
         rows,
-        Calibration(artifact.unigram, artifact.metadata.get("scale")),
+        Calibration.stored(artifact.unigram, artifact.metadata),
         tokenizer.byte_table,
         tokenizer.bos_id,
         hints,

@@ -64,7 +64,7 @@ def _evaluate(
     plan = choose_plan(settings, inputs)
     batch_windows, adapt_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size, device)
     training = choose_training(settings, rows, world)
-    calibration = Calibration(inputs.artifact.unigram, inputs.artifact.metadata.get("scale"))
+    calibration = Calibration.stored(inputs.artifact.unigram, inputs.artifact.metadata)
     bos_id = inputs.tokenizer.bos_id
     adapters = [Adapter(row, calibration, bos_id) for row in rows]
     model = inputs.artifact.model(settings.weights, settings.backend).to(device)

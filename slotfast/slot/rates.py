@@ -7,7 +7,9 @@ bias_uv = scale * log((C_uv + h r_v) / (E_uv + h)).
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +39,12 @@ class Calibration:
     scale: float | None = None
     decay: float | None = None
     gates: tuple[tuple[float, float], ...] | None = None
+
+    @classmethod
+    def stored(cls, frequency: Tensor | None, metadata: Mapping[str, Any]) -> "Calibration":
+        """What a model's file holds of it."""
+        numbers = metadata.get("calibration") or {}
+        return cls(frequency, *(numbers.get(name) for name in ("scale", "decay", "gates")))
 
     @property
     def known(self) -> bool:

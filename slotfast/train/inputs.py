@@ -35,6 +35,7 @@ class Inputs:
         names, shards: token ids to learn, a memory map each or one array for text.
         val: tokens that measure the training, or None.
         val_bytes: behind them, by the byte rule.
+        held_out: some of the training documents that are not learned from, or None where others measure the training.
         ttt: tokens that the finished weights are adapted to, or None.
         ttt_overlap: larger share of runs that `ttt` and `val` have from one another; None where one of them is missing.
         trained_on: where the tokens come from, for people.
@@ -46,6 +47,7 @@ class Inputs:
     shards: Sequence[np.ndarray]
     val: TokenStream | None
     val_bytes: int
+    held_out: TokenStream | None
     ttt: TokenStream | None
     ttt_overlap: float | None
     trained_on: str
@@ -128,7 +130,7 @@ def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Input
     about += f", {sum(map(len, shards)):,} tokens"
     if held_out:
         about += f"; {len(held_out)} documents held out"
-    return Inputs(tokenizer, names, shards, val, val_bytes, ttt, shared, trained_on, about)
+    return Inputs(tokenizer, names, shards, val, val_bytes, val if held_out else None, ttt, shared, trained_on, about)
 
 
 def check_ttt(settings: TrainSettings) -> None:

@@ -6,7 +6,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__, config
-from ..artifact import Artifact, write_artifact
-from ..data import atomic_write, check_writable
+from ..artifact import Artifact, artifact_bytes, write_artifact
+from ..calibrate import calibrate, summary
+from ..data import TokenStream, atomic_write, check_writable
 from ..errors import InputError
+from ..generate import sample
 from ..loader import open_loader
 from ..model import GPT, GPTConfig
+from ..quantize import TensorReport, format_report, quantize_model
 from ..ranks import join_ranks
 from . import checkpoint, ttt
 from .inputs import MAX_OVERLAP, Inputs, check_ttt, read_inputs, tokenizer_path
@@ -33,7 +36,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Settings that change no weight, or whose effect the data's fingerprint covers: a resumed run may have others.
 _FREE = {"out", "text", "tokens", "data_path", "val_text", "val_tokens", "max_val_tokens", "tokenizer", "preset"}
 _FREE |= {"device", "dtype", "compile", "checkpoint", "checkpoint_steps", "checkpoint_seconds", "resume", "log_every"}
-_FREE |= {"val_every", "json_", "plot", "show_config", "allow_noncausal"}
+_FREE |= {"val_every", "json_", "plot", "show_config", "allow_noncausal", "target_bytes", "calibrate"}
+_AFTERWARDS = ("ttt", "quantize")  # how the names begin of those that act after all that a checkpoint holds
+_CALIBRATION_TOKENS = 100_000
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -132,10 +137,16 @@ def _finish(
     """Write the artifact and measure it; the summary."""
     start = time.perf_counter()
     metadata = _metadata(settings, inputs, trainer)
-    model = trainer.model.eval().cpu()
-    artifact = Artifact.from_model(model, metadata, unigram)
+    model = trainer.model.eval()
+    artifact, report = _quantize(settings, inputs, model, metadata, unigram)
     size = write_artifact(settings.out, artifact)
     seconds["quantize"] = time.perf_counter() - start
+    log(format_report(report))
+    if inputs.held_out is not None and settings.calibrate == "yes":
+        start_calibration = time.perf_counter()
+        artifact, size = _calibrate(settings, inputs, artifact, trainer.device, log)
+        seconds["calibrate"] = time.perf_counter() - start_calibration
+    model = model.cpu()
     if settings.reserve and seconds["quantize"] > settings.reserve:
         log(f"quantisation took {seconds['quantize']:.1f} s, more than --reserve {settings.reserve:g}")
     val = {}
@@ -158,6 +169,8 @@ def _finish(
         "val": val,
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "artifact_bytes": size,
+        "quantization": [asdict(tensor) for tensor in report],
+        "calibration": artifact.metadata.get("calibration"),
         "artifact_sha256": hashlib.sha256(Path(settings.out).read_bytes()).hexdigest(),
         "history": trainer.history,
         "measured": trainer.measured,
@@ -191,6 +204,51 @@ def _metadata(settings: config.TrainSettings, inputs: Inputs, trainer: Trainer) 
             "validation_overlap": inputs.ttt_overlap,
         }
     return metadata
+
+
+def _quantize(
+    settings: config.TrainSettings, inputs: Inputs, model: GPT, metadata: dict[str, Any], unigram: Tensor
+) -> tuple[Artifact, list[TensorReport]]:
+    """The artifact, and what became of each tensor."""
+    windows = None
+    if settings.quantize == "gptq" and settings.quantize_on == "self":
+        windows = sample(model, settings.quantize_windows, settings.seq_len, seed=settings.seed)
+    elif settings.quantize == "gptq":
+        loader = open_loader("shuffle", inputs.names, inputs.shards, settings.seq_len, 1, settings.seed, 1)
+        device = model.tok_emb.weight.device
+        windows = (loader.next_batch()[:, :-1].to(device) for _ in range(settings.quantize_windows))
+
+    def size(tensors: Mapping[str, Any]) -> int:
+        return artifact_bytes(Artifact(model.config, tensors, metadata, unigram))
+
+    found = quantize_model(
+        model,
+        windows,
+        method=settings.quantize,
+        clip=settings.quantize_clip,
+        target_bytes=settings.target_bytes,
+        size=size if settings.target_bytes else None,
+        budget_seconds=settings.reserve or None,
+    )
+    return Artifact(model.config, found.tensors, metadata, unigram), found.report
+
+
+def _calibrate(
+    settings: config.TrainSettings, inputs: Inputs, artifact: Artifact, device: torch.device, log: Callable
+) -> tuple[Artifact, int]:
+    """The artifact with its adaptation calibrated on the documents held out, written again, and its size."""
+    tokenizer = inputs.tokenizer
+    found = calibrate(
+        artifact.model().to(device),
+        TokenStream([inputs.held_out.read(0, min(len(inputs.held_out), _CALIBRATION_TOKENS))]),
+        tokenizer.byte_table,
+        tokenizer.bos_id,
+        artifact.unigram,
+        device=device,
+    )
+    log(summary(found))
+    artifact = replace(artifact, metadata={**artifact.metadata, "calibration": found})
+    return artifact, write_artifact(settings.out, artifact)
 
 
 def _recipe(settings: config.TrainSettings) -> ttt.Recipe:
@@ -302,7 +360,7 @@ def _describe(settings: config.TrainSettings, inputs: Inputs, model: GPTConfig, 
     chosen = {
         name: value
         for name, value in settings.model_dump().items()
-        if name not in _FREE and not name.startswith("ttt")  # that comes after all that a checkpoint holds
+        if name not in _FREE and not name.startswith(_AFTERWARDS)
     }
     sizes = {"vocabulary": model.vocab_size, "BOS": model.bos_id}
     return chosen | sizes | {"data": inputs.fingerprint(), "ranks": world}

@@ -54,7 +54,8 @@ def calibrate(
         rows += [parse_preset(f"causal-unigram:scale={scale},decay={decay ** (1 / 64)!r}") for scale in SCALES[1:]]
     adapters = [Adapter(row, Calibration(frequency), bos_id) for row in rows]
     parts: list[Scored] = []
-    plan = Plan(len(stream) - 1, min(model.config.seq_len, max(len(stream) - 1, stride)), stride)
+    length = min(model.config.seq_len, max(len(stream) - 1, 1))
+    plan = Plan(len(stream) - 1, length, min(stride, length))
     options = {"batch_windows": batch_windows, "dtype": dtype, "device": device, "on_scored": parts.append}
     sliding_pass(model, stream, plan, adapters, byte_table, bos_id, **options)
     nll = np.concatenate([part.nll for part in parts], 1)[1:].astype(np.float64)

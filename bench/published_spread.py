@@ -54,9 +54,9 @@ class PublishedLoop(Adapter):
 
 def compare(text: str | None, batches: int, seeds: int) -> dict:
     """Bits per byte of plain windows, `pr1350`, the loop, and the loop under noise."""
-    inputs = read_inputs(EvalSettings(text=text))
-    length = inputs.artifact.config.seq_len
     windows = batches * published.WINDOWS
+    inputs = read_inputs(EvalSettings(text=text, max_tokens=published.LENGTH + windows * STRIDE))
+    length = inputs.artifact.config.seq_len
     plan = Plan(min(len(inputs.stream) - 1, length + (windows - 1) * STRIDE), length, STRIDE)
     adapters = [Adapter(parse_preset("pr1350")), PublishedLoop(), *map(PublishedLoop, range(seeds))]
     done = sliding_pass(

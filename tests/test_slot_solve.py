@@ -149,7 +149,7 @@ def test_counts_and_losses_follow_torch_on_hard_problems():
         batched solver, float32    192, 187                   156, 150
         torch, float32             186, 168                   134, 118
 
-    and the kernel's counts in 192 with the former. That is why the defaults are not what is asserted for float32.
+    and the kernel's counts in 194 with the former. That is why the defaults are not what is asserted for float32.
     """
     generator = torch.Generator().manual_seed(0)
     traced = followed = 0  # solves whose losses after each iteration the kernel was asked for

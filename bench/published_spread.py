@@ -4,9 +4,10 @@
 
 A fit without a ridge, warm-started from the batch before, is chaotic: rounding grows some hundredfold a batch. So the
 loop itself is run again with every logit that it fits to moved to one of its float32 neighbours, once for each seed;
-what it then scores is the spread that "the same system" can mean. All contenders see the same forward pass, fit to the
-same positions, carry their own warm start over the batches and score the same tokens; the loop is given the 64 focal
-positions alone, as the others have no weight in its loss.
+what it then scores is the spread that "the same system" can mean. `inside` is about its range, `from_the_loop` about
+how far from the loop without noise `pr1350` and the noisy ones end. All contenders see the same forward pass, fit to
+the same positions, carry their own warm start over the batches and score the same tokens; the loop is given the 64
+focal positions alone, as the others have no weight in its loss.
 """
 
 import argparse
@@ -54,9 +55,9 @@ class PublishedLoop(Adapter):
 
 def compare(text: str | None, batches: int, seeds: int) -> dict:
     """Bits per byte of plain windows, `pr1350`, the loop, and the loop under noise."""
-    inputs = read_inputs(EvalSettings(text=text))
-    length = inputs.artifact.config.seq_len
     windows = batches * published.WINDOWS
+    inputs = read_inputs(EvalSettings(text=text, max_tokens=published.LENGTH + windows * STRIDE))
+    length = inputs.artifact.config.seq_len
     plan = Plan(min(len(inputs.stream) - 1, length + (windows - 1) * STRIDE), length, STRIDE)
     adapters = [Adapter(parse_preset("pr1350")), PublishedLoop(), *map(PublishedLoop, range(seeds))]
     done = sliding_pass(
@@ -68,14 +69,16 @@ def compare(text: str | None, batches: int, seeds: int) -> dict:
         inputs.tokenizer.bos_id,
         batch_windows=published.WINDOWS,
     )
-    plain, ours, *loops = (done.meter.score(row).bpb for row in range(len(adapters) + 1))
+    plain, ours, loop, *noisy = (done.meter.score(row).bpb for row in range(len(adapters) + 1))
+    loops, moved = [loop, *noisy], [abs(bpb - loop) for bpb in noisy]
     return {
         "text": inputs.source,
         "windows": done.windows,
         "seq_len": length,
-        "bpb": {"none": plain, "pr1350": ours, "loop": loops[0], "loop with noise": loops[1:]},
+        "bpb": {"none": plain, "pr1350": ours, "loop": loop, "loop with noise": noisy},
         "spread": {"least": min(loops), "most": max(loops), "deviation": statistics.stdev(loops)},
         "inside": min(loops) <= ours <= max(loops),
+        "from_the_loop": {"pr1350": abs(ours - loop), "noise_least": min(moved), "noise_most": max(moved)},
         "deviations_from_mean": (ours - statistics.mean(loops)) / statistics.stdev(loops),
     }
 

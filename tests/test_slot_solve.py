@@ -9,6 +9,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.optim.lbfgs as torch_lbfgs
 from torch import Tensor
 
 from slotfast.kernels import slot_solve, slot_solve_mm, slot_solve_mm_ref, slot_solve_ref
@@ -92,20 +93,107 @@ def batched(z, targets, ridge, start=None, **options):
 # L-BFGS: parity
 
 
-def test_counts_and_losses_follow_the_batched_solver_on_hard_problems():
+KINDS = ("plain", "one position", "all targets equal", "peaked", "warm start at the optimum", "clamp active")
+
+
+def hard_problem(trial: int, generator: torch.Generator):
+    """Logits, targets, start, ridge and clamp of one window."""
+    kind, ridge = KINDS[trial % len(KINDS)], (0.0, 1e-3, 1.0)[trial // len(KINDS) % 3]
+    V, T = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((40, 200), (8, 49)))
+    z, targets = draw(generator, 1, 1 if kind == "one position" else T, V)
+    start = torch.zeros(1, V)
+    if kind == "all targets equal":
+        targets = torch.full_like(targets, 3)
+    if kind == "peaked":
+        z = 10 * z
+    if kind == "warm start at the optimum":
+        start = batched(z.double(), targets, ridge, start, phases=((100, 20),)).x.float()
+    return z, targets, start, ridge, 0.3 if kind == "clamp active" else None
+
+
+def torch_optim(z, targets, start, ridge, phases, tolerance_grad, tolerance_change):
+    """torch.optim.LBFGS with autograd, in the type of z -> bias, counts, loss after each iteration."""
+    ((most, history),) = phases
+    b = start.to(z).clone().requires_grad_()
+    limits = {"tolerance_grad": tolerance_grad, "tolerance_change": tolerance_change}
+    optimizer = torch.optim.LBFGS([b], max_iter=most, history_size=history, line_search_fn="strong_wolfe", **limits)
+    line_search, losses = torch_lbfgs._strong_wolfe, []
+
+    def recorded(*args, **kwargs):
+        result = line_search(*args, **kwargs)
+        losses.append(float(result[0]))
+        return result
+
+    def closure():
+        optimizer.zero_grad()
+        nll = torch.nn.functional.cross_entropy((z + b[:, None])[0], targets[0])
+        loss = nll + ridge / 2 * b.square().sum() / targets.shape[1]
+        loss.backward()
+        return loss.detach()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_lbfgs, "_strong_wolfe", recorded)
+        optimizer.step(closure)
+    state = optimizer.state[b]
+    return b.detach(), (state.get("n_iter", 0), state["func_evals"]), losses
+
+
+def test_counts_and_losses_follow_torch_on_hard_problems():
+    """The kernel and the batched solver in either type, against torch.optim.LBFGS, with tolerances above the rounding.
+
+    In float64 counts and the losses of every iteration are torch's. In float32 rounding decides some line searches,
+    torch's own as well. Of 200 problems with 12 iterations, counts equal torch's in float64, and so do the losses, in
+
+                                   tolerances 1e-4, 1e-6      1e-7, 1e-9 (the defaults)
+        batched solver, float64    200, 200                   200, 199
+        batched solver, float32    192, 187                   156, 150
+        torch, float32             186, 168                   134, 118
+
+    and the kernel's counts in 194 with the former. That is why the defaults are not what is asserted for float32.
+    """
     generator = torch.Generator().manual_seed(0)
-    equal = 0
+    traced = followed = 0  # solves whose losses after each iteration the kernel was asked for
+    equal = dict.fromkeys(("kernel", "kernel, batched", "float32", "float32, torch float32", "losses", "float64"), 0)
     for trial in range(PROBLEMS):
-        V, T = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in ((40, 200), (8, 49)))
-        z, targets = draw(generator, 1, T, V)
-        ridge = (0.0, 1e-3, 0.1, 3.0)[trial % 4]
+        z, targets, start, ridge, clamp = hard_problem(trial, generator)
         options = {"phases": ((12, (5, 20)[trial % 2]),), "tolerance_grad": 1e-4, "tolerance_change": 1e-6}
-        theirs = batched(z, targets, ridge, **options)
-        ours = solve(slot_solve, z, targets, ridge=ridge, **options)
-        assert ours.loss[0] <= theirs.loss[0] + 1e-5
-        assert ours.loss[0] == pytest.approx(exact_loss(z, targets, ours.bias, ridge=ridge)[0].item(), abs=2e-6)
-        equal += counts(ours) == counts(theirs)
-    assert equal >= 0.85 * PROBLEMS, f"{equal} of {PROBLEMS}"
+        theirs, counted, losses = torch_optim(z.double(), targets, start, ridge, **options)
+        counted32 = torch_optim(z, targets, start, ridge, **options)[1]
+        narrow_losses, wide_losses = [], []
+        narrow = batched(z, targets, ridge, start, trace=narrow_losses, **options)
+        wide = batched(z.double(), targets, ridge, start, trace=wide_losses, **options)
+        ours = solve(slot_solve, z, targets, start=start, ridge=ridge, clamp=clamp, **options)
+
+        least = exact_loss(z, targets, theirs, ridge=ridge)
+        # float32 rounds in proportion to the losses it starts from; a search that ends elsewhere is as good to 1e-4
+        unit = exact_loss(z, targets, start, ridge=ridge).clamp(min=1)
+        assert (wide.loss <= least + 1e-5).all(), trial
+        assert (narrow.loss <= least + unit * (1e-5 if counts(narrow) == counted else 1e-4)).all(), trial
+        if clamp is None:
+            assert (ours.loss <= least + unit * (1e-5 if counts(ours) == counted else 1e-4)).all(), trial
+        elif counts(ours) == counted:
+            clamped = exact_loss(z, targets, theirs.clamp(-clamp, clamp), ridge=ridge)
+            assert torch.allclose(ours.loss.double(), clamped, rtol=0, atol=1e-5), trial
+        assert torch.allclose(ours.loss.double(), exact_loss(z, targets, ours.bias, ridge=ridge), atol=2e-6), trial
+        if counts(wide) == counted:
+            assert wide_losses[0] == pytest.approx(losses, rel=1e-5, abs=1e-9), trial
+        if trial % 13 == 0 and counts(ours) == counts(narrow):  # any kind in turn
+            kernel_losses = []
+            for iterations in range(1, len(narrow_losses[0]) + 1):
+                limited = options | {"phases": ((iterations, options["phases"][0][1]),), "max_eval": 15}
+                early = solve(slot_solve, z, targets, start=start, ridge=ridge, **limited)
+                kernel_losses.append(early.loss.item())
+            traced += 1
+            followed += kernel_losses == pytest.approx(narrow_losses[0], rel=1e-5, abs=1e-5)
+        equal["kernel"] += counts(ours) == counted
+        equal["kernel, batched"] += counts(ours) == counts(narrow)
+        equal["float32"] += counts(narrow) == counted
+        equal["float32, torch float32"] += counts(narrow) == counted32
+        equal["losses"] += narrow_losses[0] == pytest.approx(losses, rel=1e-5, abs=1e-5)
+        equal["float64"] += counts(wide) == counted
+    print(f"of {PROBLEMS}: {equal}; losses of the kernel: {followed} of {traced}")
+    assert equal["float64"] >= 0.95 * PROBLEMS, equal
+    assert min(equal.values()) >= 0.85 * PROBLEMS and followed >= 0.85 * traced, (equal, followed, traced)
 
 
 def test_loss_after_each_iteration_follows_the_batched_solver():
@@ -118,28 +206,6 @@ def test_loss_after_each_iteration_follows_the_batched_solver():
             ours = solve(slot_solve, z, targets, ridge=ridge, phases=((iterations, 6),), max_eval=20)
             assert ours.loss[0] == pytest.approx(loss, rel=1e-5)
             assert counts(ours)[0] == iterations
-
-
-def test_follows_torch_optim_lbfgs():
-    generator = torch.Generator().manual_seed(2)
-    for ridge in (0.0, 1.0):
-        z, targets = draw(generator, 1, 30, 80)
-        b = torch.zeros(1, 80, dtype=torch.float64, requires_grad=True)
-        options = {"max_iter": 8, "history_size": 5, "tolerance_grad": 1e-5, "tolerance_change": 1e-7, "max_eval": 30}
-        optimizer = torch.optim.LBFGS([b], line_search_fn="strong_wolfe", **options)
-
-        def closure(z=z, targets=targets, ridge=ridge, b=b, optimizer=optimizer):
-            optimizer.zero_grad()
-            loss = exact_loss(z, targets, b, ridge=ridge)[0]
-            loss.backward()
-            return loss
-
-        optimizer.step(closure)
-        given = {"phases": ((8, 5),), "max_eval": 30, "tolerance_grad": 1e-5, "tolerance_change": 1e-7}
-        ours = solve(slot_solve, z, targets, ridge=ridge, **given)
-        state = optimizer.state[b]
-        assert counts(ours) == (state["n_iter"], state["func_evals"])
-        assert ours.loss[0] == pytest.approx(closure().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("V", [2, 5, 64, 1000])
@@ -379,6 +445,21 @@ def test_same_bits_alone_in_any_batch_in_any_order(function):
             assert torch.equal(got.nan_to_num(nan=-9.0), want[rows].nan_to_num(nan=-9.0)), rows
 
 
+@pytest.mark.parametrize("V", [20, 32])
+@pytest.mark.parametrize("function", [slot_solve, slot_solve_mm], ids=["lbfgs", "mm"])
+def test_a_constant_on_the_bias_changes_nothing(function, V):
+    """Nor what a row is padded with: exp(-100) of a bias that is not shifted by its own maximum would be 0."""
+    z, targets = draw(torch.Generator().manual_seed(22), 2, 6, V)
+    prior = 0.5 * torch.randn(2, V, generator=torch.Generator().manual_seed(23))
+    limits = {"tolerance_grad": 1e-4, "tolerance_change": 1e-6}
+    near = solve(function, z, targets, ridge=1.0, prior=prior, start=prior, **limits)
+    for constant in (-100.0, 100.0):
+        moved = prior + constant
+        far = solve(function, z, targets, ridge=1.0, prior=moved, start=moved, **limits)
+        assert far.loss.isfinite().all() and torch.allclose(far.loss, near.loss, atol=1e-5)
+        assert torch.allclose(far.bias - constant, near.bias, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("function", [slot_solve, slot_solve_mm], ids=["lbfgs", "mm"])
 def test_narrow_logits_and_probabilities(function, dtype):
@@ -428,6 +509,22 @@ def test_majorised_optimum_at_the_box_satisfies_its_conditions():
     (gradient,) = torch.autograd.grad(exact_loss(z, targets, b, ridge=0.1)[0], b)
     projected = b - (b - gradient).clamp(-0.4, 0.4)
     assert (ours.bias.abs() > 0.3999).any() and projected.abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("function", [slot_solve_mm, slot_solve_mm_ref], ids=["kernel", "reference"])
+def test_majorising_stops_by_the_gradient_that_the_box_leaves(function):
+    """Where the box holds coordinates back their gradient never vanishes: only its projection can stop a solve."""
+    z, targets = draw(torch.Generator().manual_seed(21), 3, 12, 20)
+    limits = {"iterations": 100, "tolerance_grad": 1e-5, "tolerance_change": 0.0}
+    ours = solve(function, z, targets, ridge=1.0, clamp=0.1, **limits)
+    assert statuses(ours) == [Status.GRADIENT] * 3 and (ours.iterations < 50).all()
+    b = ours.bias.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(exact_loss(z, targets, b, ridge=1.0).sum(), b)
+    assert (gradient.abs().amax(-1) > 1e-3).all()
+    assert ((b - (b - gradient).clamp(-0.1, 0.1)).abs() < 1.1e-5).all()
+    # a start in a corner whose gradient points inwards is no optimum, however far the box is from being left
+    corner = solve(function, z, targets, ridge=1.0, clamp=0.1, start=torch.full((3, 20), 0.1), **limits)
+    assert torch.allclose(corner.bias, ours.bias, atol=1e-4)
 
 
 def test_majorised_steps_are_the_references():

@@ -70,6 +70,9 @@ def minimize(
         Solution.
     Raises:
         ValueError: an argument outside its range.
+    Tolerance: with a ridge of 0.1 over 40 positions a bias ends within 1e-4 of the optimum in float64 with
+        tolerance_change 0, and within 5e-4 with the default, whose stops are torch's. In float32, losses that differ by
+        1e-7 cannot be told apart: that is 3e-3.
     """
     if start.ndim != 2 or start.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"start: expected [W, V] in float32 or float64, got {list(start.shape)} in {start.dtype}")

@@ -1,15 +1,15 @@
 """Test-time adaptation of logits: every system is one row of parameter x positions x scope x optimiser.
 
-- parameter: what is fitted (a bias on the logits, added after the soft cap).
+- parameter: what is fitted. `bias` on the logits, after the soft cap or before it; `bias+temperature`; `hidden`, a shift
+  of the hidden states; `hidden+bias`; `lowrank`, a map of rank r from hidden states to logits; `bigram`, a bias for each
+  preceding token; `bias+repeats`, a bias and a mixture with what followed the same tokens before.
 - positions: whose losses it is fitted to. `context`: all that earlier windows scored; `focal`: the last `focal`
   positions of a window less those being scored; `scored`: the very positions that are scored, which leaks.
 - scope: what shares one parameter. `window`: each window its own, nothing carried; `batch`: all windows of a batch,
-  which leaks, because a window's context holds what the windows before it are about to score; `prefix`: state built
-  from the stream up to the window's first scored token.
-- optimiser: `lbfgs` (phases of iterations x history, strong Wolfe), or `rates`, a closed form: the MAP estimate of how
-  much more often each token comes than the model expects, under a Gamma prior on that ratio,
-  bias_v = scale * log((C_v + k_v) / (E_v + k_v)), with C the decayed counts of targets and E the decayed sums of the
-  model's probabilities.
+  which leaks, because a window's context holds what the windows before it are about to score; `joint`: one for each
+  window under one optimiser, which leaks the same way; `prefix`: state built from what was scored before.
+- optimiser: `lbfgs` (phases of iterations x history, strong Wolfe), `adamw`, `mm` (majorise-minimise), or `rates`, a
+  closed form of decayed counts (`rates.py`, `repeats.py`).
 
 Whether a row is causal follows from these choices; nobody declares it.
 """

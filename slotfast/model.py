@@ -38,6 +38,9 @@ class GPTConfig(BaseModel):
     rope_dims: int = Field(16, ge=0, description="leading dimensions of each head that are rotated; the rest are not")
     rope_base: float = Field(10_000.0, gt=1)
     rope_length: int = Field(1024, ge=1, description="longer inputs stretch the base")
+    rope_bf16: bool = Field(
+        False, description="unstretched tables of frequencies rounded to bfloat16, as PR #1019's evaluation has them"
+    )
     qk_gain: float = Field(1.5, description="initial gain of the normalised queries, learned per head")
     xsa_layers: int = Field(11, ge=0, description="last layers whose attention output drops its own value's direction")
     ln_scale: bool = Field(True, description="divide the normalised input of layer i by sqrt(i + 1)")
@@ -213,9 +216,12 @@ class ValueEmbedding(nn.Module):
 def rotary_table(length: int, config: GPTConfig, device: torch.device) -> tuple[Tensor, Tensor]:
     """Cosines and sines, each float64 [length, rope_dims / 2]; inputs beyond `rope_length` stretch the base."""
     dims, base = config.rope_dims, config.rope_base
-    if length > config.rope_length and dims > 2:
+    stretched = length > config.rope_length and dims > 2
+    if stretched:
         base = base * (length / config.rope_length) ** (dims / (dims - 2))
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float64) / max(dims, 1))
+    if config.rope_bf16 and not stretched:
+        frequency = frequency.bfloat16().double()
     angle = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequency)
     return angle.cos(), angle.sin()
 

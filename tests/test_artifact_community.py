@@ -12,7 +12,7 @@ import torch
 
 from slotfast.artifact import Artifact, load_artifact, parse_overrides, read_community, write_artifact, write_community
 from slotfast.errors import InputError
-from slotfast.model import GPT, GPTConfig
+from slotfast.model import GPT, GPTConfig, rotary_table
 from slotfast.quantize import QuantizedMatrix
 from tests.community_files import FORMS, baseline, pr1019, pr1179, pr1394, quantized, safetensors, saved
 
@@ -320,3 +320,16 @@ def test_repeated_layers_are_not_seen_in_the_names(tmp_path):
         load_artifact(tmp_path / "a")
     artifact = load_artifact(tmp_path / "a", parse_overrides("loops=1,loop_start=1,loop_end=2"))
     assert torch.equal(_nll(artifact.model()), _nll(_with_state(model.config, loaded)))
+
+
+def test_rotary_frequencies_of_the_published_evaluation(tmp_path):
+    """Its model is cast to bfloat16 with its frequencies; inputs that stretch the base compute them anew."""
+    model = _model(**SHAPES["every part"])
+    (tmp_path / "a").write_bytes(pr1019(model.state_dict())[0])
+    plain, rounded = (load_artifact(tmp_path / "a", parse_overrides(text)) for text in (None, "rope_bf16=true"))
+    short, long = torch.arange(40)[None], torch.arange(1100)[None] % 70
+    assert not torch.equal(plain.model().hidden(short), rounded.model().hidden(short))
+    assert torch.equal(plain.model().hidden(long), rounded.model().hidden(long))
+    frequency = (10_000 ** (-torch.arange(0, 16, 2) / 16)).bfloat16().float()
+    cos, _ = rotary_table(40, rounded.config, torch.device("cpu"))
+    assert (cos - torch.outer(torch.arange(40), frequency).cos()).abs().max() < 1e-5

@@ -118,7 +118,7 @@ def test_a_factory_with_its_head_apart_scores_like_the_same_model_in_one_piece(p
 
 
 def test_the_shipped_model_scores_alike_as_an_artifact_and_as_a_module(project, capsys):
-    row = "causal:scale=0.7,k=2"
+    row = "causal-unigram:scale=0.7,k=2,decay=0.999"
     arguments = ("--max-tokens", 700, "--preset", row, "causal-lbfgs")
     ours, theirs = _run(capsys, *arguments), _run(capsys, "--model", "theirs:shipped", *arguments)
     assert [r["adapted"] for r in ours["presets"]] == [r["adapted"] for r in theirs["presets"]]

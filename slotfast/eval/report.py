@@ -151,6 +151,8 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"{row['preset']:<24}{adapted['bpb']:>9.4f}{gain:>10}{error:>9}   {verdict}")
     if not found["calibrated"] and any(row["resolved_preset"]["optimizer"] == "rates" for row in found["presets"]):
         lines.append("uncalibrated: the model comes without training frequencies, so k = 2 and scale 0.7 are used")
+    if found["plan"]["ttt"]:
+        lines.append("trained:  every row, on each chunk after it was scored (--ttt)")
     if "budget" in found:
         budget = found["budget"]
         verdict = "within" if budget["within"] else "OVER"

@@ -4,12 +4,19 @@ import json
 import re
 from pathlib import Path
 
-from slotfast.config import EvalSettings, TrainSettings
+from slotfast.config import (
+    AuditSettings,
+    BundleSettings,
+    CalibrateSettings,
+    EvalSettings,
+    RecordSettings,
+    TrainSettings,
+)
 from slotfast.slot import parse_preset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RESULTS = ROOT / "bench" / "results" / "intel-xeon-processor-2-threads"
+RESULTS = ROOT / "bench" / "results" / "amd-epyc-2-threads"
 
 
 def _results(name):
@@ -21,7 +28,15 @@ def test_the_two_commands_are_marked():
 
 
 def test_every_flag_and_preset_exists():
-    for module, settings in (("eval", EvalSettings), ("train", TrainSettings)):
+    commands = {
+        "eval": EvalSettings,
+        "train": TrainSettings,
+        "audit": AuditSettings,
+        "calibrate": CalibrateSettings,
+        "bundle": BundleSettings,
+        "record": RecordSettings,
+    }
+    for module, settings in commands.items():
         flags = {"--" + name.strip("_").replace("_", "-") for name in settings.model_fields} | {"--help"}
         for command in re.findall(rf"python -m slotfast\.{module} ([^#\n]*)", README):
             assert set(re.findall(r"--[a-z0-9-]+", command)) <= flags, command
@@ -49,6 +64,20 @@ def test_the_story_is_the_committed_one():
         assert shown[1] == f"{row['adapted']['bpb']:.4f}"
         assert name == "none" or shown[2] == f"{row['adapted']['gain_bpb']:+.4f}"
         assert shown[3] == ("yes" if row["causal"] else "**no**")
+
+
+def test_the_ablation_is_the_committed_one():
+    docs = (ROOT / "docs" / "adaptation.md").read_text(encoding="utf-8")
+    found = _results("eval-ablation.json")
+    assert " ".join(found["config"]["preset"]) in docs.replace("\\\n  ", "")
+    for row in found["presets"]:
+        adapted = row["adapted"]
+        shown = re.search(
+            rf"^\| `{re.escape(row['preset'])}`: .*?\| ([\d.]+) \| ([+-][\d.]+)? \| ([\d.]+)? \|$", docs, re.M
+        )
+        assert shown[1] == f"{adapted['bpb']:.4f}" and row["causal"]
+        assert row["preset"] == "none" or shown[2] == f"{adapted['gain_bpb']:+.4f}"
+        assert row["preset"] == "none" or shown[3] == f"{adapted['gain_se']:.4f}"
 
 
 def test_the_fits_times_are_the_committed_ones():

@@ -128,12 +128,13 @@ def table(found: dict[str, Any]) -> str:
     """The result for people."""
     text, speed = found["text"], found["windows_per_second"] or 0.0
     size = "" if found["artifact_bytes"] is None else f"{found['artifact_bytes']:,} bytes; "
+    width = max(22, *(len(row["preset"]) for row in found["presets"])) + 2
     lines = [
         f"text    {text['source']}: {text['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} "
         f"tokens, SHA-256 {text['sha256'][:12]}",
         f"model   {size}{found['windows']:,} windows, {speed:.1f} a second, on {found['device']}",
         "",
-        f"{'preset':<24}{'bpb':>9}{'gain':>10}{'± s.e.':>9}   causal",
+        f"{'preset':<{width}}{'bpb':>9}{'gain':>10}{'± s.e.':>9}   causal",
     ]
     if text.get("exact") is False:
         lines.insert(
@@ -148,7 +149,7 @@ def table(found: dict[str, Any]) -> str:
             gain = f"{adapted['gain_bpb']:+.4f}"
             error = "n/a" if adapted["gain_se"] is None else f"{adapted['gain_se']:.4f}"
         verdict = "yes" if row["causal"] else f"NO: {row['why'].partition(',')[0]}"
-        lines.append(f"{row['preset']:<24}{adapted['bpb']:>9.4f}{gain:>10}{error:>9}   {verdict}")
+        lines.append(f"{row['preset']:<{width}}{adapted['bpb']:>9.4f}{gain:>10}{error:>9}   {verdict}")
     if not found["calibrated"] and any(row["resolved_preset"]["optimizer"] == "rates" for row in found["presets"]):
         lines.append("uncalibrated: the model comes without training frequencies, so k = 2 and scale 0.7 are used")
     if found["plan"]["ttt"]:

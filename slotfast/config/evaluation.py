@@ -1,0 +1,104 @@
+"""Settings of what scores: eval, audit, calibrate."""
+
+from typing import Literal
+
+from .settings import Settings, setting
+
+
+class EvalSettings(Settings):
+    """Settings of python -m slotfast.eval."""
+
+    artifact: str | None = setting(None, "model to evaluate; default: the one in this package", "ARTIFACT_PATH")
+    model_config_: str | None = setting(
+        None, "settings of the model of other people's files: KEY=VALUE,KEY=VALUE or JSON", alias="model_config"
+    )
+    model: str | None = setting(
+        None, "evaluate another project's model: package.module:factory, or a Hugging Face folder"
+    )
+    tokens: str | None = setting(None, "glob of token shards to score")
+    data_path: str | None = setting(None, "folder whose fineweb_val_*.bin shards are scored", "DATA_PATH")
+    text: str | None = setting(None, "text to score: .txt, .jsonl (key text), also .xz .gz .bz2 .zst")
+    tokenizer: str | None = setting(
+        None, "SentencePiece model or Hugging Face folder; default: the model's own", "TOKENIZER_PATH"
+    )
+    preset: list[str] = setting(
+        ["none", "causal", "causal-lbfgs"], "adaptations, NAME or NAME:key=value,key=value; one forward for all"
+    )
+    seq_len: int | None = setting(
+        None, "positions of a window; default: the training length", "EVAL_SEQ_LEN", ge=1, le=1 << 17
+    )
+    stride: int = setting(64, "new positions of each window", "EVAL_STRIDE", ge=1)
+    batch_windows: int | None = setting(
+        None, "windows of one forward; default: what fits", "EVAL_BATCH_SEQS", ge=1, le=1 << 16
+    )
+    max_tokens: int | None = setting(None, "score only the start of the stream", "EVAL_MAX_TOKENS", ge=2)
+    adapt_windows: int | None = setting(
+        None, "windows that are adapted at once, a multiple of --batch-windows; default: what fits", ge=1, le=1 << 20
+    )
+    ttt: bool = setting(
+        False, "score-first test-time training, PR #549: score a chunk, then train on it", "TTT_ENABLED"
+    )
+    ttt_chunk: int = setting(32768, "tokens of a chunk", "TTT_CHUNK_TOKENS", ge=1)
+    ttt_lr: float = setting(0.002, "SGD's rate on the first chunk; a cosine takes it to 0", "TTT_LR", gt=0)
+    ttt_epochs: int = setting(3, "over each chunk", "TTT_EPOCHS", ge=1, le=1000)
+    ttt_batch: int = setting(32, "sequences of one step on each rank", "TTT_BATCH_SEQS", ge=1)
+    ttt_momentum: float = setting(0.9, "of SGD", "TTT_MOMENTUM", ge=0, lt=1)
+    ttt_clip: float = setting(1.0, "bound on the gradient's norm", "TTT_GRAD_CLIP", gt=0)
+    weights: Literal["dequantized", "int6"] = setting(
+        "dequantized", "int6: the blocks' linear layers run on packed 6-bit weights"
+    )
+    backend: Literal["auto", "triton", "torch"] = setting("auto", "auto: triton on a GPU, torch on a CPU")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
+        "auto", "of the forward; auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    budget: float | None = setting(None, "seconds that the evaluation may take: adds a verdict", gt=0)
+    allow_noncausal: bool = setting(False, "also run presets whose score has seen its own tokens")
+    json_: str | None = setting(None, "write the result as JSON; - for standard output", alias="json")
+    per_token: str | None = setting(None, "write every scored token as .npz")
+    list_presets: bool = setting(False, "list the presets and exit")
+    show_preset: str | None = setting(None, "show one preset and why it is, or is not, causal, and exit")
+    show_config: bool = setting(False, "show every setting with its source and exit")
+
+
+class AuditSettings(Settings):
+    """Settings of python -m slotfast.audit."""
+
+    score: str | None = setting(None, "loop to audit, package.module:function; default: our own, with --preset")
+    preset: list[str] = setting(
+        ["none", "causal", "causal-lbfgs"], "our rows to audit, NAME or NAME:key=value,key=value; all: every preset"
+    )
+    artifact: str | None = setting(None, "model of our own loop; default: the one in this package", "ARTIFACT_PATH")
+    tokens: str | None = setting(None, "glob of token shards; a short piece of them is used")
+    text: str | None = setting(None, "text: .txt, .jsonl (key text), also .xz .gz .bz2 .zst; a piece of it is used")
+    tokenizer: str | None = setting(None, "SentencePiece model, whose bytes are the rule", "TOKENIZER_PATH")
+    vocab_size: int | None = setting(
+        None, "tokens of the vocabulary, for --score without --tokenizer", ge=2, le=1 << 20
+    )
+    bos_id: int | None = setting(None, "token that starts a document, for --score without --tokenizer", ge=0)
+    seq_len: int | None = setting(None, "positions of a window; ours: 64", ge=1, le=1 << 17)
+    stride: int | None = setting(None, "new positions of each window; ours: 8", ge=1)
+    batch_windows: int | None = setting(None, "windows of one batch; ours: 8", ge=1, le=1 << 16)
+    ranks: int | None = setting(None, "ranks that the loop runs, one after the other; ours: 2", ge=1, le=1 << 10)
+    max_tokens: int | None = setting(None, "tokens of a stream; default: two batches of every rank", ge=3)
+    seed: list[int] = setting([0], "of the altered streams; a round of everything for each", ge=0)
+    reruns: int | None = setting(None, "runs of a round, about; default: 48, or 32 of our own loop", ge=1)
+    budget: float | None = setting(None, "seconds for the runs instead, about", gt=0)
+    backend: Literal["auto", "triton", "torch"] = setting("auto", "of our own loop; auto: triton on a GPU")
+    device: str = setting("auto", "of our own loop: auto, cpu, cuda, cuda:1, ...")
+    json_: str | None = setting(None, "write the result as JSON; - for standard output", alias="json")
+    fresh_process: bool = setting(False, "also run --score in processes of its own, where it has nothing to remember")
+    certificate: str | None = setting(None, "write what was covered, of what, and how to repeat it, as JSON")
+    traceback: bool = setting(False, "show where a loop failed")
+    show_config: bool = setting(False, "show every setting with its source and exit")
+
+
+class CalibrateSettings(Settings):
+    """Settings of python -m slotfast.calibrate."""
+
+    artifact: str | None = setting(None, "model to calibrate", "ARTIFACT_PATH")
+    tokenizer: str | None = setting(None, "its SentencePiece model", "TOKENIZER_PATH")
+    text: str | None = setting(None, "documents held out from its training; never what is to be scored")
+    max_tokens: int | None = setting(100_000, "use only the start of it", ge=2)
+    out: str | None = setting(None, "artifact to write: the same model with its calibration")
+    show_config: bool = setting(False, "show every setting with its source and exit")

@@ -1,0 +1,50 @@
+"""Settings of what reads and writes files: bundle, record, artifact."""
+
+from .settings import Settings, setting
+
+
+class BundleSettings(Settings):
+    """Settings of python -m slotfast.bundle."""
+
+    script: str | None = setting(None, "script to take the kernels into, in the place of its imports of them")
+    out: str | None = setting(None, "file to write the script to")
+    compress: bool = setting(False, "write it self-extracting: LZMA in base85")
+    artifact: str | None = setting(None, "model whose bytes count with the script's", "ARTIFACT_PATH")
+    hub: str | None = setting(None, "folder to write the kernels to as the public kernels library loads them")
+    name: str = setting("slotfast-kernels", "name on the hub", pattern=r"^[a-z][-a-z0-9]*[a-z0-9]$")
+    kernels: list[str] = setting(
+        [], "kernel files, with what they need; default: what the script imports, and all of them for --hub"
+    )
+    show_config: bool = setting(False, "show every setting with its source and exit")
+
+
+class RecordSettings(Settings):
+    """Settings of python -m slotfast.record."""
+
+    run: list[str] = setting([], "results of slotfast.eval: JSON files, or folders with one", positional=True)
+    preset: str | None = setting(None, "the preset to report; default: the first that adapts")
+    baseline: list[str] = setting([], "what to beat: runs, or MEAN,STD,N in nats a token")
+    code: str | None = setting(None, "file whose bytes count with the model's")
+    submission: str | None = setting(None, "write submission.json here")
+    name: str | None = setting(None, "of the submission")
+    author: str | None = setting(None, "of the submission")
+    github_id: str | None = setting(None, "of the author")
+    blurb: str | None = setting(None, "one sentence about the submission")
+    allow_noncausal: bool = setting(False, "also report presets whose score has seen its own tokens")
+    show_config: bool = setting(False, "show every setting with its source and exit")
+
+
+class ShowSettings(Settings):
+    """Settings of python -m slotfast.artifact show."""
+
+    file: str = setting("", "artifact or checkpoint", positional=True)
+    model_config_: str | None = setting(
+        None, "settings of the model of other people's files: KEY=VALUE,KEY=VALUE or JSON", alias="model_config"
+    )
+    json_: str | None = setting(None, "write the result as JSON; - for standard output", alias="json")
+
+
+class ConvertSettings(ShowSettings):
+    """Settings of python -m slotfast.artifact convert."""
+
+    out: str = setting("", "file to write: .slotfast, or .ptz as PR #1019 has it", positional=True)

@@ -1,0 +1,140 @@
+"""How settings are read: from flags, then environment variables, then a preset, then defaults.
+
+argparse reads the flags and pydantic validates the values. (pydantic-settings would do both, but it splits lists at the
+commas that `--preset NAME:key=value,key=value` needs, and does not tell where a value came from.)
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import InputError
+from ..slot import VARIABLES
+
+# An unread variable that starts like one of these is probably misspelt.
+_PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "TTT_", "V20_")
+# They change the rows of presets, not settings.
+ADAPTATION_VARIABLES = ("SLOT_ENABLED", *VARIABLES)
+
+
+def setting(default: Any, help: str, env: str | None = None, positional: bool = False, **options: Any) -> Any:
+    """A field of a settings class: its default, help text, environment variable, and options of pydantic's Field.
+
+    A positional one is given without a flag, and has to be given; a list of them, as often as wanted.
+    """
+    return Field(default, description=help, json_schema_extra={"env": env, "positional": positional}, **options)
+
+
+class Settings(BaseModel):
+    """Base of every command's settings."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, str_min_length=1
+    )
+    # Other defaults of the settings, by the value of the setting `preset`; empty where that is none of these.
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None = None) -> tuple[S, dict[str, str]]:
+    """Settings of one command.
+
+    Args:
+        cls: a settings class.
+        prog, description: for --help.
+        argv: arguments, sys.argv's by default.
+
+    Returns:
+        The settings, and for each field where its value came from: "flag", the variable's name, "preset" or "default".
+
+    Raises:
+        InputError: unknown flag (with the nearest right one), or a value out of range.
+        SystemExit: --help.
+    """
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, field in cls.model_fields.items():
+        flag = _flag(name, field)
+        if field.json_schema_extra["positional"]:
+            many = {"nargs": "*"} if get_origin(field.annotation) is list else {}
+            parser.add_argument(name, metavar=flag, help=field.description, **many)
+        elif field.annotation is bool:
+            parser.add_argument(flag, dest=name, action="store_true", help=field.description)
+        else:
+            many = {"nargs": "+", "action": "extend"} if get_origin(field.annotation) is list else {}
+            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            metavar = "/".join(choices) or name.strip("_").upper()
+            default = "" if field.default in (None, "auto", []) else f" (default: {field.default})"
+            text = (field.description + default).replace("%", "%%")
+            parser.add_argument(flag, dest=name, metavar=metavar, help=text, **many)
+    flags, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [_flag(name, field) for name, field in cls.model_fields.items()]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+        raise InputError(f"{unknown[0]}: no such flag" + (f"; the nearest is {near[0]}" if near else "; see --help"))
+    values, sources = dict(vars(flags)), dict.fromkeys(vars(flags), "flag")
+    for name, field in cls.model_fields.items():
+        variable = _variable(field)
+        if variable and name not in values and os.environ.get(variable):
+            values[name], sources[name] = os.environ[variable], variable
+    for name, value in _preset(cls, values).items():
+        if name not in values:
+            values[name], sources[name] = value, "preset"
+    try:
+        settings = cls.model_validate({cls.model_fields[name].alias or name: value for name, value in values.items()})
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        name = next(n for n, f in cls.model_fields.items() if first["loc"][0] in (n, f.alias))
+        source = sources.get(name, "default")
+        where = _flag(name, cls.model_fields[name]) if source == "flag" else source
+        raise InputError(f"{where} {first['input']!r}: {first['msg']}") from None
+    return settings, {name: sources.get(name, "default") for name in cls.model_fields}
+
+
+def _preset(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chosen preset sets; a preset that does not exist is left to validation."""
+    return cls.PRESETS.get(values.get("preset", cls.model_fields["preset"].default), {}) if cls.PRESETS else {}
+
+
+def warn_unread_variables() -> None:
+    """Say on standard error which environment variables look like ours but are read by nothing."""
+    known = set(ADAPTATION_VARIABLES)
+    for cls in Settings.__subclasses__():
+        known.update(filter(None, map(_variable, cls.model_fields.values())))
+    for variable in sorted(os.environ):
+        if variable.startswith(_PREFIXES) and variable not in known:
+            near = difflib.get_close_matches(variable, known, 1)
+            hint = f"; the nearest that is read is {near[0]}" if near else ""
+            print(f"warning: nothing reads the environment variable {variable}{hint}", file=sys.stderr)
+
+
+def show(settings: Settings, sources: Mapping[str, str]) -> str:
+    """A table of every setting, its value and where it came from."""
+    fields = type(settings).model_fields
+    rows = [(_flag(name, fields[name]), json.dumps(getattr(settings, name)), sources[name]) for name in fields]
+    rows += [(name, os.environ[name], "changes rows of presets") for name in ADAPTATION_VARIABLES if name in os.environ]
+    widths = [max(len(row[column]) for row in rows) for column in range(2)]
+    return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
+
+
+def _flag(name: str, field: Any) -> str:
+    return name.upper() if field.json_schema_extra["positional"] else "--" + name.strip("_").replace("_", "-")
+
+
+def _variable(field: Any) -> str | None:
+    return field.json_schema_extra["env"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose complaints are InputErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")

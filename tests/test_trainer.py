@@ -523,13 +523,15 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def test_killed_at_any_point_and_resumed_ends_with_the_same_bits(shards, tmp_path):
-    long = {**EVERYTHING, "steps": 150, "warmdown": 80.0}
+    """Twice, or as often as SLOTFAST_KILLS says."""
+    times = int(os.environ.get("SLOTFAST_KILLS", "2"))
+    long = {**EVERYTHING, "steps": max(150, 25 * times), "warmdown": 80.0}
     train.main(_command(shards, tmp_path / "whole", **long))
     saving = ["--checkpoint", tmp_path / "c", "--checkpoint-steps", "7", "--resume"]
     command = [sys.executable, "-m", "slotfast.train", *_command(shards, tmp_path / "m", *saving, **long)]
     random = np.random.default_rng(int(time.time()))
     kills = 0
-    for _ in range(2):
+    for _ in range(times):
         process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL)
         seen = (tmp_path / "c").stat().st_mtime_ns if kills else 0
         while process.poll() is None:  # until it has saved something new

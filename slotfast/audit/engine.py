@@ -111,7 +111,8 @@ class Auditor:
             position = int(np.flatnonzero(once)[0])
             times = f"{record.charges[position]} times" if record.charges[position] else "never"
             why = "; it has no predecessor" if position == 0 else ""
-            found.problems["once"] = f"token {position} is charged {times}{why}; {int(once.sum())} such tokens"
+            problem = record.endless or f"token {position} is charged {times}{why}"
+            found.problems["once"] = f"{problem}; {int(once.sum())} such tokens"
         given = ~np.isnan(record.total)
         found.rows, found.charges = found.rows + int(given.sum()), found.charges + int(record.charges[1:].sum())
         if given.any():

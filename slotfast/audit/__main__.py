@@ -18,12 +18,13 @@ from ..command import run
 from ..data import TokenStream, atomic_write, check_writable
 from ..errors import InputError
 from . import audit_rows
-from .fresh_process import fresh_process_test
+from .first_runs import with_first_runs
+from .fresh_process import run_in_process
 from .inputs import Subject, read_subject
-from .report import MEMORY, Report, Test, Verdict
+from .report import Report, Test, Verdict
 
 _ABOUT = "Run an evaluation loop on altered tokens and find out whether its scores look at what they must not."
-_OWN_RERUNS, _RERUNS = 32, 48
+_OWN_RERUNS = 32
 _CONTEST_DOCUMENTS, _CONTEST_BYTES = 50_000, (151_070_000, 151_080_000)
 
 
@@ -75,17 +76,23 @@ def _audit(settings: config.AuditSettings, subject: Subject) -> list[Report]:
         bos_id=subject.bos_id,
         hints=subject.hints,
         seeds=settings.seed,
-        reruns=settings.reruns or (_OWN_RERUNS if subject.computed else _RERUNS),
+        reruns=settings.reruns or (_OWN_RERUNS if subject.computed else None),
         seconds=settings.budget,
     )
-    more = _denominator(subject)
     if settings.fresh_process:
-        rng = np.random.default_rng([*settings.seed, 1])
-        more.append(fresh_process_test(settings.score, subject, reports[0].noise, rng))
         reports = [
-            replace(report, unreached=[kind for kind in report.unreached if kind != MEMORY]) for report in reports
+            with_first_runs(
+                report,
+                "fresh processes",
+                lambda stream: run_in_process(settings.score, stream, subject.vocab_size),
+                subject.tokens,
+                subject.vocab_size,
+                subject.bos_id,
+                np.random.default_rng([*settings.seed, 1]),
+            )
+            for report in reports
         ]
-    return [replace(report, tests=[*report.tests, *more]) for report in reports]
+    return [replace(report, tests=[*report.tests, *_denominator(subject)]) for report in reports]
 
 
 def _denominator(subject: Subject) -> list[Test]:

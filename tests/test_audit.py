@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -524,6 +525,41 @@ def test_the_first_leaking_pair_is_traced_to_one_token():
     assert shared["same_event"] and "#1350" in shared["looks_like"]
     whole = _audit(WholeStream()).leaks[0]
     assert "whole stream" in whole["looks_like"]
+
+
+def test_a_loop_that_repeats_what_it_said_is_found_out_by_one_made_anew():
+    class Repeats(NextToken):
+        """Charges a token as it did when it first met the tokens up to it."""
+
+        def __init__(self):
+            self.said = {}
+
+        def charge(self, rows, positions):
+            nll, ids = super().charge(rows, positions), self.tokens.tolist()
+            said = [self.said.setdefault(tuple(ids[: p + 1]), x) for p, x in zip(positions.tolist(), nll, strict=True)]
+            return torch.stack(said)
+
+    alone, anew = _audit(Repeats(), reruns=4), _audit(Repeats(), reruns=4, fresh=Repeats)
+    assert alone.conditions["C1"] == "PASS" and any("fresh=" in kind for kind in alone.unreached)
+    assert anew.conditions["C1"] == "FAIL" and anew.leaks[-1]["relation"] == "fresh loops"
+    honest = _audit(Bigram(), reruns=4, fresh=Bigram)
+    assert honest.clean and honest.tests[-1].verdict == "PASS" and not any("memory" in x for x in honest.unreached)
+
+
+def test_of_several_loops_those_that_leak_are_run_no_further():
+    loops, runs = {"leak": SharedBatch(), "honest": Silent()}, Counter()
+
+    def run(tokens, names):
+        runs.update(names)
+        return {name: run_loop(loops[name], tokens, V) for name in names}
+
+    options = {"byte_rule": None, "bos_id": BOS, "hints": None, "seeds": [0]}
+    reports = audit_rows(run, list(loops), _tokens(), V, **options, reruns=40)
+    assert [report.clean for report in reports] == [False, True]
+    wide, runs = runs, Counter()
+    reports = audit_rows(run, list(loops), _tokens(), V, **options, reruns=40, limit=1e-3)
+    assert [report.clean for report in reports] == [False, True]
+    assert runs["honest"] < wide["honest"]
 
 
 def test_reports_repeat_with_their_seed_and_differ_without():

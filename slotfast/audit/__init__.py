@@ -43,6 +43,7 @@ losses [N - 1] is fine too; then nothing can be said about order. From a shell, 
 imported from here: `python -m slotfast.audit --score package.module:score --vocab-size 1024`.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -138,13 +139,14 @@ def audit_rows(
     seeds: Sequence[int],
     reruns: int | None = None,
     seconds: float | None = None,
+    limit: float = math.inf,
 ) -> list[Report]:
-    """Audit several loops that share every run; see `audit`, and `engine.Auditor` for `run`."""
+    """Audit several loops that share every run; see `audit`, `engine.Auditor` for `run`, `Budget` for `limit`."""
     begin, rounds = time.perf_counter(), len(seeds)
     if seconds is not None:
         budget = Budget(0, seconds / max(1, rounds))
     else:
-        budget = Budget(48, 0.3) if reruns is None else Budget(reruns, 0.0)
+        budget = Budget(48, 0.3, limit) if reruns is None else Budget(reruns, 0.0, limit)
     options = {"bos_id": bos_id, "hints": hints, "byte_rule": byte_rule, "budget": budget}
     auditor = Auditor(run, names, tokens, vocab_size, **options)
     found = auditor.audit(seeds)

@@ -198,7 +198,7 @@ class Auditor:
                 return
             probe = alter(source, self.tokens, kind, change, at)
             if probe.at < len(self.tokens):
-                self._compare(probe, self._records(probe.tokens, "probes"), bases, "given")
+                self._compare(probe, self._records(probe.tokens, "probes", self._unsettled()), bases, "given")
 
     def _fresh(self, source: Source, rounds: int) -> None:
         """Streams that the loop has never seen, of another length, the altered ones before their original."""
@@ -208,21 +208,26 @@ class Auditor:
         while True:
             drawn, chance = source.draw(self.tokens[:1], length - 1)
             tokens = torch.cat([self.tokens[:1], drawn])
-            stream = f"drawn {rounds}.{len(self.found[self.names[0]].bases)}"
-            for found in self.found.values():
-                found.bases[stream] = tokens.numpy()
+            names = self._unsettled()
+            stream = f"drawn {rounds}.{len(self.found[names[0]].bases)}"
+            for name in names:
+                self.found[name].bases[stream] = tokens.numpy()
             at = 2 + int(source.rng.integers(length - 2))
             first = alter(source, tokens, "fresh stream", "resample", at)
-            altered, bases = self._records(first.tokens, "fresh"), self._records(tokens, "fresh")
+            altered, bases = (self._records(part, "fresh", names) for part in (first.tokens, tokens))
             for name, base in bases.items():
                 self.found[name].bets.play(base, 1, chance)
             self._compare(first, altered, bases, stream)
-            for _, change, at in islice(visits(bases[self.names[0]], self.bos_id, self.hints, source.rng), 5):
+            for _, change, at in islice(visits(bases[names[0]], self.bos_id, self.hints, source.rng), 5):
                 probe = alter(source, tokens, "fresh stream", change, at)
                 if probe.at < length:
-                    self._compare(probe, self._records(probe.tokens, "fresh"), bases, stream)
+                    self._compare(probe, self._records(probe.tokens, "fresh", names), bases, stream)
                 if not self.budget.left("fresh", rounds):
                     return
+
+    def _unsettled(self) -> list[str]:
+        """Loops without a leak, while there are any: of several, those that leak are not asked again and again."""
+        return [name for name, found in self.found.items() if found.leak is None] or self.names
 
     def _compare(self, probe: Probe, records: dict[str, Record], bases: dict[str, Record], stream: str) -> None:
         """Hold every loop's scores of an altered stream against those of the original."""
@@ -360,8 +365,9 @@ class Auditor:
 
     def _affordable(self, rounds: int) -> float:
         """Runs of the whole stream that the sums may still take."""
-        by_time = self.budget.seconds_left("sums", rounds) * self._cost / self._seconds
-        return max(by_time, self.budget.runs_left("sums", rounds), 0)
+        speed, budget = self._cost / self._seconds, self.budget
+        runs = max(budget.seconds_left("sums", rounds) * speed, budget.runs_left("sums", rounds))
+        return max(min(runs, budget.limit_left("sums", rounds) * speed), 0)
 
 
 def check_stream(tokens: Tensor, vocab_size: int, bos_id: int | None) -> Tensor:

@@ -95,10 +95,10 @@ class Auditor:
         return records
 
     def _takes(self, tokens: Tensor) -> bool:
-        """Whether the loop can run a stream of another length; some need whole windows."""
+        """Whether the loops can run a stream of another length; some need whole windows."""
         if self.fixed_length is None:
             try:
-                self._records(tokens)
+                self._records(tokens, names=self.names[:1])  # what shares its runs shares its windows
             except InputError as error:
                 self.fixed_length = str(error)
         return self.fixed_length is None

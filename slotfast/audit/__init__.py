@@ -32,6 +32,9 @@ scores for the same stream:
     print(report)
     assert report.clean, report.failed
 
+A loop that remembers can say again what it once said, wherever a stream begins alike, and so hide what it knew. It
+is found out by `fresh=`, a function that makes the loop without a memory: `audit(make(), tokens, ..., fresh=make)`.
+
 An audit can show a leak, not that there is none: it says how many pairs of a changed token and a watched score it has
 covered, and what it could not reach. More seeds cover more.
 
@@ -40,6 +43,7 @@ losses [N - 1] is fine too; then nothing can be said about order. From a shell, 
 imported from here: `python -m slotfast.audit --score package.module:score --vocab-size 1024`.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -49,8 +53,9 @@ import torch
 
 from .engine import Auditor, ByteRule, Runs, check_stream
 from .findings import Budget
+from .first_runs import with_first_runs
 from .places import Hints
-from .record import Log, Score, run_loop
+from .record import Log, Record, Score, run_loop
 from .report import Report, Test, judge
 
 __all__ = ["Hints", "Log", "Report", "Test", "audit"]
@@ -65,8 +70,9 @@ def audit(
     bos_id: int | None = None,
     hints: Hints | None = None,
     seeds: Sequence[int] = (0,),
-    reruns: int = 48,
+    reruns: int | None = None,
     seconds: float | None = None,
+    fresh: Callable[[], Score] | None = None,
     name: str | None = None,
 ) -> Report:
     """Audit an evaluation loop.
@@ -80,8 +86,9 @@ def audit(
         bos_id: the token that starts a document, or None.
         hints: windows, batches and ranks, for loops whose events do not show them.
         seeds: of the altered streams; a round of everything for each.
-        reruns: runs of the whole stream a round, about; quick loops are run for 0.3 s.
+        reruns: runs of the whole stream a round, about; default: 48, or for 0.3 s where a loop is quick.
         seconds: time for all rounds instead, about.
+        fresh: makes the loop anew, without a memory of its runs: those that repeat what they said are found so.
         name: of the loop in the report.
 
     Returns:
@@ -92,7 +99,7 @@ def audit(
     """
     tokens = check_stream(tokens, vocab_size, bos_id)
     name = name or getattr(score, "__name__", "loop")
-    return audit_rows(
+    report = audit_rows(
         lambda stream, names: {name: run_loop(score, stream, vocab_size)},
         [name],
         tokens,
@@ -104,6 +111,14 @@ def audit(
         reruns=reruns,
         seconds=seconds,
     )[0]
+    if fresh is None:
+        return report
+
+    def first_run(stream: torch.Tensor) -> Record:
+        return run_loop(fresh(), stream, vocab_size)
+
+    rng = np.random.default_rng([*seeds, 1])
+    return with_first_runs(report, "fresh loops", first_run, tokens, vocab_size, bos_id, rng)
 
 
 def _byte_rule(counts: Any) -> ByteRule | np.ndarray | None:
@@ -122,12 +137,16 @@ def audit_rows(
     bos_id: int | None,
     hints: Hints | None,
     seeds: Sequence[int],
-    reruns: int = 48,
+    reruns: int | None = None,
     seconds: float | None = None,
+    limit: float = math.inf,
 ) -> list[Report]:
-    """Audit several loops that share every run; see `audit`, and `engine.Auditor` for `run`."""
+    """Audit several loops that share every run; see `audit`, `engine.Auditor` for `run`, `Budget` for `limit`."""
     begin, rounds = time.perf_counter(), len(seeds)
-    budget = Budget(reruns, 0.3) if seconds is None else Budget(0, seconds / max(1, rounds))
+    if seconds is not None:
+        budget = Budget(0, seconds / max(1, rounds))
+    else:
+        budget = Budget(48, 0.3, limit) if reruns is None else Budget(reruns, 0.0, limit)
     options = {"bos_id": bos_id, "hints": hints, "byte_rule": byte_rule, "budget": budget}
     auditor = Auditor(run, names, tokens, vocab_size, **options)
     found = auditor.audit(seeds)

@@ -3,27 +3,34 @@
 import contextlib
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+from tqdm import tqdm
 
 from .. import __version__, config
 from ..command import run
 from ..data import TokenStream, atomic_write, check_writable
 from ..errors import InputError
 from . import audit_rows
-from .fresh_process import fresh_process_test
+from .engine import Runs
+from .first_runs import with_first_runs
+from .fresh_process import run_in_process
 from .inputs import Subject, read_subject
-from .report import MEMORY, Report, Test, Verdict
+from .record import Record
+from .report import Report, Test, Verdict
 
 _ABOUT = "Run an evaluation loop on altered tokens and find out whether its scores look at what they must not."
-_OWN_RERUNS, _RERUNS = 32, 48
+_OWN_RERUNS, _OWN_SECONDS = 32, 20.0  # a round; of each row
 _CONTEST_DOCUMENTS, _CONTEST_BYTES = 50_000, (151_070_000, 151_080_000)
 
 
@@ -66,8 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _audit(settings: config.AuditSettings, subject: Subject) -> list[Report]:
+    own = bool(subject.computed)
     reports = audit_rows(
-        subject.run,
+        _Counted(subject.run),
         subject.names,
         subject.tokens,
         subject.vocab_size,
@@ -75,17 +83,45 @@ def _audit(settings: config.AuditSettings, subject: Subject) -> list[Report]:
         bos_id=subject.bos_id,
         hints=subject.hints,
         seeds=settings.seed,
-        reruns=settings.reruns or (_OWN_RERUNS if subject.computed else _RERUNS),
+        reruns=settings.reruns or (_OWN_RERUNS if own else None),
         seconds=settings.budget,
+        limit=_OWN_SECONDS * len(subject.names) if own and not settings.reruns else math.inf,
     )
-    more = _denominator(subject)
     if settings.fresh_process:
-        rng = np.random.default_rng([*settings.seed, 1])
-        more.append(fresh_process_test(settings.score, subject, reports[0].noise, rng))
         reports = [
-            replace(report, unreached=[kind for kind in report.unreached if kind != MEMORY]) for report in reports
+            with_first_runs(
+                report,
+                "fresh processes",
+                lambda stream: run_in_process(settings.score, stream, subject.vocab_size),
+                subject.tokens,
+                subject.vocab_size,
+                subject.bos_id,
+                np.random.default_rng([*settings.seed, 1]),
+            )
+            for report in reports
         ]
-    return [replace(report, tests=[*report.tests, *more]) for report in reports]
+    return [replace(report, tests=[*report.tests, *_denominator(subject)]) for report in reports]
+
+
+class _Counted:
+    """Runs that are counted on a terminal, with a line every ten seconds elsewhere."""
+
+    def __init__(self, run: Runs):
+        self.run, self.done, self.begin = run, 0, time.perf_counter()
+        self.last = self.begin
+        self.bar = tqdm(unit=" runs", disable=None, file=sys.stderr, leave=False)
+
+    def __call__(self, tokens: Tensor, names: Sequence[str]) -> dict[str, Record]:
+        records, now = self.run(tokens, names), time.perf_counter()
+        self.done += 1
+        self.bar.set_postfix_str(f"of {len(names)} loops", refresh=False)
+        self.bar.update()
+        if self.bar.disable and now - self.last > 10:
+            self.last = now
+            print(
+                f"{self.done} runs in {now - self.begin:.0f} s, now of {len(names)} loops", file=sys.stderr, flush=True
+            )
+        return records
 
 
 def _denominator(subject: Subject) -> list[Test]:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import islice, pairwise
+from itertools import islice
 
 import numpy as np
 import torch
@@ -14,12 +14,15 @@ from .checks import Moved, Noise
 from .findings import Budget, Findings, Leak
 from .places import Hints, places, visits
 from .record import Record
-from .streams import Probe, Source, alter
+from .streams import Probe, Source, alter, likely, rarest, recurring
 
 Runs = Callable[[Tensor, Sequence[str]], dict[str, Record]]
 ByteRule = Callable[[np.ndarray], np.ndarray]
 _SUMS_SHARE, _FEW_SUMS_SHARE = 0.4, 0.1
 _LENGTH_CHANGES = ("truncate", "extend")
+# Where totals are taken, in turn: at a stream's last position, at one with more tokens behind it (when they are read,
+# a loop may score the token again), and after rare tokens
+_SUM_KINDS = ("end", "inside", "rare", "rare")
 _SHORTEST_SUM = 24  # tokens: closer to the start a loop has hardly any state
 _MEMORY = 1e-5  # nats: less is a rounding that happened to be the same before
 _STREAM_NOISE = 1e-3  # nats: reruns that differ by more cannot certify anything
@@ -92,10 +95,10 @@ class Auditor:
         return records
 
     def _takes(self, tokens: Tensor) -> bool:
-        """Whether the loop can run a stream of another length; some need whole windows."""
+        """Whether the loops can run a stream of another length; some need whole windows."""
         if self.fixed_length is None:
             try:
-                self._records(tokens)
+                self._records(tokens, names=self.names[:1])  # what shares its runs shares its windows
             except InputError as error:
                 self.fixed_length = str(error)
         return self.fixed_length is None
@@ -111,7 +114,8 @@ class Auditor:
             position = int(np.flatnonzero(once)[0])
             times = f"{record.charges[position]} times" if record.charges[position] else "never"
             why = "; it has no predecessor" if position == 0 else ""
-            found.problems["once"] = f"token {position} is charged {times}{why}; {int(once.sum())} such tokens"
+            problem = record.endless or f"token {position} is charged {times}{why}"
+            found.problems["once"] = f"{problem}; {int(once.sum())} such tokens"
         given = ~np.isnan(record.total)
         found.rows, found.charges = found.rows + int(given.sum()), found.charges + int(record.charges[1:].sum())
         if given.any():
@@ -194,7 +198,7 @@ class Auditor:
                 return
             probe = alter(source, self.tokens, kind, change, at)
             if probe.at < len(self.tokens):
-                self._compare(probe, self._records(probe.tokens, "probes"), bases, "given")
+                self._compare(probe, self._records(probe.tokens, "probes", self._unsettled()), bases, "given")
 
     def _fresh(self, source: Source, rounds: int) -> None:
         """Streams that the loop has never seen, of another length, the altered ones before their original."""
@@ -204,21 +208,26 @@ class Auditor:
         while True:
             drawn, chance = source.draw(self.tokens[:1], length - 1)
             tokens = torch.cat([self.tokens[:1], drawn])
-            stream = f"drawn {rounds}.{len(self.found[self.names[0]].bases)}"
-            for found in self.found.values():
-                found.bases[stream] = tokens.numpy()
+            names = self._unsettled()
+            stream = f"drawn {rounds}.{len(self.found[names[0]].bases)}"
+            for name in names:
+                self.found[name].bases[stream] = tokens.numpy()
             at = 2 + int(source.rng.integers(length - 2))
             first = alter(source, tokens, "fresh stream", "resample", at)
-            altered, bases = self._records(first.tokens, "fresh"), self._records(tokens, "fresh")
+            altered, bases = (self._records(part, "fresh", names) for part in (first.tokens, tokens))
             for name, base in bases.items():
                 self.found[name].bets.play(base, 1, chance)
             self._compare(first, altered, bases, stream)
-            for _, change, at in islice(visits(bases[self.names[0]], self.bos_id, self.hints, source.rng), 5):
+            for _, change, at in islice(visits(bases[names[0]], self.bos_id, self.hints, source.rng), 5):
                 probe = alter(source, tokens, "fresh stream", change, at)
                 if probe.at < length:
-                    self._compare(probe, self._records(probe.tokens, "fresh"), bases, stream)
+                    self._compare(probe, self._records(probe.tokens, "fresh", names), bases, stream)
                 if not self.budget.left("fresh", rounds):
                     return
+
+    def _unsettled(self) -> list[str]:
+        """Loops without a leak, while there are any: of several, those that leak are not asked again and again."""
+        return [name for name, found in self.found.items() if found.leak is None] or self.names
 
     def _compare(self, probe: Probe, records: dict[str, Record], bases: dict[str, Record], stream: str) -> None:
         """Hold every loop's scores of an altered stream against those of the original."""
@@ -233,7 +242,7 @@ class Auditor:
                 found.lengths += 1
                 found.by_length = max(found.by_length, moved.largest if moved else 0.0)
                 continue
-            if moved and found.noise.nll and not self._again(name, base, probe):
+            if moved and found.noise.nll and found.leak is None and not self._again(name, base, probe):
                 continue
             if moved and found.leak is None:
                 found.leak = self._trace(name, base, probe, moved, stream)
@@ -305,42 +314,37 @@ class Auditor:
     # -- totals over the vocabulary -----------------------------------------------------------------------------------
 
     def _sums(self, source: Source, rounds: int) -> None:
-        """Put tokens of the vocabulary in one position, the stream's last, and add up what they are given.
+        """Put tokens of the vocabulary in one position and add up what they are given.
 
         All of them where the budget allows, else those that a loop is likeliest to favour: these alone can only show
         that a total is too large.
         """
+        behind, turn = rarest(self.tokens, source.rng), rounds - 1
         begun = False
         while self.budget.shares["sums"] and (not begun or self.budget.left("sums", rounds)):
             length, affordable = len(self.tokens), self._affordable(rounds)
-            # A stream that ends at the position costs less: as far into the stream as every token can be put
+            # A stream that ends early costs less: as long a one as every token can be put in
             reach = min(int(affordable * length / self.vocab_size), length - 1)
             short = self.fixed_length is None and (reach >= _SHORTEST_SUM or reach == length - 1)
             everything = short or affordable >= self.vocab_size
             reach = reach if short else length - 1
-            stream, at = self._recurring(source, int(source.rng.integers(max(1, reach // 2), reach + 1)))
-            if at < length - 1 and self.fixed_length is None and not self._takes(stream[: at + 1]):
+            kind, turn = _SUM_KINDS[turn % len(_SUM_KINDS)], turn + 1
+            reach = min(reach, 2 * _SHORTEST_SUM) if kind == "rare" and short else reach  # there are many rare tokens
+            first = min(_SHORTEST_SUM, reach)
+            last = at = int(first * ((reach + 1) / first) ** source.rng.random())  # short and long ones alike
+            if kind == "inside":
+                at = int(source.rng.integers(first, last + 1))
+            stream = recurring(source, self.tokens, at)
+            if kind == "rare":
+                stream[at - 1] = next(behind)
+            stream = stream if self.fixed_length else stream[: last + 1]
+            if len(stream) < length and not self._takes(stream):
                 continue
-            candidates = list(range(self.vocab_size)) if everything else self._likely(source, stream, at, affordable)
+            candidates = list(range(self.vocab_size)) if everything else likely(source, stream, at, int(affordable))
             if not candidates:
                 return
             self._put(stream, at, candidates)
             begun = True
-
-    def _recurring(self, source: Source, at: int) -> tuple[Tensor, int]:
-        """A stream whose last tokens before a position were there before, with one follower, some times over.
-
-        Caches of every order have met them there, and are sure of themselves: where a total is wrong, it shows.
-        """
-        stream = torch.cat([self.tokens[:1], source.draw(self.tokens[:1], len(self.tokens) - 1)[0]])
-        copied = min(int(source.rng.integers(1, 9)), at // 2)
-        last = max(1, at - 2 * copied)  # behind it, a copy would reach into the tokens before the position
-        begin, *others = source.rng.integers(0, last, 1 + int(source.rng.integers(1, 8))).tolist()
-        piece = stream[begin : begin + copied + 1].clone()
-        for place in others:
-            stream[place : place + len(piece)] = piece
-        stream[at - copied : at] = piece[:copied]
-        return stream, at
 
     def _put(self, stream: Tensor, at: int, candidates: Sequence[int]) -> None:
         """Add up the probabilities that candidates for one position are charged with."""
@@ -348,7 +352,6 @@ class Auditor:
         for token in candidates:
             tokens = stream.clone()
             tokens[at] = token
-            tokens = tokens[: at + 1] if self.fixed_length is None else tokens
             for name, record in self._records(tokens, "sums").items():
                 loss = record.nll[at]
                 totals[name] += 0.0 if np.isnan(loss) else float(np.exp(min(-loss, 600)))
@@ -362,18 +365,9 @@ class Auditor:
 
     def _affordable(self, rounds: int) -> float:
         """Runs of the whole stream that the sums may still take."""
-        by_time = self.budget.seconds_left("sums", rounds) * self._cost / self._seconds
-        return max(by_time, self.budget.runs_left("sums", rounds), 0)
-
-    def _likely(self, source: Source, stream: Tensor, at: int, affordable: float) -> list[int]:
-        """The token that is there, those that followed the same one before, close ones, frequent ones, any."""
-        n, tokens = int(affordable), stream[:at].tolist()
-        followed = [after for token, after in pairwise(tokens) if token == tokens[-1]]
-        near = [int(stream[at]), *followed[::-1], *tokens[: -n - 1 : -1]]
-        frequent = np.argsort(-source.frequency)[:n].tolist()
-        anything = source.rng.permutation(self.vocab_size)[:n].tolist()
-        thirds = [list(dict.fromkeys(part))[: -(-n // 3)] for part in (near, frequent, anything)]
-        return list(dict.fromkeys(token for part in thirds for token in part))[:n]
+        speed, budget = self._cost / self._seconds, self.budget
+        runs = max(budget.seconds_left("sums", rounds) * speed, budget.runs_left("sums", rounds))
+        return max(min(runs, budget.limit_left("sums", rounds) * speed), 0)
 
 
 def check_stream(tokens: Tensor, vocab_size: int, bos_id: int | None) -> Tensor:

@@ -56,8 +56,8 @@ class Record:
 
     Args:
         tokens: int64 [N].
-        nll: float64 [N], nats, of a token's first charge; NaN where there was none.
-        charges: int64 [N], how often each token was charged.
+        nll: float64 [N], nats, of a token's first charge; NaN where there was none, or none that is a number.
+        charges: int64 [N], how often each token was charged with a number.
         event: int64 [N], number of the event that charged the token first; -1 where none did.
         bytes: float64 [N], what the loop counted; NaN where it did not say.
         total: float64 [N], what the token's distribution sums to; NaN where none was given.
@@ -65,8 +65,8 @@ class Record:
         rows: float32 [N, V], the distributions, NaN where none was given; None without any, or with too many to keep.
         row_precision: relative precision of the type that distributions were given in.
         ordered: whether the loop reported events; one that only returns losses says nothing about order.
-        misordered, early, narrow: the first wrong order of charges, of updates, and the first distribution of another
-            size than the vocabulary's, in words; None without.
+        misordered, early, narrow, endless: the first wrong order of charges, of updates, the first distribution of
+            another size than the vocabulary's, and the first charge that is NaN or infinite, in words; None without.
         updates: how many updates were reported.
     """
 
@@ -83,6 +83,7 @@ class Record:
     misordered: str | None = None
     early: str | None = None
     narrow: str | None = None
+    endless: str | None = None
     updates: int = 0
 
     @property
@@ -134,7 +135,7 @@ def read_log(log: Log, tokens: Tensor, vocab_size: int, returned: Any = None) ->
         returned: what the loop returned: its losses, [N - 1] or [N], if it reported nothing.
 
     Raises:
-        InputError: reports of the wrong shape, positions outside the stream, or losses that are NaN.
+        InputError: reports of the wrong shape, or positions outside the stream.
     """
     length, scores = len(tokens), log.scores
     if not scores:
@@ -149,19 +150,20 @@ def read_log(log: Log, tokens: Tensor, vocab_size: int, returned: Any = None) ->
             raise InputError(f"log.score, call {call}: logprobs of shape {list(rows.shape)}, expected {expected}")
     position = _positions([call[1] for call in scores], length, "log.score")
     nll = torch.cat([call[2] for call in scores]).double().numpy()
-    if np.isnan(nll).any():
-        raise InputError(f"the loop charges NaN for the token at position {position[np.isnan(nll)][0]}")
+    real = np.isfinite(nll)  # NaN is in no mean, and no comparison finds it too large
+    first = int((~real).argmax()) if not real.all() else None
     event = np.repeat(np.arange(len(scores)), sizes)
     record = Record(
         tokens.numpy(),
-        nll=_first(position, nll, np.full(length, np.nan)),
-        charges=np.bincount(position, minlength=length),
+        nll=_first(position, np.where(real, nll, np.nan), np.full(length, np.nan)),
+        charges=np.bincount(position[real], minlength=length),
         event=_first(position, event, np.full(length, -1)),
         bytes=np.full(length, np.nan),
         total=np.full(length, np.nan),
         mismatch=np.full(length, np.nan),
         ordered=bool(log.scores),
         misordered=_misordered(position, sizes),
+        endless=None if first is None else f"token {position[first]} is charged {nll[first]} nats",
         updates=len(log.updates),
     )
     if any(call[3] is not None for call in scores):

@@ -100,7 +100,7 @@ class Report:
             "conditions": self.conditions,
             "tests": [asdict(test) for test in self.tests],
             "leaks": self.leaks,
-            "noise_floor_nats": self.noise,
+            "noise_floor_nats": self.noise if np.isfinite(self.noise) else None,
             "places": self.places,
             "unreached": self.unreached,
             "seeds": self.seeds,
@@ -158,7 +158,7 @@ def judge(
     )  # fmt: skip
 
 
-MEMORY = "memory from call to call that hides itself (--fresh-process looks for it)"
+MEMORY = "memory from call to call that hides itself (fresh= and --fresh-process look for it)"
 _KINDS = (
     "event border",
     "inside an event",

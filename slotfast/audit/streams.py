@@ -1,7 +1,8 @@
 """Streams to run a loop on: text-like random tokens whose probabilities are known, and altered copies of a stream."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import numpy as np
 import torch
@@ -171,6 +172,43 @@ def alter(source: Source, tokens: Tensor, kind: str, change: str, at: int) -> Pr
         new = tokens.clone()
         new[at] = source.other(change, tokens, at)
     return Probe.of(kind, change, tokens, new, bos, drawn)
+
+
+def recurring(source: Source, tokens: Tensor, at: int) -> Tensor:
+    """A drawn stream whose last tokens before a position were there before, with one follower, some times over.
+
+    Caches of every order have met them there, and are sure of themselves: where a total is wrong, it shows.
+
+    Args:
+        tokens: int64 [N], N > at; its length and its first token are kept.
+        at: 1..N-1.
+    """
+    stream = torch.cat([tokens[:1], source.draw(tokens[:1], len(tokens) - 1)[0]])
+    copied = min(int(source.rng.integers(1, 9)), at // 2)
+    last = max(1, at - 2 * copied)  # behind it, a copy would reach into the tokens before the position
+    begin, *others = source.rng.integers(0, last, 1 + int(source.rng.integers(1, 8))).tolist()
+    piece = stream[begin : begin + copied + 1].clone()
+    for place in others:
+        stream[place : place + len(piece)] = piece
+    stream[at - copied : at] = piece[:copied]
+    return stream
+
+
+def likely(source: Source, stream: Tensor, at: int, n: int) -> list[int]:
+    """Up to n tokens for a position: the one there, followers of the one before, close, frequent ones, any."""
+    tokens = stream[:at].tolist()
+    followed = [after for token, after in pairwise(tokens) if token == tokens[-1]]
+    near = [int(stream[at]), *followed[::-1], *tokens[: -n - 1 : -1]]
+    frequent = np.argsort(-source.frequency)[:n].tolist()
+    anything = source.rng.permutation(source.vocab_size)[:n].tolist()
+    thirds = [list(dict.fromkeys(part))[: -(-n // 3)] for part in (near, frequent, anything)]
+    return list(dict.fromkeys(token for part in thirds for token in part))[:n]
+
+
+def rarest(tokens: Tensor, rng: np.random.Generator) -> Iterator[int]:
+    """The tokens of a stream, the rarest first, equally rare ones in any order; endlessly."""
+    kinds, counts = np.unique(tokens.numpy(), return_counts=True)
+    return cycle(kinds[np.lexsort([rng.random(len(kinds)), counts])].tolist())
 
 
 def synthetic(n: int, vocab_size: int, bos_id: int | None, rng: np.random.Generator) -> Tensor:

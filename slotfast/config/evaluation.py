@@ -66,7 +66,8 @@ class AuditSettings(Settings):
 
     score: str | None = setting(None, "loop to audit, package.module:function; default: our own, with --preset")
     preset: list[str] = setting(
-        ["none", "causal", "causal-lbfgs"], "our rows to audit, NAME or NAME:key=value,key=value; all: every preset"
+        ["none", "causal", "causal-lbfgs"],
+        "our rows to audit, NAME or NAME:key=value,key=value; all: every preset, which takes some minutes",
     )
     artifact: str | None = setting(None, "model of our own loop; default: the one in this package", "ARTIFACT_PATH")
     tokens: str | None = setting(None, "glob of token shards; a short piece of them is used")
@@ -82,7 +83,9 @@ class AuditSettings(Settings):
     ranks: int | None = setting(None, "ranks that the loop runs, one after the other; ours: 2", ge=1, le=1 << 10)
     max_tokens: int | None = setting(None, "tokens of a stream; default: two batches of every rank", ge=3)
     seed: list[int] = setting([0], "of the altered streams; a round of everything for each", ge=0)
-    reruns: int | None = setting(None, "runs of a round, about; default: 48, or 32 of our own loop", ge=1)
+    reruns: int | None = setting(
+        None, "runs of a round, about; default: 48, or 32 of our own loop within 20 s a row", ge=1
+    )
     budget: float | None = setting(None, "seconds for the runs instead, about", gt=0)
     backend: Literal["auto", "triton", "torch"] = setting("auto", "of our own loop; auto: triton on a GPU")
     device: str = setting("auto", "of our own loop: auto, cpu, cuda, cuda:1, ...")

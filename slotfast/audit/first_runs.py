@@ -1,0 +1,51 @@
+"""First runs of loops made anew: what a loop remembers from other runs cannot help it there."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor
+
+from . import checks
+from .checks import Noise
+from .record import Record
+from .report import MEMORY, Report, Test
+from .streams import Source, alter
+
+_PLACES = (1 / 2, 7 / 8)  # of the stream, where its copies begin to differ
+
+
+def with_first_runs(
+    report: Report,
+    name: str,
+    run: Callable[[Tensor], Record],
+    tokens: Tensor,
+    vocab_size: int,
+    bos_id: int | None,
+    rng: np.random.Generator,
+) -> Report:
+    """A report with one more test: first runs, of the stream and of copies with another future, are compared.
+
+    Args:
+        report: of the loop's other runs.
+        name: of the test.
+        run: gives a record of a stream by a loop that has run nothing before.
+        tokens: int64 [N].
+    """
+    source = Source(tokens, vocab_size, bos_id, rng)
+    probes = [alter(source, tokens, "", "resample", max(2, int(share * len(tokens)))) for share in _PLACES]
+    reference, *records = (run(stream) for stream in (tokens, *(probe.tokens for probe in probes)))
+    noise, detail = report.noise if np.isfinite(report.noise) else 0.0, ""
+    for probe, record in zip(probes, records, strict=True):
+        moved = checks.moved_before(reference, record, probe.at, Noise(noise, noise), probe.same_shape)
+        if moved and not detail:
+            detail = f"other tokens from {probe.at} on move the score of token {moved.score} by {moved.by:.3g} nats"
+    test = Test(name, "FAIL" if detail else "PASS", ("C1",), f"{len(probes)} altered streams", detail)
+    looks_like = "a memory of what was said before each token, which repeats itself wherever a stream begins alike"
+    leak = {"relation": name, "text": f"{name}: {detail}", "looks_like": looks_like}
+    return replace(
+        report,
+        tests=[*report.tests, test],
+        leaks=[*report.leaks, *([leak] if detail else [])],
+        unreached=[kind for kind in report.unreached if kind != MEMORY],
+    )

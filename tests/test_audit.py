@@ -664,10 +664,13 @@ def test_every_kind_of_place_is_where_it_should_be():
 
 
 def test_every_preset_is_measured_as_it_is_computed(tiny_model):
-    """All rows of one forward, two ranks, batches of 32 windows; also with stride and window of other sizes."""
+    """All rows of one forward, two ranks, batches of 32 windows; few steps, as the verdict is not about numbers."""
     hints = Hints(32, 2, 32, 2)
     table = ByteTable(np.arange(64) % 5, np.arange(64) % 3 == 0, np.arange(64) < 4)
-    loop = OwnLoop(tiny_model, PRESETS, Calibration(), table, 1, hints)
+    few = {"steps": 2, "phases": ((2, 4),)}
+    loop = OwnLoop(
+        tiny_model, {name: row.model_copy(update=few) for name, row in PRESETS.items()}, Calibration(), table, 1, hints
+    )
     rng = np.random.default_rng(0)
     auditor = Auditor(
         loop, list(PRESETS), synthetic(300, 64, 1, rng), 64,
@@ -786,7 +789,7 @@ def test_the_command_audits_our_presets(small, tmp_path, capsys):
     certificate = tmp_path / "c.json"
     assert _exit([*small, "--preset", "none", "causal", "--certificate", str(certificate)]) == 0
     out = capsys.readouterr().out
-    assert "no leak found; UNTESTED: C2" in out and "denominator" in out
+    assert out.rstrip().endswith("no leak found") and "denominator" in out and "C2 PASS" in out
     found = json.loads(certificate.read_text())
     assert found["verdict"] == "clean" and {"slotfast", "artifact", "tokenizer"} == set(found["sha256"])
     assert found["command"].startswith("python -m slotfast.audit --artifact") and found["versions"]["torch"]

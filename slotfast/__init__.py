@@ -1,6 +1,21 @@
 """slotfast: test-time logit adaptation of small language models, fast and provably honest."""
 
-from .slot import Adapted, adapt
+import os
+import sys
+
+
+def _interrupted(kind, error, trace):
+    """Ctrl-C while `python -m slotfast...` still imports torch: as quiet as later on."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+if sys.argv[:1] == ["-m"]:  # so it is while Python looks for the module to run, and never in an import as a library
+    sys.excepthook = _interrupted
+
+from .slot import Adapted, adapt  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["Adapted", "adapt"]

@@ -12,6 +12,7 @@ from .artifact import read_artifact, write_artifact
 from .command import run
 from .data import ByteTable, Tokenizer, TokenStream, check_writable, read_documents
 from .errors import InputError
+from .eval.inputs import check_tokenizer
 from .eval.loop import Scored, sliding_pass
 from .model import GPT
 from .score import Meter
@@ -21,6 +22,8 @@ from .windows import Plan
 
 SCALES = (0.0, 0.4, 0.7, 1.0, 1.3)  # 0: the rates are of no use to this model
 DECAYS = (0.94, 0.97, 0.985)  # of 64 tokens
+_LOGIT_BYTES = 1 << 28  # of one batch
+_FEWEST_TOKENS = 1000
 CLOSED_GATES = [[-30.0, 0.0]] * len(CONTEXTS)
 
 
@@ -56,11 +59,15 @@ def calibrate(
     parts: list[Scored] = []
     length = min(model.config.seq_len, max(len(stream) - 1, 1))
     plan = Plan(len(stream) - 1, length, min(stride, length))
+    batch_windows = max(1, min(batch_windows, _LOGIT_BYTES // (4 * length * model.config.vocab_size)))
     options = {"batch_windows": batch_windows, "dtype": dtype, "device": device, "on_scored": parts.append}
     sliding_pass(model, stream, plan, adapters, byte_table, bos_id, **options)
     nll = np.concatenate([part.nll for part in parts], 1)[1:].astype(np.float64)
     tokens = np.concatenate([part.token for part in parts])
     n_bytes = np.concatenate([part.n_bytes for part in parts])
+
+    if not n_bytes.sum():
+        raise InputError("the calibration text stands for no bytes")
 
     # Rates are chosen beside repeats as they usually are, and alone where repeats turn out to be of no use
     decays = {adapter.row.decay for adapter in adapters}
@@ -117,11 +124,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"--{name}: needed")
     check_writable(settings.out)
     artifact, tokenizer = read_artifact(settings.artifact), Tokenizer(settings.tokenizer)
-    if tokenizer.vocab_size != artifact.config.vocab_size:
-        raise InputError(f"{tokenizer.path}: {tokenizer.vocab_size} pieces, the model has {artifact.config.vocab_size}")
+    check_tokenizer(tokenizer, artifact)
     ids, _ = tokenizer.encode_documents(read_documents(settings.text), settings.max_tokens)
-    if len(ids) < 2:
-        raise InputError(f"{settings.text}: {len(ids)} tokens; calibration needs at least 2")
+    documents = int((ids == tokenizer.bos_id).sum())
+    if documents < 2 or len(ids) < _FEWEST_TOKENS:
+        raise InputError(
+            f"{settings.text}: {documents} documents, {len(ids):,} tokens; calibration needs 2 and {_FEWEST_TOKENS:,}"
+        )
     found = calibrate(artifact.model(), TokenStream([ids]), tokenizer.byte_table, tokenizer.bos_id, artifact.unigram)
     size = write_artifact(settings.out, replace(artifact, metadata={**artifact.metadata, "calibration": found}))
     print(summary(found))

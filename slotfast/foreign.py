@@ -71,11 +71,16 @@ class LanguageModel(nn.Module):
     def hidden(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Hidden states of tokens int64 [B, T], in `dtype` where that is a narrow one; without a head apart, logits."""
         with _autocast(tokens.device, dtype):
+            try:
+                states = (self._hidden or self.module)(tokens)
+            except (MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # whatever somebody else's code raises
+                shape = list(tokens.shape)
+                raise InputError(f"--model: fails on tokens int64 {shape}: {_first_line(error)}") from error
             if self._hidden is None:
-                logits = self.module(tokens)
-                return _at_least_float32(getattr(logits, "logits", logits))
-            hidden = self._hidden(tokens)
-            return hidden.to(dtype) if dtype in _NARROW else hidden
+                return _at_least_float32(getattr(states, "logits", states))
+            return states.to(dtype) if dtype in _NARROW else states
 
     def head(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of hidden states, float32 (float64 for float64) [..., V]; a bias is added last: no cap is known of."""
@@ -236,6 +241,8 @@ def _probe(model: LanguageModel, where: str, length: int) -> int:
     try:
         with torch.inference_mode():
             logits = model.head(model.hidden(_probe_tokens(length), torch.float32))
+    except InputError as error:
+        raise InputError(f"{where}:{str(error).removeprefix('--model:')}") from error
     except Exception as error:  # whatever somebody else's code raises
         raise InputError(f"{where}: fails on tokens int64 [2, {length}]: {_first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != (2, length):

@@ -363,8 +363,17 @@ def submission(
         "config_sha256": configuration_sha256(runs),
         "text_sha256": runs[0].result.text.sha256,
         "versions": runs[0].result.versions,
-        "comparison": comparison and {**asdict(comparison), "record": comparison.is_record},
+        "comparison": comparison and {**asdict(comparison), "record": not _no_record(runs, comparison)},
     }
+
+
+def _no_record(runs: Sequence[Run], comparison: Comparison) -> str:
+    """Why this is no record; empty where it is one."""
+    if runs[0].leak:
+        return "it is not causal"
+    if runs[0].result.config.get("max_tokens") is not None:
+        return "only the start of the text was scored"
+    return "" if comparison.is_record else "the gain, or what is known of it, does not suffice"
 
 
 def table(runs: Sequence[Run], code_bytes: int | None, comparison: Comparison | None) -> str:
@@ -398,12 +407,13 @@ def table(runs: Sequence[Run], code_bytes: int | None, comparison: Comparison | 
         base = comparison.baseline
         lines += [
             "",
-            f"Baseline {base.mean:.8f} ± {base.std:.8f} nats/token ({base.n} runs): better by "
-            f"{comparison.gain_nats:+.5f}. Welch's test, one-sided: by more than {THRESHOLD_NATS}: "
+            f"Baseline {base.mean:.8f} ± {base.std:.8f} nats/token ({base.n} runs): "
+            f"{'better' if comparison.gain_nats >= 0 else 'worse'} by {abs(comparison.gain_nats):.5f}. "
+            f"Welch's test, one-sided: by more than {THRESHOLD_NATS}: "
             f"t = {comparison.t:.2f}, df = {comparison.df:.1f}, p = {comparison.p:.2g}; by more than 0: "
             f"p = {comparison.p_any:.2g}.",
             f"Record (at least {THRESHOLD_NATS} nats/token at p < {LARGEST_P}): "
-            + ("yes." if comparison.is_record else "NO."),
+            + (f"NO: {why}." if (why := _no_record(runs, comparison)) else "yes."),
         ]
     return "\n".join(lines)
 

@@ -37,9 +37,15 @@ class ScoreFirst:
         self.chunk, self.lr, self.epochs, self.batch = chunk, lr, epochs, batch
         self.momentum, self.clip = momentum, clip
         self._optimizer: torch.optim.SGD | None = None
+        self._chunks: tuple[Plan, list[range]] | None = None
 
     def chunks(self, plan: Plan) -> list[range]:
         """The windows of each chunk, in order; chunks without a window are left out."""
+        if self._chunks is None or self._chunks[0] != plan:  # a contest's plan has a million windows
+            self._chunks = plan, self._cut(plan)
+        return self._chunks[1]
+
+    def _cut(self, plan: Plan) -> list[range]:
         borders, last = [], None
         for index in range(len(plan)):
             window = plan[index]

@@ -101,7 +101,7 @@ def test_runs_may_be_the_baseline_where_they_score_the_same_tokens(tmp_path, cap
     ours = _write(tmp_path / "ours")
     theirs = _write(tmp_path / "theirs", {1: 1.8900, 2: 1.8910, 3: 1.8905})
     main([*ours, "--baseline", *theirs])
-    assert "Baseline 1.89050000 ± 0.00050000 nats/token (3 runs): better by +0.01629" in capsys.readouterr().out
+    assert "Baseline 1.89050000 ± 0.00050000 nats/token (3 runs): better by 0.01629" in capsys.readouterr().out
     for path in theirs:
         result = json.loads(Path(path).read_text())
         result["text"]["sha256"] = "f" * 64

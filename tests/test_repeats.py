@@ -73,6 +73,8 @@ def test_memory_is_bounded_and_forgetting_changes_nothing_else():
         found = repeats.take(tokens[first : first + 500])
         sizes.append(sum(map(len, repeats.tables)))
     assert max(sizes) < 6 * 6000
+    weights = [w for table in repeats.tables for followers in table.values() for w in followers.values()]
+    assert min(weights) >= 1e-12  # a frequent context forgets its rare followers too
     recent = Repeats(0.99, DOCUMENT_DECAY, BOS)
     recent.take(tokens[1500:5500])
     again = recent.take(tokens[5500:])

@@ -106,10 +106,9 @@ def _slow_rates(nll_logits, targets, context, scored, row, k, per_window):
 @pytest.mark.parametrize("preset", ["causal-unigram:scale=0.8", "causal-window:scale=0.8,decay=0.9"])
 def test_rates_agree_with_their_definition(preset):
     windows = stream(6, dtype=torch.float64)
-    row, frequency = (
-        Calibration().resolve(parse_preset(preset)),
-        torch.rand(V, generator=torch.Generator().manual_seed(0)) / V,
-    )
+    row = Calibration().resolve(parse_preset(preset))
+    frequency = torch.rand(V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    frequency /= frequency.sum()
     k = (2 * (1024 * frequency.double()).sqrt()).clamp(min=0.2)
     expected = _slow_rates(*windows, row, k, row.scope == "window")
     got = slotfast.adapt(*windows, preset=preset, frequency=frequency, bos_id=BOS).nll
@@ -245,3 +244,46 @@ def test_adapt_keeps_no_graph():
     logits, targets, context, scored = stream(2)
     result = slotfast.adapt(logits.requires_grad_(), targets, context, scored)
     assert not result.nll.requires_grad and not result.state._rates.expected.requires_grad
+
+
+def test_what_lies_behind_the_scored_positions_may_be_anything():
+    """Rows of padding are often NaN; no preset reads them."""
+    logits, targets, context, scored = stream(9)
+    end = L - 2
+    scored = scored.clamp(max=end)
+    broken = logits.clone()
+    broken[:, end:] = math.nan
+    for name in set(CAUSAL) - {"pr1217-window", "film-v1", "film-logit-only", "film-lowrank"}:
+        expected = slotfast.adapt(logits, targets, context, scored, preset=name, bos_id=BOS).nll
+        assert _equal(expected, slotfast.adapt(broken, targets, context, scored, preset=name, bos_id=BOS).nll), name
+
+
+def test_frequencies_may_be_counts():
+    windows, counts = stream(6), torch.arange(1, V + 1)
+    shares = counts / counts.sum()
+    a, b = (slotfast.adapt(*windows, bos_id=BOS, frequency=f).nll for f in (counts, shares))
+    assert (a - b).abs().nan_to_num().max() < 1e-5
+    with pytest.raises(InputError, match="frequency: expected counts or shares"):
+        slotfast.adapt(*windows, frequency=torch.zeros(V))
+
+
+def test_no_windows_and_foreign_states():
+    windows = stream(6)
+    for name in CAUSAL:
+        through = {"hidden": to_hidden(windows[0])[:0], "head": head}
+        assert slotfast.adapt(*(x[:0] for x in windows), preset=name, **through).nll.shape == (0, L)
+    state = slotfast.adapt(*windows, bos_id=BOS).state
+    with pytest.raises(InputError, match="state: it is of 50 tokens"):
+        slotfast.adapt(windows[0][..., :40], windows[1] % 40, *windows[2:], state=state)
+    with pytest.raises(InputError, match="NaN or infinite losses at scored positions"):
+        slotfast.adapt(torch.full_like(windows[0], math.nan), *windows[1:])
+    with pytest.raises(InputError, match="bos_id 999 in 0..49"):
+        slotfast.adapt(*windows, bos_id=999)
+
+
+def test_narrow_logits_are_adapted_in_float32():
+    logits, *rest = stream(9)
+    narrow = logits.bfloat16()
+    for name in ("causal", "causal-bigram", "causal-window", "causal-lbfgs"):
+        a, b = (slotfast.adapt(z, *rest, preset=name, bos_id=BOS).nll.float() for z in (narrow, narrow.float()))
+        assert (a - b).abs().nan_to_num().max() < 1e-4, name

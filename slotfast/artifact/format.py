@@ -100,6 +100,7 @@ def _encoded(artifact: Artifact) -> list[bytes]:
     header = json.dumps(
         {"config": artifact.config.model_dump(), "metadata": dict(artifact.metadata), "tensors": entries},
         separators=(",", ":"),
+        allow_nan=False,
     ).encode()
     prefix = _PREFIX.pack(MAGIC, VERSION, len(header), sum(map(len, blobs)))
     return [prefix, _digest(prefix, header, *blobs), header, *blobs]

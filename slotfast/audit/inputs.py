@@ -81,6 +81,9 @@ def _own(settings: AuditSettings) -> Subject:
     hints = _hints(settings, min(64, inputs.artifact.config.seq_len), 8, max(unit, 8 // unit * unit), 2)
     if hints.batch_windows % unit:
         raise InputError(f"--batch-windows {hints.batch_windows}: expected a multiple of {unit}, fitted together")
+    fewest = hints.seq_len + hints.stride * hints.batch_windows
+    if settings.max_tokens is not None and settings.max_tokens < fewest:
+        raise InputError(f"--max-tokens {settings.max_tokens}: two batches of these windows need {fewest}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
     tokenizer, artifact = inputs.tokenizer, inputs.artifact
     loop = OwnLoop(

@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _write_script(settings: config.BundleSettings) -> None:
     script = Path(settings.script)
-    if settings.out is None or Path(settings.out).resolve() == script.resolve():
+    if settings.out is None:
+        raise InputError("--out: needed with --script")
+    if Path(settings.out).resolve() == script.resolve():
         raise InputError(f"--out {settings.out}: expected a file other than the script")
     check_writable(settings.out)
     plain = inline(script, settings.kernels)

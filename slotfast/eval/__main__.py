@@ -109,6 +109,7 @@ def _evaluate(
         "peak_memory_bytes": peak,
         "batch_windows": batch_windows,
         "adapt_windows": adapt_windows,
+        "ttt_chunks": len(training.chunks(plan)) if training else 0,
         "dtype": str(dtype).removeprefix("torch."),
     }
     return report(settings, inputs, plan, adapters, work, result, seconds, where), collected

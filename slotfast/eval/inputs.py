@@ -90,13 +90,18 @@ def _read_model(settings: EvalSettings) -> tuple[Artifact | ForeignModel, int | 
         shown = ", ".join(f"{key}={value}" for key, value in assumed.items())
         print(f"warning: {artifact_path} does not say, so it is assumed: {shown} (--model-config)", file=sys.stderr)
     tokenizer = Tokenizer(settings.tokenizer or str(shipped / "demo.model"))
+    check_tokenizer(tokenizer, artifact)
+    return artifact, artifact_path.stat().st_size, tokenizer
+
+
+def check_tokenizer(tokenizer: Tokenizer, artifact: Artifact) -> None:
+    """Raise InputError where a tokenizer is not the one that a model was trained with."""
     expected = artifact.metadata.get("tokenizer_sha256")
     if tokenizer.vocab_size != artifact.config.vocab_size or expected not in (None, tokenizer.sha256):
         raise InputError(
             f"{tokenizer.path}: {tokenizer.vocab_size} pieces, SHA-256 {tokenizer.sha256[:12]}; the model needs "
             f"{artifact.config.vocab_size} pieces, SHA-256 {(expected or 'unknown')[:12]}: pass its own --tokenizer"
         )
-    return artifact, artifact_path.stat().st_size, tokenizer
 
 
 def choose_rows(settings: EvalSettings) -> list[Adaptation]:
@@ -146,9 +151,9 @@ def choose_batch(
     memory = 0 if device == "cpu" else torch.cuda.mem_get_info(device)[0] // 8
     fits = memory // (4 * needed * vocab_size)
     together = settings.adapt_windows or max(batch, fits // batch * batch)
-    if together % batch:
-        raise InputError(f"--adapt-windows {together}: expected a multiple of {batch}, the windows of one forward")
-    return batch, together
+    if together % chosen and together % batch:
+        raise InputError(f"--adapt-windows {together}: expected a multiple of {chosen}, the windows of one forward")
+    return batch, max(batch, together // batch * batch)
 
 
 def choose_training(settings: EvalSettings, rows: Sequence[Adaptation], world: int) -> ScoreFirst | None:

@@ -98,6 +98,7 @@ def sliding_pass(
     clock = _Clock(result.seconds, device)
     forward = _Forward(model, stream, plan, adapters, batch_windows, dtype, device, backend)
     adapt_windows = adapt_windows or batch_windows
+    why = "broken weights" if training is None else "broken weights, or --ttt-lr is too high for them"
 
     def pieces(windows: range) -> Iterator[range]:
         # all positions of the stream's first window are scored: it would make a large group's tensors long
@@ -127,7 +128,7 @@ def sliding_pass(
                 clock.lap("adapt" if adapter else "score")
             start = plan[piece.start].start + plan[piece.start].context_end
             kept = torch.stack(logprobs) if logprobs else None
-            new = _scored(stream, start, torch.stack(scores), kept, byte_table, result.meter.rows)
+            new = _scored(stream, start, torch.stack(scores), kept, byte_table, result.meter.rows, why)
             if document is None:
                 document = stream.count(bos_id, start + 1) - 1 + headless
             documents = document + np.cumsum(new.token == bos_id)
@@ -210,6 +211,7 @@ def _scored(
     logprobs: torch.Tensor | None,
     byte_table: ByteTable,
     rows: Sequence[str],
+    why: str,
 ) -> Scored:
     """The tokens behind predictions start, start + 1, ... with their losses [rows, n]; raises on NaN."""
     values = nll.cpu().numpy()
@@ -217,7 +219,7 @@ def _scored(
         row, column = np.argwhere(~np.isfinite(values))[0]
         raise InputError(
             f"the model gives a loss of {values[row, column]} for the token at position {start + 1 + column}"
-            f" (preset {rows[row]!r}): broken weights"
+            f" (preset {rows[row]!r}): {why}"
         )
     tokens = stream.read(start, start + values.shape[1] + 1)
     position = np.arange(start + 1, start + len(tokens))

@@ -69,7 +69,7 @@ def report(
         "base": {"nats": base.nats, "bpb": base.bpb},
         "adapted": first["adapted"],
         "presets": presets,
-        "calibrated": inputs.artifact.unigram is not None,
+        "calibrated": inputs.artifact.metadata.get("calibration") is not None,
         "text": text,
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "windows_per_second": speed,
@@ -82,7 +82,7 @@ def report(
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "ranks": where["ranks"],
         "plan": {"seq_len": plan.seq_len, "stride": plan.stride, "batch_windows": where["batch_windows"]}
-        | {"adapt_windows": where["adapt_windows"], "ttt": settings.ttt}
+        | {"adapt_windows": where["adapt_windows"], "ttt": settings.ttt, "ttt_chunks": where["ttt_chunks"]}
         | {"dtype": where["dtype"], "weights": settings.weights},
         "config": settings.model_dump(by_alias=True),
         "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -150,10 +150,14 @@ def table(found: dict[str, Any]) -> str:
             error = "n/a" if adapted["gain_se"] is None else f"{adapted['gain_se']:.4f}"
         verdict = "yes" if row["causal"] else f"NO: {row['why'].partition(',')[0]}"
         lines.append(f"{row['preset']:<{width}}{adapted['bpb']:>9.4f}{gain:>10}{error:>9}   {verdict}")
-    if not found["calibrated"] and any(row["resolved_preset"]["optimizer"] == "rates" for row in found["presets"]):
-        lines.append("uncalibrated: the model comes without training frequencies, so k = 2 and scale 0.7 are used")
+    rates = [row["resolved_preset"] for row in found["presets"] if row["resolved_preset"]["optimizer"] == "rates"]
+    if not found["calibrated"] and rates:
+        scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(row["scale"] for row in rates))
+        lines.append(f"uncalibrated: nothing was fitted to this model; scale {scales}")
     if found["plan"]["ttt"]:
-        lines.append("trained:  every row, on each chunk after it was scored (--ttt)")
+        chunks = found["plan"]["ttt_chunks"] - 1
+        done = f"every row, after each of {chunks} chunks" if chunks > 0 else "nothing: the stream is a single chunk"
+        lines.append(f"trained {done} (--ttt, --ttt-chunk)")
     if "budget" in found:
         budget = found["budget"]
         verdict = "within" if budget["within"] else "OVER"

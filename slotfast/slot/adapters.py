@@ -60,7 +60,7 @@ class Adapter:
             batch: the windows.
             all_rows: `logprobs` of the result will be asked for.
         """
-        if self.row.optimizer == "none":
+        if self.row.optimizer == "none" or not len(batch.logits):
             return Adjusted(batch)
         if self.row.optimizer != "rates":
             return self._fit(batch)
@@ -130,7 +130,7 @@ def adapt(
         scored: end of the positions to score, one number or int64 [W]; T by default.
         preset: NAME or NAME:key=value,...
         state: of the call before with the same preset, for presets that carry something from batch to batch.
-        frequency: float [V], how often each token comes in training text; improves `causal`.
+        frequency: float [V], how often each token comes in training text, counts or shares; improves `causal`.
         bos_id: the token that starts a document, for `causal`.
         hidden: float [W, T, D], the states behind the logits, for presets that shift them or act before the soft cap.
         head: from hidden states [n, D], and a bias [V] before the soft cap for presets that add one there, to logits.
@@ -142,8 +142,14 @@ def adapt(
     if logits.ndim != 3 or targets.shape != logits.shape[:2]:
         raise InputError(f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}: expected [W, T, V] and [W, T]")
     windows, length, vocabulary = logits.shape
+    if targets.is_floating_point() or (bos_id is not None and not 0 <= bos_id < vocabulary):
+        raise InputError(f"targets and bos_id: expected integers, bos_id {bos_id} in 0..{vocabulary - 1}")
     if frequency is not None and frequency.shape != (vocabulary,):
         raise InputError(f"frequency {tuple(frequency.shape)}: expected {(vocabulary,)}")
+    if frequency is not None:
+        if not bool(frequency.isfinite().all() & (frequency >= 0).all() & (frequency.sum() > 0)):
+            raise InputError("frequency: expected counts or shares of tokens, >= 0 and not all 0")
+        frequency = frequency.double() / frequency.double().sum()
     row = parse_preset(preset)
     if not row.compliance.causal and not allow_noncausal:
         raise InputError(f"preset {preset!r} is not causal: {row.compliance.why}")
@@ -151,6 +157,8 @@ def adapt(
         state = Adapter(row, Calibration(frequency), bos_id)
     elif state.row != state.calibration.resolve(row):
         raise InputError(f"state: it is that of preset {state.row.name!r} or of other options, not of {preset!r}")
+    if state._rates is not None and len(state._rates.k) != vocabulary:
+        raise InputError(f"state: it is of {len(state._rates.k)} tokens, logits {tuple(logits.shape)} have others")
     ends = [torch.as_tensor(length if end is None else end, device=logits.device) for end in (context, scored)]
     if any(end.is_floating_point() or end.shape not in ((), (windows,)) for end in ends):
         raise InputError(f"context and scored: expected an integer or {windows} of them")
@@ -172,4 +180,7 @@ def adapt(
         result[batch.scored] = nll
         return result
 
-    return Adapted(full(state.step(batch).nll()), full(Adjusted(batch).nll()), state)
+    nll, base_nll = state.step(batch).nll(), Adjusted(batch).nll()
+    if not bool(nll.isfinite().all() & base_nll.isfinite().all()):
+        raise InputError("logits: they give NaN or infinite losses at scored positions")
+    return Adapted(full(nll), full(base_nll), state)

@@ -17,7 +17,8 @@ _HIDDEN = {"parameter": "hidden", "optimizer": "adamw", "steps": 8, "lr": 0.005}
 _FILM = {"parameter": "hidden+bias", "softcap": "before", "positions": "focal", "warm_start": "mean", "clamp": 5.0}
 _FILM_ADAMW = {"optimizer": "adamw", "steps": 24, "lr": 0.012, "lr_end": 0.001}
 _FILM_LBFGS = {"scope": "joint", "phases": ((24, 20),)}
-_OPTIONAL = ("clamp", "lr_end", "scale", "k", "decay")
+_OPTIONAL = ("clamp", "lr_end", "scale", "k", "decay", "gates")
+_MAY_IDLE = ("positions", "scope", "optimizer", "parameter")
 _FILM_LOWRANK = {"parameter": "lowrank", "positions": "focal", "scope": "batch", "warm_start": "mean"}
 
 PRESETS: dict[str, Adaptation] = {
@@ -120,9 +121,9 @@ def parse_preset(text: str) -> Adaptation:
         raise InputError(f"preset {text!r}: steps and phases say the same: give one of them")
     known = {key: value for key, value in changes.items() if key in Adaptation.model_fields}
     changed = _changed(row, known, f"preset {text!r}")
-    acting = (*row.options, *changed.options, "steps") if changed.optimizer == "lbfgs" else changed.options
+    acting = (*changed.options, *(("steps",) if changed.optimizer == "lbfgs" else ()), *_MAY_IDLE)
     for key in changes:
-        if key not in (*row.options, *acting):
+        if key not in acting:
             raise InputError(f"preset {text!r}: {key!r} does nothing here{_nearest(key, acting)}")
     return changed
 

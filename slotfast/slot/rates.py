@@ -125,6 +125,7 @@ class Rates:
         counts = weight.new_zeros(len(begin), len(self.k)).scatter_add_(1, targets, weight)
         logits = batch.logits[torch.arange(len(begin), device=begin.device)[:, None], index]
         rows = torch.softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
+        rows = rows.masked_fill(~taken[:, :, None], 0.0)  # what was not scored may be anything, NaN too
         return after[:, 0], counts, row_mixture(weight.to(rows.dtype), rows).double()
 
 
@@ -153,6 +154,7 @@ class BigramRates:
         """Score each window with what came before it; takes the windows' scored tokens in."""
         row, adjusted = self.rates.row, []
         unigram = self.rates.stream(batch)
+        wide = torch.promote_types(batch.logits.dtype, torch.float32)
         for window in batch.scored.any(1).nonzero()[:, 0].tolist():
             scored = batch.scored[window]
             logits, targets = batch.logits[window][scored], batch.targets[window][scored]
@@ -163,9 +165,9 @@ class BigramRates:
             counts, expected = self.unit * self.counts[previous], self.unit * self.expected[previous]
             bias = ((counts + row.k2 * ratio.float()) / (expected + row.k2)).log()
             bound = row.clamp or math.inf
-            adjusted.append(logits + (row.scale * bias).clamp(-bound, bound).to(logits.dtype))
+            adjusted.append(logits.to(wide) + (row.scale * bias).clamp(-bound, bound).to(wide))
             self._take(logits, targets, previous)
-        empty = batch.logits.new_zeros(0, batch.logits.size(-1))
+        empty = batch.logits.new_zeros(0, batch.logits.size(-1), dtype=wide)
         return Adjusted(batch, logits=torch.cat(adjusted) if adjusted else empty)
 
     def _take(self, logits: Tensor, targets: Tensor, previous: Tensor) -> None:

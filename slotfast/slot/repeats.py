@@ -96,12 +96,12 @@ class Repeats:
         return Followers(total, hits, rows if all_rows else None)
 
     def _forget(self) -> None:
-        """Bring the unit back to 1 and drop contexts that no longer weigh anything."""
+        """Bring the unit back to 1 and drop contexts, and followers of others, that no longer weigh anything."""
         for j, table in enumerate(self.tables):
-            kept = {context: followers for context, followers in table.items() if followers[-1] > 1.0}
             self.tables[j] = {
-                context: {token: weight / self.unit for token, weight in followers.items()}
-                for context, followers in kept.items()
+                context: {token: weight / self.unit for token, weight in followers.items() if weight > 1.0}
+                for context, followers in table.items()
+                if followers[-1] > 1.0
             }
         self.unit = 1.0
 

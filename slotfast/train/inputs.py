@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -227,6 +228,8 @@ def train_tokenizer(documents: list[str], vocab_size: int, path: Path) -> None:
                 minloglevel=2,
             )
         except RuntimeError as error:
-            raise InputError(f"tokenizer of {vocab_size} pieces: {str(error).splitlines()[0]}") from None
+            most = re.search(r"value <= (\d+)", str(error))
+            why = f"the text is enough for {most[1]}" if most else str(error).splitlines()[0]
+            raise InputError(f"tokenizer of {vocab_size} pieces: {why}; --vocab-size asks for fewer") from None
         with atomic_write(path) as file:
             file.write(prefix.with_suffix(".model").read_bytes())

@@ -38,6 +38,7 @@ _FREE = {"out", "text", "tokens", "data_path", "val_text", "val_tokens", "max_va
 _FREE |= {"device", "dtype", "compile", "checkpoint", "checkpoint_steps", "checkpoint_seconds", "resume", "log_every"}
 _FREE |= {"val_every", "json_", "plot", "show_config", "allow_noncausal", "target_bytes", "calibrate"}
 _AFTERWARDS = ("ttt", "quantize")  # how the names begin of those that act after all that a checkpoint holds
+_CALIBRATION_BYTES = 1024  # more than a calibration's numbers take in the header
 _CALIBRATION_TOKENS = 100_000
 
 
@@ -142,7 +143,7 @@ def _finish(
     size = write_artifact(settings.out, artifact)
     seconds["quantize"] = time.perf_counter() - start
     log(format_report(report))
-    if inputs.held_out is not None and settings.calibrate == "yes":
+    if inputs.held_out is not None and settings.calibrate == "yes" and inputs.val_bytes:
         start_calibration = time.perf_counter()
         artifact, size = _calibrate(settings, inputs, artifact, trainer.device, log)
         seconds["calibrate"] = time.perf_counter() - start_calibration
@@ -157,7 +158,8 @@ def _finish(
     if inputs.ttt is not None and (inputs.ttt_overlap or 0) > MAX_OVERLAP:
         log(f"NOT an honest score: the weights have learned text that shares {inputs.ttt_overlap:.1%} with it")
     log(f"{settings.out}: {size:,} bytes; {inputs.tokenizer.path}: {inputs.tokenizer.path.stat().st_size:,} bytes")
-    seconds["total"] = sum(seconds.values()) + time.perf_counter() - start - seconds["quantize"]
+    measured = seconds["quantize"] + seconds.get("calibrate", 0.0)
+    seconds["total"] = sum(seconds.values()) - measured + time.perf_counter() - start
     return {
         "preset": settings.preset,
         "ttt": metadata.get("ttt"),
@@ -218,6 +220,9 @@ def _quantize(
         device = model.tok_emb.weight.device
         windows = (loader.next_batch()[:, :-1].to(device) for _ in range(settings.quantize_windows))
 
+    will_calibrate = inputs.held_out is not None and settings.calibrate == "yes"
+    target = settings.target_bytes and settings.target_bytes - _CALIBRATION_BYTES * will_calibrate
+
     def size(tensors: Mapping[str, Any]) -> int:
         return artifact_bytes(Artifact(model.config, tensors, metadata, unigram))
 
@@ -226,8 +231,8 @@ def _quantize(
         windows,
         method=settings.quantize,
         clip=settings.quantize_clip,
-        target_bytes=settings.target_bytes,
-        size=size if settings.target_bytes else None,
+        target_bytes=target,
+        size=size if target else None,
         budget_seconds=settings.reserve or None,
     )
     return Artifact(model.config, found.tensors, metadata, unigram), found.report

@@ -919,7 +919,7 @@ WRONG = {
 
 def test_the_contest_s_documents_must_have_its_bytes(here, capsys):
     write_shard(here / "val_000000.bin", np.tile([1, 400], 50_000))
-    demo = str(Path(config.__file__).parent / "demo" / "demo.model")
+    demo = str(Path(config.__file__).parents[1] / "demo" / "demo.model")
     arguments = ["--score", "my_loops:clean", "--tokenizer", demo, "--tokens", "val_*.bin", "--budget", "0.2"]
     assert _exit([*arguments, "--max-tokens", "60"]) == 1
     out = capsys.readouterr().out

@@ -859,7 +859,7 @@ def here(tmp_path, monkeypatch):
 
 def test_anybodys_loop_from_a_shell(here):
     command = [sys.executable, "-m", "slotfast.audit", "--vocab-size", "16", "--max-tokens", "60", "--budget", "0.2"]
-    environment = {"PYTHONPATH": str(Path(config.__file__).parents[1]), "PATH": ""}
+    environment = {"PYTHONPATH": str(Path(config.__file__).parents[2]), "PATH": ""}
 
     def run(*arguments):
         return subprocess.run([*command, *arguments], cwd=here, env=environment, capture_output=True, text=True)

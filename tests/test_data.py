@@ -155,7 +155,7 @@ def test_a_cut_keeps_the_counts_true(tokenizer):
 
 
 def _rule_in_words(processor, tokens) -> int:
-    """LINEAGE D.7, read aloud, one token at a time."""
+    """The contest's byte rule, read aloud, one token at a time."""
     total, after_boundary = 0, True
     for token in tokens:
         if processor.is_control(token) or processor.is_unknown(token) or processor.is_unused(token):

@@ -44,7 +44,7 @@ def test_ranks_share_the_windows(plan, world):
 
 
 def test_the_contest_stream_has_969057_windows():
-    # LINEAGE D.6: 62,021,632 scored tokens of SP1024; the published loops run 31 more, which only rescore the tail
+    # Its 62,021,632 scored tokens of SP1024; the published loops run 31 more windows, which only rescore the tail
     assert len(Plan(62_021_632, 2048, 64)) == 969_057
 
 

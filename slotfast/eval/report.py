@@ -70,6 +70,7 @@ def report(
         "adapted": first["adapted"],
         "presets": presets,
         "calibrated": inputs.artifact.metadata.get("calibration") is not None,
+        "frequencies": inputs.artifact.unigram is not None,
         "text": text,
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "windows_per_second": speed,
@@ -153,7 +154,8 @@ def table(found: dict[str, Any]) -> str:
     rates = [row["resolved_preset"] for row in found["presets"] if row["resolved_preset"]["optimizer"] == "rates"]
     if not found["calibrated"] and rates:
         scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(row["scale"] for row in rates))
-        lines.append(f"uncalibrated: nothing was fitted to this model; scale {scales}")
+        k = "from its token frequencies" if found["frequencies"] else "= 2"
+        lines.append(f"uncalibrated: nothing was fitted to this model; scale {scales}, k {k}, unless set")
     if found["plan"]["ttt"]:
         chunks = found["plan"]["ttt_chunks"] - 1
         done = f"every row, after each of {chunks} chunks" if chunks > 0 else "nothing: the stream is a single chunk"

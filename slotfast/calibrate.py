@@ -12,7 +12,7 @@ from .artifact import read_artifact, write_artifact
 from .command import run
 from .data import ByteTable, Tokenizer, TokenStream, check_writable, read_documents
 from .errors import InputError
-from .eval.inputs import check_tokenizer
+from .eval.inputs import check_tokenizer, windows_that_fit
 from .eval.loop import Scored, sliding_pass
 from .model import GPT
 from .score import Meter
@@ -22,7 +22,6 @@ from .windows import Plan
 
 SCALES = (0.0, 0.4, 0.7, 1.0, 1.3)  # 0: the rates are of no use to this model
 DECAYS = (0.94, 0.97, 0.985)  # of 64 tokens
-_LOGIT_BYTES = 1 << 28  # of one batch
 _FEWEST_TOKENS = 1000
 CLOSED_GATES = [[-30.0, 0.0]] * len(CONTEXTS)
 
@@ -59,13 +58,12 @@ def calibrate(
     parts: list[Scored] = []
     length = min(model.config.seq_len, max(len(stream) - 1, 1))
     plan = Plan(len(stream) - 1, length, min(stride, length))
-    batch_windows = max(1, min(batch_windows, _LOGIT_BYTES // (4 * length * model.config.vocab_size)))
+    batch_windows = max(1, min(batch_windows, windows_that_fit(length, model.config.vocab_size)))
     options = {"batch_windows": batch_windows, "dtype": dtype, "device": device, "on_scored": parts.append}
     sliding_pass(model, stream, plan, adapters, byte_table, bos_id, **options)
     nll = np.concatenate([part.nll for part in parts], 1)[1:].astype(np.float64)
     tokens = np.concatenate([part.token for part in parts])
     n_bytes = np.concatenate([part.n_bytes for part in parts])
-
     if not n_bytes.sum():
         raise InputError("the calibration text stands for no bytes")
 

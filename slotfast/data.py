@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -106,6 +107,20 @@ def atomic_write(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, document: Any, allow_nan: bool = False) -> None:
+    """Write a document as indented JSON, whole or not at all; `-` is standard output.
+
+    Raises:
+        ValueError: NaN or infinite numbers, unless allowed.
+    """
+    text = json.dumps(document, indent=2, allow_nan=allow_nan)
+    if path == "-":
+        print(text)
+        return
+    with atomic_write(path) as file:
+        file.write(text.encode() + b"\n")
 
 
 def check_writable(path: str | os.PathLike) -> None:

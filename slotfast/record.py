@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from . import config
 from .bundle import CAP_BYTES
 from .command import run
-from .data import atomic_write, check_writable
+from .data import check_writable, write_json
 from .errors import InputError
 from .train.inputs import MAX_OVERLAP
 
@@ -281,9 +281,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         compare(Sample.of([each.loss for each in runs]), _baseline(settings, runs)) if settings.baseline else None
     )
     if settings.submission is not None:
-        document = submission(settings, runs, code_bytes, comparison)
-        with atomic_write(settings.submission) as file:
-            file.write(json.dumps(document, indent=2, allow_nan=False).encode() + b"\n")
+        write_json(settings.submission, submission(settings, runs, code_bytes, comparison))
     return print(table(runs, code_bytes, comparison))
 
 

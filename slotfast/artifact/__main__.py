@@ -1,6 +1,5 @@
 """python -m slotfast.artifact: what an artifact holds, and how to turn other people's into ours and back."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from .. import config
 from ..command import run
-from ..data import atomic_write, check_writable
+from ..data import check_writable, write_json
 from ..errors import InputError
 from ..quantize import QuantizedMatrix
 from .architecture import parse_overrides
@@ -40,13 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.json_ not in (None, "-"):
         check_writable(settings.json_)
     found, text = (_show if name == "show" else _convert)(settings)
-    document = json.dumps(found, indent=2, allow_nan=False)
-    if settings.json_ == "-":
-        return print(document)
     if settings.json_:
-        with atomic_write(settings.json_) as file:
-            file.write(document.encode() + b"\n")
-    return print(text)
+        write_json(settings.json_, found)
+    return None if settings.json_ == "-" else print(text)
 
 
 def _show(settings: config.ShowSettings) -> tuple[dict[str, Any], str]:

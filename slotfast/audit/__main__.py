@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from .. import __version__, config
 from ..command import run
-from ..data import TokenStream, atomic_write, check_writable
+from ..data import TokenStream, atomic_write, check_writable, write_json
 from ..errors import InputError
 from . import audit_rows
 from .engine import Runs
@@ -59,12 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.certificate:
         with atomic_write(settings.certificate) as file:
             file.write(json.dumps(result, indent=2).encode() + b"\n")
-    if settings.json_ == "-":
-        print(json.dumps(result, indent=2))
-    else:
-        if settings.json_:
-            with atomic_write(settings.json_) as file:
-                file.write(json.dumps(result, indent=2).encode() + b"\n")
+    if settings.json_:
+        write_json(settings.json_, result, allow_nan=True)
+    if settings.json_ != "-":
         print("\n\n".join(map(str, reports)))
         print("\n".join(["", *disagreements, result["summary"]]))
     sys.stdout.flush()

@@ -1,6 +1,5 @@
 """The command."""
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from .. import config, ops
 from ..command import run
-from ..data import atomic_write, check_writable
+from ..data import check_writable, write_json
 from ..errors import InputError
 from ..ranks import join_ranks
 from ..slot import Adaptation, Adapter, Calibration
@@ -43,13 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return None
     if settings.per_token:
         collected.write(settings.per_token, [row["preset"] for row in found["presets"]])
-    document = json.dumps(found, indent=2, allow_nan=False)
-    if settings.json_ == "-":
-        return print(document)
     if settings.json_:
-        with atomic_write(settings.json_) as file:
-            file.write(document.encode() + b"\n")
-    return print(table(found))
+        write_json(settings.json_, found)
+    return None if settings.json_ == "-" else print(table(found))
 
 
 def _evaluate(

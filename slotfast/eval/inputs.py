@@ -132,6 +132,11 @@ def choose_plan(settings: EvalSettings, inputs: Inputs) -> Plan:
     return Plan(predictions, settings.seq_len or length, settings.stride)
 
 
+def windows_that_fit(seq_len: int, vocab_size: int) -> int:
+    """Windows whose float32 logits a batch may hold; 0 where even one is too large."""
+    return _LOGIT_BYTES // (4 * seq_len * vocab_size)
+
+
 def choose_batch(
     settings: EvalSettings, rows: Sequence[Adaptation], plan: Plan, vocab_size: int, device: str = "cpu"
 ) -> tuple[int, int]:
@@ -140,7 +145,7 @@ def choose_batch(
     A GPU solves a window on each of its processors, and wants many times what one forward gives; a CPU does not.
     """
     unit = math.lcm(*(row.unit for row in rows))
-    fits = _LOGIT_BYTES // (4 * plan.seq_len * vocab_size)
+    fits = windows_that_fit(plan.seq_len, vocab_size)
     chosen = settings.batch_windows or max(unit, min(fits, _MAX_BATCH_WINDOWS) // unit * unit)
     if chosen % unit:
         raise InputError(

@@ -30,7 +30,7 @@ class Fit:
     def __call__(self, batch: WindowBatch) -> Adjusted:
         """Each window's parameter, applied. Advances the warm start."""
         parameters = self.parameters(batch)
-        if self.row.parameter == "bias" and not self.row.needs_hidden:
+        if self.row.plain:
             return Adjusted(batch, bias=parameters)
         layout = Layout.of(self.row, batch)
         logits = [
@@ -43,9 +43,7 @@ class Fit:
         """The fitted parameters of every window, [W, P]."""
         row, windows, found = self.row, batch.logits.size(0), []
         layout, used = Layout.of(row, batch), batch.focus(row).any(1)
-        # a bias after the soft cap needs neither head nor autograd
-        plain = row.parameter == "bias" and not row.needs_hidden and row.scope != "joint"
-        visible = batch.visible(row) if plain else None
+        visible = batch.visible(row) if row.plain and row.scope != "joint" else None
         together = row.unit if row.unit > 1 else max(windows, 1)
         for first in range(0, windows, together):
             group = slice(first, min(first + together, windows))
@@ -138,6 +136,7 @@ class Layout:
 
     Args:
         sizes: elements of each part, in order.
+        through_head: logits are made again from hidden states.
         before: a bias is added before the soft cap.
         rank: of the low-rank map.
         vocabulary: V.
@@ -145,6 +144,7 @@ class Layout:
     """
 
     sizes: dict[str, int]
+    through_head: bool
     before: bool
     rank: int
     vocabulary: int
@@ -164,7 +164,8 @@ class Layout:
             "lowrank": {"first": width * row.rank, "second": row.rank * vocabulary},
         }[row.parameter]
         dtype = torch.promote_types(batch.logits.dtype, torch.float32)
-        return cls(parts, row.softcap == "before", row.rank, vocabulary, batch.logits.new_empty(0, dtype=dtype))
+        before, like = row.softcap == "before", batch.logits.new_empty(0, dtype=dtype)
+        return cls(parts, row.needs_hidden, before, row.rank, vocabulary, like)
 
     def start(self, row: Adaptation, count: int) -> Tensor:
         """[count, P]: zeros, but for a low-rank map's first factor where the row says so."""
@@ -190,7 +191,7 @@ class Layout:
         """Logits [n, V] of some positions (bool [T]) of a window under parameter x [P]."""
         parts = self.parts(x)
         bias, temperature = parts.get("bias"), parts.get("log_temperature")
-        if batch.hidden is None or not (self.before or "delta" in parts or "first" in parts):
+        if not self.through_head:
             logits = batch.logits[window][positions]
         else:
             hidden, before = batch.hidden[window][positions], None

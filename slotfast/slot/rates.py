@@ -46,10 +46,6 @@ class Calibration:
         numbers = metadata.get("calibration") or {}
         return cls(frequency, *(numbers.get(name) for name in ("scale", "decay", "gates")))
 
-    @property
-    def known(self) -> bool:
-        return self.frequency is not None
-
     def resolve(self, row: Adaptation) -> Adaptation:
         """The row with the numbers that it will use."""
         if row.optimizer != "rates":
@@ -57,7 +53,7 @@ class Calibration:
         found = {}
         if row.scale is None:
             # 0.7 is what strong models, which gain less, were found to want
-            default = 1.0 if self.known else 0.7
+            default = 0.7 if self.frequency is None else 1.0
             found["scale"] = default if self.scale is None else self.scale
         if row.decay is None:
             found["decay"] = 0.97 ** (1 / 64) if self.decay is None else self.decay
@@ -105,6 +101,15 @@ class Rates:
         bound = self.row.clamp or math.inf
         return (self.row.scale * ratio).clamp(-bound, bound)
 
+    def weights(self, targets: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
+        """What tokens [W, n], where taken, leave of an earlier state, [W], and what each weighs after them, [W, n]."""
+        keep = torch.ones(targets.shape, dtype=torch.float64, device=targets.device).masked_fill(taken, self.row.decay)
+        if self.bos_id is not None:
+            keep = torch.where(taken & (targets == self.bos_id), keep * self.row.document_decay, keep)
+        after = keep.flip(1).cumprod(1).flip(1)  # what each token, with all that follow it, leaves of the state
+        weight = torch.where(taken, torch.cat([after[:, 1:], torch.ones_like(after[:, :1])], 1), 0.0)
+        return after[:, 0], weight
+
     def _sums(self, batch: WindowBatch, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Take in positions [begin, end) of each window, int64 [W] each.
 
@@ -117,16 +122,12 @@ class Rates:
         index = (begin[:, None] + offset).clamp(max=batch.targets.size(1) - 1)
         taken = offset < (end - begin)[:, None]
         targets = batch.targets.gather(1, index)
-        keep = torch.ones(index.shape, dtype=torch.float64, device=index.device).masked_fill(taken, self.row.decay)
-        if self.bos_id is not None:
-            keep = torch.where(taken & (targets == self.bos_id), keep * self.row.document_decay, keep)
-        after = keep.flip(1).cumprod(1).flip(1)  # what each token, with all that follow it, leaves of the state
-        weight = torch.where(taken, torch.cat([after[:, 1:], torch.ones_like(after[:, :1])], 1), 0.0)
+        left, weight = self.weights(targets, taken)
         counts = weight.new_zeros(len(begin), len(self.k)).scatter_add_(1, targets, weight)
         logits = batch.logits[torch.arange(len(begin), device=begin.device)[:, None], index]
         rows = torch.softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
         rows = rows.masked_fill(~taken[:, :, None], 0.0)  # what was not scored may be anything, NaN too
-        return after[:, 0], counts, row_mixture(weight.to(rows.dtype), rows).double()
+        return left, counts, row_mixture(weight.to(rows.dtype), rows).double()
 
 
 class BigramRates:
@@ -171,17 +172,15 @@ class BigramRates:
         return Adjusted(batch, logits=torch.cat(adjusted) if adjusted else empty)
 
     def _take(self, logits: Tensor, targets: Tensor, previous: Tensor) -> None:
-        row = self.rates.row
-        keep = torch.full(targets.shape, row.decay, dtype=torch.float64, device=targets.device)
-        if self.rates.bos_id is not None:
-            keep = torch.where(targets == self.rates.bos_id, keep * row.document_decay, keep)
-        after = keep.flip(0).cumprod(0).flip(0)
-        self.unit *= float(after[0])
+        left, weight = (
+            x[0] for x in self.rates.weights(targets[None], torch.ones_like(targets[None], dtype=torch.bool))
+        )
+        self.unit *= float(left)
         if self.unit < _SMALLEST_UNIT:
             self.counts *= self.unit
             self.expected *= self.unit
             self.unit = 1.0
-        weight = (torch.cat([after[1:], torch.ones_like(after[:1])]) / self.unit).float()
+        weight = (weight / self.unit).float()
         self.counts.index_put_((previous, targets), weight, accumulate=True)
         rows = weight[:, None] * torch.softmax(logits.float(), -1)
         self.expected.index_put_((previous,), rows, accumulate=True)  # in order, where index_add_ need not be

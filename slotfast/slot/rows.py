@@ -82,7 +82,6 @@ class Adaptation(BaseModel):
         nothing = {self.parameter == "none", self.positions == "none", self.optimizer == "none"}
         if len(nothing) > 1:
             raise ValueError("parameter, positions and optimizer are all 'none' or none of them is")
-        plain = self.parameter == "bias" and self.softcap == "after"
         if self.parameter in _COUNTED and (self.optimizer != "rates" or self.scope != "prefix"):
             raise ValueError(f"parameter {self.parameter!r} needs optimizer 'rates' and scope 'prefix'")
         if self.optimizer == "rates" and (
@@ -95,7 +94,7 @@ class Adaptation(BaseModel):
             raise ValueError("optimizer 'rates' needs scope 'window' or 'prefix'")
         if self.scope == "joint" and self.optimizer != "lbfgs":
             raise ValueError("scope 'joint' needs optimizer 'lbfgs': the others act on each number alone")
-        if self.optimizer == "mm" and (not plain or self.scope != "window" or not (self.ridge or self.clamp)):
+        if self.optimizer == "mm" and (not self.plain or self.scope != "window" or not (self.ridge or self.clamp)):
             raise ValueError("optimizer 'mm' needs a bias after the soft cap, scope 'window', and a ridge or a clamp")
         if self.optimizer not in _FITTED and self.warm_start != "no":
             raise ValueError("warm_start needs optimizer 'lbfgs', 'adamw' or 'mm'")
@@ -106,6 +105,11 @@ class Adaptation(BaseModel):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas}: expected 0 <= beta < 1")
         return self
+
+    @property
+    def plain(self) -> bool:
+        """Whether the parameter is a bias after the soft cap: its fit needs neither the head nor autograd."""
+        return self.parameter == "bias" and self.softcap == "after"
 
     @property
     def needs_hidden(self) -> bool:

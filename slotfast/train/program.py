@@ -1,7 +1,6 @@
 """The command: settings to inputs, training, an int6 artifact and a summary."""
 
 import hashlib
-import json
 import math
 import platform
 import sys
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from .. import __version__, config
 from ..artifact import Artifact, artifact_bytes, write_artifact
 from ..calibrate import calibrate, summary
-from ..data import TokenStream, atomic_write, check_writable
+from ..data import TokenStream, atomic_write, check_writable, write_json
 from ..errors import InputError
 from ..generate import sample
 from ..loader import open_loader
@@ -57,12 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return None
     if settings.plot:
         _draw(settings.plot, summary)
-    document = json.dumps(summary, indent=2, allow_nan=False)
-    if settings.json_ == "-":
-        return print(document)
     if settings.json_:
-        with atomic_write(settings.json_) as file:
-            file.write(document.encode() + b"\n")
+        write_json(settings.json_, summary)
     return None
 
 

@@ -7,37 +7,11 @@ import torch
 from pydantic import ValidationError
 
 from slotfast.model import GPT, GPTConfig
+from tests.models import PLAIN, SMALL
 
-SMALL = {
-    "vocab_size": 37,
-    "seq_len": 12,
-    "layers": 5,
-    "width": 24,
-    "heads": 4,
-    "kv_heads": 2,
-    "mlp_width": 20,
-    "rope_dims": 4,
-    "rope_length": 8,
-    "xsa_layers": 3,
-    "bigram_buckets": 11,
-    "bigram_width": 6,
-    "value_width": 5,
-    "value_layers": (1, 4),
-    "softcap": 3.0,
-    "qk_gain": 1.7,
-}
 VARIANTS = {
     "every part": {},
-    "plain GPT": {
-        "xsa_layers": 0,
-        "bigram_buckets": 0,
-        "smear": False,
-        "value_width": 0,
-        "ln_scale": False,
-        "unet": False,
-        "softcap": 0.0,
-        "rope_dims": 0,
-    },
+    "plain GPT": PLAIN,
     "untied, one head group": {"tied": False, "kv_heads": 4, "layers": 4, "value_layers": (0,)},
     "short of the rope length": {"rope_length": 64, "layers": 1, "value_layers": (0,)},
     "gated skips": {"skip_gates": True},

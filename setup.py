@@ -42,6 +42,7 @@ setup(
             "pytest-benchmark>=5.0",
             "hypothesis>=6.100",
             "ruff>=0.6",
+            "matplotlib>=3.8",
         ],
     },
 )

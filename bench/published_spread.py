@@ -21,8 +21,8 @@ from bench import published_loop as published
 from bench.common import provenance, write_json
 from slotfast.command import run
 from slotfast.config import EvalSettings
+from slotfast.eval import SlidingPass
 from slotfast.eval.inputs import read_inputs
-from slotfast.eval.loop import sliding_pass
 from slotfast.slot import Adapter, WindowBatch, parse_preset
 from slotfast.windows import Plan
 
@@ -60,7 +60,7 @@ def compare(text: str | None, batches: int, seeds: int) -> dict:
     length = inputs.artifact.config.seq_len
     plan = Plan(min(len(inputs.stream) - 1, length + (windows - 1) * STRIDE), length, STRIDE)
     adapters = [Adapter(parse_preset("pr1350")), PublishedLoop(), *map(PublishedLoop, range(seeds))]
-    done = sliding_pass(
+    done = SlidingPass(
         inputs.artifact.model(),
         inputs.stream,
         plan,
@@ -68,7 +68,7 @@ def compare(text: str | None, batches: int, seeds: int) -> dict:
         inputs.tokenizer.byte_table,
         inputs.tokenizer.bos_id,
         batch_windows=published.WINDOWS,
-    )
+    ).run()
     plain, ours, loop, *noisy = (done.meter.score(row).bpb for row in range(len(adapters) + 1))
     loops, moved = [loop, *noisy], [abs(bpb - loop) for bpb in noisy]
     return {

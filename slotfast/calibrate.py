@@ -13,7 +13,7 @@ from .command import run
 from .data import ByteTable, Tokenizer, TokenStream, check_writable, read_documents
 from .errors import InputError
 from .eval.inputs import check_tokenizer, windows_that_fit
-from .eval.loop import Scored, sliding_pass
+from .eval.loop import Scored, SlidingPass
 from .model import GPT
 from .score import Meter
 from .slot import Adapter, Calibration, parse_preset
@@ -59,8 +59,8 @@ def calibrate(
     length = min(model.config.seq_len, max(len(stream) - 1, 1))
     plan = Plan(len(stream) - 1, length, min(stride, length))
     batch_windows = max(1, min(batch_windows, windows_that_fit(length, model.config.vocab_size)))
-    options = {"batch_windows": batch_windows, "dtype": dtype, "device": device, "on_scored": parts.append}
-    sliding_pass(model, stream, plan, adapters, byte_table, bos_id, **options)
+    options = {"batch_windows": batch_windows, "dtype": dtype, "device": device}
+    SlidingPass(model, stream, plan, adapters, byte_table, bos_id, **options).run(on_scored=parts.append)
     nll = np.concatenate([part.nll for part in parts], 1)[1:].astype(np.float64)
     tokens = np.concatenate([part.token for part in parts])
     n_bytes = np.concatenate([part.n_bytes for part in parts])

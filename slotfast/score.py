@@ -1,6 +1,7 @@
 """Nats, bytes and bits per byte: float64 sums over a stream, in total and by document."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,6 +57,18 @@ class Meter:
         self.bytes[part] += np.bincount(local, n_bytes, span).astype(np.int64)
         for row, values in enumerate(nll):
             self.nats[row, part] += np.bincount(local, values.astype(np.float64), span)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The sums so far, of this rank."""
+        return {name: torch.from_numpy(getattr(self, name)) for name in ("tokens", "bytes", "nats")}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `state_dict` gave; raises ValueError where it has other shapes."""
+        for name in ("tokens", "bytes", "nats"):
+            mine, saved = getattr(self, name), state[name].numpy()
+            if saved.shape != mine.shape:
+                raise ValueError(f"{name}: {saved.shape}, expected {mine.shape}")
+            mine[...] = saved
 
     def reduce(self) -> None:
         """Sum over all ranks of the default process group, in place; nothing to do without one."""

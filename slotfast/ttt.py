@@ -4,6 +4,8 @@ Source: PR #549: SGD with momentum on all weights, several epochs a chunk, the r
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,6 +57,21 @@ class ScoreFirst:
                 last = chunk
         return [range(a, b) for a, b in zip(borders, [*borders[1:], len(plan)], strict=True)]
 
+    def state_dict(self, model: nn.Module) -> dict[str, Any]:
+        """The model as it is trained so far, and the optimiser's memory."""
+        return {"model": model.state_dict(), "optimizer": self._optimizer and self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
+        """Go on from what `state_dict` gave."""
+        model.load_state_dict(state["model"])
+        if state["optimizer"] is not None:
+            self._begin(model)
+            self._optimizer.load_state_dict(state["optimizer"])
+
+    def _begin(self, model: nn.Module) -> None:
+        model.requires_grad_(True)
+        self._optimizer = torch.optim.SGD(model.parameters(), self.lr, self.momentum)
+
     def train(
         self,
         model: nn.Module,
@@ -75,8 +92,7 @@ class ScoreFirst:
         if chunk == len(chunks) - 1:
             return
         if self._optimizer is None:
-            model.requires_grad_(True)
-            self._optimizer = torch.optim.SGD(model.parameters(), self.lr, self.momentum)
+            self._begin(model)
         rate = self.lr * (1 + math.cos(math.pi * chunk / max(1, len(chunks) - 1))) / 2
         self._optimizer.param_groups[0]["lr"] = rate
         first, end = (plan[chunks[number].start] for number in (chunk, chunk + 1))

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from slotfast.data import ByteTable, TokenStream
 from slotfast.errors import InputError
-from slotfast.eval import sliding_pass
+from slotfast.eval import SlidingPass
 from slotfast.slot import PRESETS, Adapter, parse_preset
 from slotfast.windows import Plan
 
@@ -28,7 +28,7 @@ def _run(model, tokens, presets, batch=8, rank=0, world=1, parts=1, together=Non
     adapters = [Adapter(parse_preset(name), bos_id=BOS) for name in presets]
     scored = []
     plan = Plan(len(stream) - 1, L, STRIDE)
-    result = sliding_pass(
+    result = SlidingPass(
         model,
         stream,
         plan,
@@ -39,8 +39,7 @@ def _run(model, tokens, presets, batch=8, rank=0, world=1, parts=1, together=Non
         adapt_windows=together,
         rank=rank,
         world=world,
-        on_scored=scored.append,
-    )
+    ).run(on_scored=scored.append)
     columns = [
         np.concatenate([getattr(s, name) for s in scored], -1) for name in ("position", "token", "n_bytes", "nll")
     ]
@@ -130,8 +129,8 @@ def test_distributions_are_given_on_request(tiny_model):
     stream, scored = TokenStream([_tokens()]), []
     adapters = [Adapter(parse_preset(name), bos_id=BOS) for name in ("causal", "pr1217-window")]
     plan = Plan(len(stream) - 1, L, STRIDE)
-    options = {"batch_windows": 8, "keep_logprobs": True, "on_scored": scored.append}
-    sliding_pass(tiny_model, stream, plan, adapters, BYTES, BOS, **options)
+    options = {"batch_windows": 8, "keep_logprobs": True}
+    SlidingPass(tiny_model, stream, plan, adapters, BYTES, BOS, **options).run(on_scored=scored.append)
     logprobs = torch.cat([part.logprobs for part in scored], 1)
     assert logprobs.shape == (3, 399, V)
     assert (logprobs.exp().sum(-1) - 1).abs().max() < 1e-5

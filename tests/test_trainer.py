@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from slotfast import config, ops, train
+from slotfast import checkpoint, config, ops, train
 from slotfast.artifact import read_artifact
 from slotfast.data import write_shard
 from slotfast.errors import InputError
 from slotfast.loader import open_loader
 from slotfast.model import GPT
 from slotfast.optim import WeightAverage
-from slotfast.train import Trainer, checkpoint, qat
+from slotfast.train import Trainer, qat
 from slotfast.train.program import build_config
 from slotfast.train.schedule import moment
 from slotfast.train.trainer import build_optimizers, evaluate
@@ -340,14 +340,14 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, order, changes):
 
         def save(state, step, path=path, stop=stop):
             if step == stop:
-                checkpoint.save(path, {}, state)
+                checkpoint.save(path, "slotfast.train", {}, state)
                 raise KeyboardInterrupt
 
         stopped.on_save = save
         with pytest.raises(KeyboardInterrupt):
             stopped.run()
         resumed = _trainer(order, seed=9, **changes)
-        resumed.load_state_dict(checkpoint.load(path, {}))
+        resumed.load_state_dict(checkpoint.load(path, "slotfast.train", {}))
         assert resumed.step == stop
         resumed.run()
         assert _equal(_weights(resumed), _weights(straight))
@@ -372,22 +372,22 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint():
 
 def test_foreign_checkpoints_are_refused(tmp_path):
     path = tmp_path / "c"
-    assert checkpoint.load(path, {}) is None
-    checkpoint.save(path, {"width": 16}, {"step": 3})
-    assert checkpoint.load(path, {"width": 16}) == {"step": 3}
+    assert checkpoint.load(path, "slotfast.train", {}) is None
+    checkpoint.save(path, "slotfast.train", {"width": 16}, {"step": 3})
+    assert checkpoint.load(path, "slotfast.train", {"width": 16}) == {"step": 3}
     with pytest.raises(InputError, match="made with width 16, this run has 32"):
-        checkpoint.load(path, {"width": 32})
+        checkpoint.load(path, "slotfast.train", {"width": 32})
     whole = path.read_bytes()
     for content in (b"", b"PK no", whole[: len(whole) // 2]):
         path.write_bytes(content)
         with pytest.raises(InputError, match="cannot be read as a checkpoint"):
-            checkpoint.load(path, {})
+            checkpoint.load(path, "slotfast.train", {})
     torch.save({"weights": torch.ones(2)}, path)
     with pytest.raises(InputError, match="not a checkpoint of slotfast.train"):
-        checkpoint.load(path, {})
+        checkpoint.load(path, "slotfast.train", {})
     torch.save(GPT, path)  # a class: reading it would run code
     with pytest.raises(InputError, match="cannot be read as a checkpoint"):
-        checkpoint.load(path, {})
+        checkpoint.load(path, "slotfast.train", {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from slotfast.data import ByteTable, TokenStream
-from slotfast.eval import sliding_pass
+from slotfast.eval import SlidingPass
 from slotfast.slot import Adapter, parse_preset
 from slotfast.ttt import ScoreFirst
 from slotfast.windows import Plan
@@ -27,7 +27,7 @@ def _tokens(n=300, seed=0):
 
 def _run(model, tokens, training, presets=()):
     adapters, scored = [Adapter(parse_preset(name), bos_id=BOS) for name in presets], []
-    sliding_pass(
+    SlidingPass(
         copy.deepcopy(model),
         TokenStream([np.asarray(tokens)]),
         Plan(len(tokens) - 1, L, STRIDE),
@@ -36,8 +36,7 @@ def _run(model, tokens, training, presets=()):
         BOS,
         batch_windows=4,
         training=training,
-        on_scored=scored.append,
-    )
+    ).run(on_scored=scored.append)
     assert np.array_equal(np.concatenate([s.position for s in scored]), np.arange(1, len(tokens)))
     return np.concatenate([s.nll for s in scored], 1)
 

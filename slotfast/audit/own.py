@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data import ByteTable, TokenStream
-from ..eval import Scored, sliding_pass
+from ..eval import Scored, SlidingPass
 from ..model import GPT
 from ..ops import Backend
 from ..slot import Adaptation, Adapter, Calibration
@@ -54,7 +54,7 @@ class OwnLoop:
         for rank in range(self.hints.ranks):
             if not plan.owned(rank, self.hints.ranks):
                 continue
-            sliding_pass(
+            SlidingPass(
                 self.model,
                 stream,
                 plan,
@@ -66,9 +66,8 @@ class OwnLoop:
                 rank=rank,
                 world=self.hints.ranks,
                 backend=self.backend,
-                on_scored=report,
                 keep_logprobs=True,
-            )
+            ).run(on_scored=report)
         return {name: read_log(log, tokens, self.model.config.vocab_size) for name, log in logs.items()}
 
     def byte_rule(self, tokens: np.ndarray) -> np.ndarray:

@@ -56,6 +56,12 @@ class EvalSettings(Settings):
     allow_noncausal: bool = setting(False, "also run presets whose score has seen its own tokens")
     json_: str | None = setting(None, "write the result as JSON; - for standard output", alias="json")
     per_token: str | None = setting(None, "write every scored token as .npz")
+    resume: str | None = setting(
+        None, "save progress there every few seconds, and go on from it: the result has the same bits"
+    )
+    plot: str | None = setting(
+        None, "draw bpb along the stream and the gain of each document as PNG; needs matplotlib: '.[plot]'"
+    )
     list_presets: bool = setting(False, "list the presets and exit")
     show_preset: str | None = setting(None, "show one preset and why it is, or is not, causal, and exit")
     show_config: bool = setting(False, "show every setting with its source and exit")

@@ -1,5 +1,5 @@
 """python -m slotfast.eval: bits per byte of a model, plain and adapted, out of one sliding-window pass."""
 
-from .loop import Pass, Scored, sliding_pass
+from .loop import Scored, SlidingPass
 
-__all__ = ["Pass", "Scored", "sliding_pass"]
+__all__ = ["Scored", "SlidingPass"]

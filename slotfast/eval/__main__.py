@@ -13,11 +13,14 @@ from .. import config, ops
 from ..command import run
 from ..data import check_writable, write_json
 from ..errors import InputError
+from ..plots import pyplot
 from ..ranks import join_ranks
 from ..slot import Adaptation, Adapter, Calibration
 from .inputs import choose_batch, choose_plan, choose_rows, choose_training, read_inputs
-from .loop import sliding_pass
+from .loop import SlidingPass
+from .plot import draw
 from .report import TokenRows, list_presets, merge_work, peak_memory_bytes, report, show_preset, table
+from .resume import Saver, describe, rank_path
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _ABOUT = "Bits per byte of a model, plain and adapted, out of one sliding-window pass."
@@ -35,22 +38,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.show_preset is not None:
         return print(show_preset(settings.show_preset))
     rows = choose_rows(settings)
-    _check_outputs(settings.json_, settings.per_token)
     with join_ranks(settings.device) as (rank, world, device):
-        found, collected = _evaluate(settings, rows, rank, world, device, started)
+        _check_outputs(settings, rank)
+        found, sliding, collected = _evaluate(settings, rows, rank, world, device, started)
     if rank:
         return None
     if settings.per_token:
         collected.write(settings.per_token, [row["preset"] for row in found["presets"]])
     if settings.json_:
         write_json(settings.json_, found)
+    if settings.plot:
+        draw(settings.plot, f"{found['text']['source']}, {found['tokens']:,} tokens", sliding.meter, sliding.along)
     return None if settings.json_ == "-" else print(table(found))
 
 
 def _evaluate(
     settings: config.EvalSettings, rows: list[Adaptation], rank: int, world: int, device: str, started: float
-) -> tuple[dict[str, Any], TokenRows]:
-    """The result and, where asked for, every token's losses; of all ranks on rank 0, nothing on the others."""
+) -> tuple[dict[str, Any], SlidingPass, TokenRows]:
+    """The result, its sums and, where asked for, every token's losses; on rank 0 of all ranks."""
     triton = ops.uses_triton(settings.backend, device)
     dtype = _DTYPES.get(settings.dtype, torch.float32 if device == "cpu" else torch.bfloat16)
     if dtype == torch.float64 and triton:
@@ -66,67 +71,85 @@ def _evaluate(
     if dtype == torch.float64:
         model = model.double()
     collected = TokenRows()
+    sliding = SlidingPass(
+        model,
+        inputs.stream,
+        plan,
+        adapters,
+        inputs.tokenizer.byte_table,
+        bos_id,
+        batch_windows=batch_windows,
+        adapt_windows=adapt_windows,
+        training=training,
+        dtype=dtype,
+        device=device,
+        rank=rank,
+        world=world,
+        backend=settings.backend,
+    )
+    where = {
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "backend": "triton" if triton else "torch",
+        "ranks": world,
+        "batch_windows": batch_windows,
+        "adapt_windows": adapt_windows,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    saver = None
+    if settings.resume:
+        run = describe(settings, inputs, model, plan, adapters, where)
+        saver = Saver(rank_path(settings.resume, rank), run, sliding, collected)
     loaded = time.perf_counter()
-    with _progress(len(plan.owned(rank, world)), silent=rank > 0) as progress:
-        result = sliding_pass(
-            model,
-            inputs.stream,
-            plan,
-            adapters,
-            inputs.tokenizer.byte_table,
-            bos_id,
-            batch_windows=batch_windows,
-            adapt_windows=adapt_windows,
-            training=training,
-            dtype=dtype,
-            device=device,
-            rank=rank,
-            world=world,
-            backend=settings.backend,
-            on_scored=collected.parts.append if settings.per_token else None,
+    with _progress(len(plan.owned(rank, world)), sliding.windows, silent=rank > 0) as progress:
+        sliding.run(
+            on_scored=collected.add if settings.per_token else None,
             on_windows=progress,
+            on_piece=saver.save_when_due if saver else None,
         )
-    result.meter.reduce()
+    if saver:
+        saver.save()  # all of it, should writing the result fail
+    sliding.meter.reduce()
+    sliding.along.reduce()
     work, peak = [adapter.work() for adapter in adapters], peak_memory_bytes(device)
     if world > 1:
         gathered: list | None = [None] * world if rank == 0 else None
         dist.gather_object((collected.parts, work, peak), gathered)
         if rank:
-            return {}, collected
+            return {}, sliding, collected
         collected.parts = [part for parts, _, _ in gathered for part in parts]
         work = [merge_work(each) for each in zip(*(work for _, work, _ in gathered), strict=True)]
         peak = max(peak for _, _, peak in gathered)
-    seconds = {"load": loaded - started, **result.seconds, "total": time.perf_counter() - started}
-    where = {
-        "device": device,
-        "backend": "triton" if triton else "torch",
-        "ranks": world,
-        "peak_memory_bytes": peak,
-        "batch_windows": batch_windows,
-        "adapt_windows": adapt_windows,
-        "ttt_chunks": len(training.chunks(plan)) if training else 0,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-    return report(settings, inputs, plan, adapters, work, result, seconds, where), collected
+    earlier = saver.seconds if saver else 0.0
+    total = earlier + time.perf_counter() - started
+    seconds = {"load": loaded - started, **sliding.seconds, "total": total}
+    where |= {"peak_memory_bytes": peak, "ttt_chunks": len(training.chunks(plan)) if training else 0}
+    return report(settings, inputs, plan, adapters, work, sliding, seconds, where), sliding, collected
 
 
-def _check_outputs(result: str | None, per_token: str | None) -> None:
+def _check_outputs(settings: config.EvalSettings, rank: int) -> None:
     """Refuse before the work what could not be written after it."""
-    if per_token == "-":
-        raise InputError("--per-token -: expected a file; the table or the JSON goes to standard output")
-    if per_token is not None and per_token == result:
-        raise InputError(f"--json and --per-token: both are {result}")
-    for path in (result, per_token):
-        if path not in (None, "-"):
-            check_writable(path)
+    seen: dict[str, str] = {}
+    for name in ("json_", "per_token", "plot", "resume"):
+        flag, path = f"--{name.strip('_').replace('_', '-')}", getattr(settings, name)
+        if path is None or (flag == "--json" and path == "-"):
+            continue
+        if path == "-":
+            raise InputError(f"{flag} -: expected a file; the table or the JSON goes to standard output")
+        if path in seen:
+            raise InputError(f"{seen[path]} and {flag}: both are {path}")
+        seen[path] = flag
+        check_writable(rank_path(path, rank) if flag == "--resume" else path)
+    if settings.plot:
+        pyplot()
 
 
 class _progress:
     """A bar on a terminal, a line every ten seconds elsewhere; called with the number of windows just done."""
 
-    def __init__(self, total: int, silent: bool):
-        self.total, self.silent, self.done, self.last = total, silent, 0, time.perf_counter()
-        self.bar = tqdm(total=total, unit=" windows", disable=True if silent else None, file=sys.stderr, leave=False)
+    def __init__(self, total: int, done: int, silent: bool):
+        self.total, self.silent, self.done, self.last = total, silent, done, time.perf_counter()
+        options = {"unit": " windows", "file": sys.stderr, "leave": False, "disable": True if silent else None}
+        self.bar = tqdm(total=total, initial=done, **options)
 
     def __enter__(self) -> "_progress":
         return self

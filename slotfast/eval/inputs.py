@@ -171,6 +171,8 @@ def choose_training(settings: EvalSettings, rows: Sequence[Adaptation], world: i
         return None
     if settings.weights == "int6":
         raise InputError("--ttt with --weights int6: packed weights cannot be trained; leave out --weights")
+    if world > 1 and settings.resume:
+        raise InputError(f"--resume with --ttt on {world} processes: their weights cannot be saved apart; run one")
     streaming = [row.name for row in rows if row.scope == "prefix"]
     if world > 1 and streaming:
         raise InputError(

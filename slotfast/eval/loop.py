@@ -1,8 +1,9 @@
 """One sliding-window pass: every token scored once, plain and adapted, out of the same forward."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -16,20 +17,7 @@ from ..slot import Adapter, Adjusted, WindowBatch, first_position
 from ..ttt import ScoreFirst
 from ..windows import Plan, Window
 
-
-@dataclass
-class Pass:
-    """What one sliding-window pass measured.
-
-    Args:
-        meter: sums by document; row 0 is the unadapted model, then one row for each adapter.
-        windows: scored on this rank.
-        seconds: by phase.
-    """
-
-    meter: Meter
-    windows: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "adapt": 0.0, "score": 0.0})
+PIECES = 200
 
 
 @dataclass(frozen=True)
@@ -51,33 +39,14 @@ class Scored:
     logprobs: torch.Tensor | None = None
 
 
-def sliding_pass(
-    model: nn.Module,
-    stream: TokenStream,
-    plan: Plan,
-    adapters: Sequence[Adapter],
-    byte_table: ByteTable,
-    bos_id: int,
-    *,
-    batch_windows: int,
-    adapt_windows: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
-    backend: Backend = "auto",
-    training: ScoreFirst | None = None,
-    keep_logprobs: bool = False,
-    on_scored: Callable[[Scored], None] | None = None,
-    on_windows: Callable[[int], None] | None = None,
-) -> Pass:
-    """Score every token of a rank's windows once, with and without each adaptation, from one forward pass.
+class SlidingPass:
+    """One pass over a rank's windows: every token scored once, with and without each adaptation, from one forward.
 
     Args:
         model: has `hidden(tokens, dtype)` and `head(hidden)`; on `device`.
         stream: all tokens; position 0 is scored by nobody.
         plan: windows over the stream.
-        adapters: fresh, in the order of the result's rows 1, 2, ...
+        adapters: fresh, in the order of the result's rows 1, 2, ...; row 0 is the unadapted model.
         byte_table: bytes of each token.
         bos_id: the token that starts a document.
         batch_windows: windows of one forward; short batches are padded to it, so that shapes never change.
@@ -86,71 +55,185 @@ def sliding_pass(
         rank, world: this process among all; adapters that carry state replay the windows before their first.
         backend: of the scoring.
         training: trains the model on what has been scored, chunk by chunk; the model is changed.
-        keep_logprobs: give on_scored the distributions too.
-        on_scored: called with newly scored tokens.
-        on_windows: called with the number of windows that a forward finished.
+        keep_logprobs: give `on_scored` the distributions too.
 
-    Raises:
-        InputError: the model gives NaN or infinite losses.
+    Attributes:
+        meter: sums by document.
+        along: sums by piece of the stream, `PIECES` of equal length.
+        windows: scored on this rank.
+        seconds: by phase.
     """
-    headless = int(len(stream) > 0 and int(stream.read(0, 1)[0]) != bos_id)  # text before the first BOS is a document
-    result = Pass(Meter(["none", *(adapter.row.name for adapter in adapters)], stream.count(bos_id) + headless))
-    clock = _Clock(result.seconds, device)
-    forward = _Forward(model, stream, plan, adapters, batch_windows, dtype, device, backend)
-    adapt_windows = adapt_windows or batch_windows
-    why = "broken weights" if training is None else "broken weights, or --ttt-lr is too high for them"
 
-    def pieces(windows: range) -> Iterator[range]:
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: TokenStream,
+        plan: Plan,
+        adapters: Sequence[Adapter],
+        byte_table: ByteTable,
+        bos_id: int,
+        *,
+        batch_windows: int,
+        adapt_windows: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world: int = 1,
+        backend: Backend = "auto",
+        training: ScoreFirst | None = None,
+        keep_logprobs: bool = False,
+    ):
+        self.model, self.stream, self.plan, self.adapters = model, stream, plan, adapters
+        self.byte_table, self.bos_id = byte_table, bos_id
+        self.batch_windows, self.adapt_windows = batch_windows, adapt_windows or batch_windows
+        self.dtype, self.device, self.rank, self.world = dtype, device, rank, world
+        self.training, self.keep_logprobs = training, keep_logprobs
+        rows = ["none", *(adapter.row.name for adapter in adapters)]
+        # text before the first BOS is a document
+        self._headless = int(len(stream) > 0 and int(stream.read(0, 1)[0]) != bos_id)
+        self.meter = Meter(rows, stream.count(bos_id) + self._headless)
+        self.along = Meter(rows, PIECES)
+        self.windows = 0
+        self.seconds = {"forward": 0.0, "adapt": 0.0, "score": 0.0}
+        self._forward = _Forward(model, stream, plan, adapters, batch_windows, dtype, device, backend)
+        self._owned = plan.owned(rank, world)
+        burn_in = max((adapter.burn_in(plan.stride) for adapter in adapters), default=0)
+        self._first = max(0, self._owned.start - burn_in)  # what the adapters carry begins with this window
+        self._done: int | None = None  # windows before this one are scored; None before any is
+
+    @torch.no_grad()
+    def run(
+        self,
+        on_scored: Callable[[Scored], None] | None = None,
+        on_windows: Callable[[int], None] | None = None,
+        on_piece: Callable[[], None] | None = None,
+    ) -> Self:
+        """Score what is not scored yet.
+
+        Args:
+            on_scored: called with newly scored tokens.
+            on_windows: called with the number of windows that a forward finished.
+            on_piece: called where `state_dict` may be saved: the sums hold just what `on_scored` was given.
+
+        Returns:
+            This pass, done.
+
+        Raises:
+            InputError: the model gives NaN or infinite losses.
+        """
+        clock = _Clock(self.seconds, self.device)
+        if self.training is None:
+            if self._done is None:
+                self._replay(range(self._first, self._owned.start), clock)
+            self._score(self._owned, clock, on_scored, on_windows, on_piece)
+            return self
+        for chunk, windows in enumerate(self.training.chunks(self.plan)):
+            if windows.stop < (self._done or 0):  # scored and trained on
+                continue
+            mine = windows[self.rank * len(windows) // self.world : (self.rank + 1) * len(windows) // self.world]
+            self._score(mine, clock, on_scored, on_windows, on_piece)
+            where = {"rank": self.rank, "world": self.world, "dtype": self.dtype, "device": self.device}
+            self.training.train(self.model, self.stream, self.plan, chunk, **where)
+            clock.lap("train")
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a pass with the same arguments needs to go on from here; training on one process only."""
+        return {
+            "done": self._done,
+            "windows": self.windows,
+            "seconds": dict(self.seconds),
+            "meter": self.meter.state_dict(),
+            "along": self.along.state_dict(),
+            "adapters": [adapter.state_dict() for adapter in self.adapters],
+            "training": self.training.state_dict(self.model) if self.training else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, RuntimeError: it is of another pass.
+        """
+        owned, done = self._owned, state["done"]
+        if not owned.start < done <= owned.stop:
+            raise ValueError(f"{done} windows are done: expected more than {owned.start}, at most {owned.stop}")
+        self._done, self.windows = done, state["windows"]
+        self.seconds.update(state["seconds"])
+        self.meter.load_state_dict(state["meter"])
+        self.along.load_state_dict(state["along"])
+        begin, end = self.plan[self._first], self.plan[done - 1]
+        past = self.stream.read(begin.start + begin.context_end + 1, end.start + end.scored_end + 1)
+        for adapter, saved in zip(self.adapters, state["adapters"], strict=True):
+            adapter.load_state_dict(saved, past, self.device)
+        if self.training:
+            self.training.load_state_dict(state["training"], self.model)
+
+    def _pieces(self, windows: range) -> Iterator[range]:
         # all positions of the stream's first window are scored: it would make a large group's tensors long
-        first = windows[:batch_windows] if windows.start == 0 else windows[:0]
-        rest = windows[len(first) :]
-        return filter(len, (first, *(rest[i : i + adapt_windows] for i in range(0, len(rest), adapt_windows))))
+        first = windows[: self.batch_windows] if windows.start == 0 else windows[:0]
+        rest, step = windows[len(first) :], self.adapt_windows
+        return filter(len, (first, *(rest[i : i + step] for i in range(0, len(rest), step))))
 
-    def replay(windows: range) -> None:
-        for piece in pieces(windows):
-            batch = forward(piece)
+    def _replay(self, windows: range, clock: "_Clock") -> None:
+        for piece in self._pieces(windows):
+            batch = self._forward(piece)
             clock.lap("forward")
-            for adapter in adapters:
+            for adapter in self.adapters:
                 adapter.replay(batch)
             clock.lap("adapt")
 
-    def score(windows: range) -> None:
+    def _score(
+        self,
+        windows: range,
+        clock: "_Clock",
+        on_scored: Callable[[Scored], None] | None,
+        on_windows: Callable[[int], None] | None,
+        on_piece: Callable[[], None] | None,
+    ) -> None:
         document = None
-        for piece in pieces(windows):
-            batch = forward(piece, on_windows)
+        for piece in self._pieces(windows):
+            if self._done is not None and piece.start < self._done:
+                continue
+            batch = self._forward(piece, on_windows)
             clock.lap("forward")
             scores, logprobs = [], []
-            for adapter in (None, *adapters):
-                adjusted = adapter.step(batch, keep_logprobs) if adapter else Adjusted(batch)
+            for adapter in (None, *self.adapters):
+                adjusted = adapter.step(batch, self.keep_logprobs) if adapter else Adjusted(batch)
                 scores.append(adjusted.nll())
-                if keep_logprobs:
+                if self.keep_logprobs:
                     logprobs.append(adjusted.logprobs())
                 clock.lap("adapt" if adapter else "score")
-            start = plan[piece.start].start + plan[piece.start].context_end
-            kept = torch.stack(logprobs) if logprobs else None
-            new = _scored(stream, start, torch.stack(scores), kept, byte_table, result.meter.rows, why)
+            start = self.plan[piece.start].start + self.plan[piece.start].context_end
+            new = self._scored(start, torch.stack(scores), torch.stack(logprobs) if logprobs else None)
             if document is None:
-                document = stream.count(bos_id, start + 1) - 1 + headless
-            documents = document + np.cumsum(new.token == bos_id)
+                document = self.stream.count(self.bos_id, start + 1) - 1 + self._headless
+            documents = document + np.cumsum(new.token == self.bos_id)
             document = int(documents[-1])
-            result.meter.add(documents, new.n_bytes, new.nll)
-            result.windows += len(piece)
+            self.meter.add(documents, new.n_bytes, new.nll)
+            self.along.add(new.position * PIECES // len(self.stream), new.n_bytes, new.nll)
+            self.windows += len(piece)
+            self._done = piece.stop
             if on_scored:
                 on_scored(new)
             clock.lap("score")
+            if on_piece:
+                on_piece()
+                clock.lap("save")
 
-    with torch.no_grad():
-        if training is None:
-            owned = plan.owned(rank, world)
-            burn_in = max((adapter.burn_in(plan.stride) for adapter in adapters), default=0)
-            replay(range(max(0, owned.start - burn_in), owned.start))
-            score(owned)
-        else:
-            for chunk, windows in enumerate(training.chunks(plan)):
-                score(windows[rank * len(windows) // world : (rank + 1) * len(windows) // world])
-                training.train(model, stream, plan, chunk, rank=rank, world=world, dtype=dtype, device=device)
-                clock.lap("train")
-    return result
+    def _scored(self, start: int, nll: torch.Tensor, logprobs: torch.Tensor | None) -> Scored:
+        """The tokens behind predictions start, start + 1, ... with their losses [rows, n]; raises on NaN."""
+        values = nll.cpu().numpy()
+        if not np.isfinite(values).all():
+            row, column = np.argwhere(~np.isfinite(values))[0]
+            why = "broken weights" if self.training is None else "broken weights, or --ttt-lr is too high for them"
+            raise InputError(
+                f"the model gives a loss of {values[row, column]} for the token at position {start + 1 + column}"
+                f" (preset {self.meter.rows[row]!r}): {why}"
+            )
+        tokens = self.stream.read(start, start + values.shape[1] + 1)
+        position = np.arange(start + 1, start + len(tokens))
+        return Scored(position, tokens[1:], self.byte_table.count(tokens[1:], tokens[:-1]), values, logprobs)
 
 
 class _Forward:
@@ -202,28 +285,6 @@ def _gather(stream: TokenStream, plan: Plan, windows: Sequence[Window], rows: in
         piece = span[window.start - first :][: plan.seq_len + 1]
         row[: len(piece)] = piece
     return torch.from_numpy(tokens)
-
-
-def _scored(
-    stream: TokenStream,
-    start: int,
-    nll: torch.Tensor,
-    logprobs: torch.Tensor | None,
-    byte_table: ByteTable,
-    rows: Sequence[str],
-    why: str,
-) -> Scored:
-    """The tokens behind predictions start, start + 1, ... with their losses [rows, n]; raises on NaN."""
-    values = nll.cpu().numpy()
-    if not np.isfinite(values).all():
-        row, column = np.argwhere(~np.isfinite(values))[0]
-        raise InputError(
-            f"the model gives a loss of {values[row, column]} for the token at position {start + 1 + column}"
-            f" (preset {rows[row]!r}): {why}"
-        )
-    tokens = stream.read(start, start + values.shape[1] + 1)
-    position = np.arange(start + 1, start + len(tokens))
-    return Scored(position, tokens[1:], byte_table.count(tokens[1:], tokens[:-1]), values, logprobs)
 
 
 class _Clock:

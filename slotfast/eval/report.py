@@ -5,7 +5,7 @@ import platform
 import resource
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,8 +20,9 @@ from ..score import Score
 from ..slot import PRESETS, Adaptation, Adapter, from_environment, parse_preset
 from ..windows import Plan
 from .inputs import Inputs
-from .loop import Pass, Scored
+from .loop import Scored, SlidingPass
 
+_COLUMNS = ("position", "token", "n_bytes", "nll")
 _CONTEST_WINDOWS = 969_057  # of the contest's validation stream, length 2048, stride 64
 
 
@@ -31,7 +32,7 @@ def report(
     plan: Plan,
     adapters: Sequence[Adapter],
     work: Sequence[dict[str, Counter]],
-    result: Pass,
+    result: SlidingPass,
     seconds: dict[str, float],
     where: dict[str, Any],
 ) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def report(
         "model": inputs.artifact.config.model_dump()
         | {"metadata": None if inputs.artifact_bytes is None else dict(inputs.artifact.metadata)},
         "backend": where["backend"],
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": device,
         "ranks": where["ranks"],
         "plan": {"seq_len": plan.seq_len, "stride": plan.stride, "batch_windows": where["batch_windows"]}
         | {"adapt_windows": where["adapt_windows"], "ttt": settings.ttt, "ttt_chunks": where["ttt_chunks"]}
@@ -195,6 +196,22 @@ class TokenRows:
 
     def __init__(self) -> None:
         self.parts: list[Scored] = []
+
+    def add(self, scored: Scored) -> None:
+        """Take newly scored tokens in."""
+        self.parts.append(scored)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All rows so far; empty where there are none."""
+        if not self.parts:
+            return {}
+        whole = {name: np.concatenate([getattr(part, name) for part in self.parts], -1) for name in _COLUMNS}
+        self.parts = [Scored(**whole)]
+        return {name: torch.from_numpy(column) for name, column in whole.items()}
+
+    def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.parts = [Scored(**{name: state[name].numpy() for name in _COLUMNS})] if state else []
 
     def write(self, path: str, names: Sequence[str]) -> None:
         """Write the .npz; under torchrun rank 0 writes for all."""

@@ -2,9 +2,11 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,9 +67,7 @@ class Adapter:
         if self.row.optimizer != "rates":
             return self._fit(batch)
         if self._rates is None:
-            k = self.calibration.pseudo_counts(self.row, batch.logits.size(-1)).to(batch.logits.device)
-            self._rates = Rates(self.row, k, self.bos_id)
-            self._bigram = BigramRates(self._rates) if self.row.parameter == "bigram" else None
+            self._begin(batch.logits.size(-1), batch.logits.device)
         if self.row.scope == "window":
             return Adjusted(batch, self._rates.windows(batch))
         if self._bigram:
@@ -76,6 +76,31 @@ class Adapter:
         if self._repeats:
             followers = self._repeats.take(batch.targets[batch.scored].tolist(), all_rows)
         return Adjusted(batch, bias, followers=followers, gates=self.row.gates)
+
+    def _begin(self, vocab_size: int, device: torch.device | str) -> None:
+        self._rates = Rates(self.row, self.calibration.pseudo_counts(self.row, vocab_size).to(device), self.bos_id)
+        self._bigram = BigramRates(self._rates) if self.row.parameter == "bigram" else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is carried from batch to batch, but for repeats, which the tokens give back."""
+        parts = {"fit": self._fit, "rates": self._rates, "bigram": self._bigram}
+        return {name: part.state_dict() for name, part in parts.items() if part is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any], past: np.ndarray, device: torch.device | str) -> None:
+        """Go on from what `state_dict` gave.
+
+        Args:
+            past: int [n], all tokens that were taken in.
+            device: of the batches to come.
+        """
+        self._fit.load_state_dict(state["fit"], device)
+        if "rates" in state:
+            self._begin(len(state["rates"]["counts"]), device)
+            self._rates.load_state_dict(state["rates"])
+        if self._bigram:
+            self._bigram.load_state_dict(state["bigram"])
+        if self._repeats:
+            self._repeats.take(past.tolist())
 
     def replay(self, batch: WindowBatch) -> None:
         """Take in windows that another rank scores, where the state depends on them."""

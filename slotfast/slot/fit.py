@@ -1,9 +1,9 @@
 """Fitting a row's parameter to the losses of its positions: one problem for each window, or for windows together."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -26,6 +26,16 @@ class Fit:
         self.row = row
         self.work: list[Tensor] = []  # of every batch of problems: iterations, evaluations, status
         self.last: Tensor | None = None  # [1 or batch, P]: parameters of the batch before
+
+    def state_dict(self) -> dict[str, Any]:
+        """The warm start, and the work so far."""
+        return {"last": self.last, "work": torch.cat(self.work, 1) if self.work else None}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
+        """Go on from what `state_dict` gave."""
+        last, work = state["last"], state["work"]
+        self.last = None if last is None else last.to(device)
+        self.work = [] if work is None else [work.to(device)]
 
     def __call__(self, batch: WindowBatch) -> Adjusted:
         """Each window's parameter, applied. Advances the warm start."""

@@ -81,6 +81,14 @@ class Rates:
         self.row, self.k, self.bos_id = row, pseudo_counts, bos_id
         self.counts, self.expected = torch.zeros_like(pseudo_counts), torch.zeros_like(pseudo_counts)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been counted."""
+        return {"counts": self.counts, "expected": self.expected}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.counts, self.expected = (state[name].to(self.k.device) for name in ("counts", "expected"))
+
     def stream(self, batch: WindowBatch) -> Tensor:
         """Biases [W, V] from all that came before each window; takes the windows' scored tokens in."""
         biases = []
@@ -150,6 +158,15 @@ class BigramRates:
         self.rates, self.previous = rates, None
         self.counts, self.expected = (torch.zeros(vocabulary, vocabulary, device=rates.k.device) for _ in range(2))
         self.unit = 1.0  # what a table's entry is worth, so that a decay touches nothing
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tables, and the token that the next one follows."""
+        return {name: getattr(self, name) for name in ("counts", "expected", "unit", "previous")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        device, self.unit = self.counts.device, state["unit"]
+        self.counts, self.expected, self.previous = (state[x].to(device) for x in ("counts", "expected", "previous"))
 
     def adjust(self, batch: WindowBatch) -> Adjusted:
         """Score each window with what came before it; takes the windows' scored tokens in."""

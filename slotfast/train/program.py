@@ -16,20 +16,22 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import __version__, config
+from .. import __version__, checkpoint, config
 from ..artifact import Artifact, artifact_bytes, write_artifact
 from ..calibrate import calibrate, summary
-from ..data import TokenStream, atomic_write, check_writable, write_json
+from ..data import TokenStream, check_writable, write_json
 from ..errors import InputError
 from ..generate import sample
 from ..loader import open_loader
 from ..model import GPT, GPTConfig
+from ..plots import pyplot, write_png
 from ..quantize import TensorReport, format_report, quantize_model
 from ..ranks import join_ranks
-from . import checkpoint, ttt
+from . import ttt
 from .inputs import MAX_OVERLAP, Inputs, check_ttt, read_inputs, tokenizer_path
 from .trainer import Trainer, check_length, evaluate
 
+_COMMAND = "slotfast.train"
 _ABOUT = "Train a model and write its int6 artifact."
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Settings that change no weight, or whose effect the data's fingerprint covers: a resumed run may have others.
@@ -44,7 +46,7 @@ _CALIBRATION_TOKENS = 100_000
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, quantise, write; raises InputError on bad input."""
     started = time.perf_counter()
-    settings, sources = config.load(config.TrainSettings, "python -m slotfast.train", _ABOUT, argv)
+    settings, sources = config.load(config.TrainSettings, f"python -m {_COMMAND}", _ABOUT, argv)
     config.warn_unread_variables()
     if settings.show_config:
         return print(config.show(settings, sources))
@@ -77,12 +79,12 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
     parameters = sum(p.numel() for p in model.parameters())
     log(f"{parameters:,} parameters; {inputs.about}")
     run = _describe(settings, inputs, model_config, world)
-    resumed = checkpoint.load(settings.checkpoint, run) if settings.resume else None
+    resumed = checkpoint.load(settings.checkpoint, _COMMAND, run) if settings.resume else None
     dtype = _DTYPES[resumed["dtype"]] if resumed else _choose_dtype(settings, model, device, world)
 
     def save(state: dict[str, Any], step: int) -> None:
         if rank == 0:
-            checkpoint.save(settings.checkpoint, run, {"trainer": state, "dtype": _name(dtype)})
+            checkpoint.save(settings.checkpoint, _COMMAND, run, {"trainer": state, "dtype": _name(dtype)})
             log(f"step:{step} saved to {settings.checkpoint}")
 
     def validate() -> dict[str, float]:
@@ -339,7 +341,7 @@ def _check_outputs(settings: config.TrainSettings) -> None:
     if settings.checkpoint and not settings.resume and files["--checkpoint"].exists():
         raise InputError(f"--checkpoint {settings.checkpoint}: exists; add --resume to go on from it, or remove it")
     if settings.plot:
-        _pyplot()
+        pyplot()
 
 
 def _logger(settings: config.TrainSettings, rank: int) -> Callable[[str], None]:
@@ -395,21 +397,10 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("--plot: needs matplotlib: pip install 'slotfast[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def _draw(path: str, summary: dict[str, Any]) -> None:
     """The loss along the training, dots where it was measured on other text, and the rates below."""
     columns = {name: [row[name] for row in summary["history"]] for name in ("step", "loss", "lr_scale")}
-    figure, (above, below) = _pyplot().subplots(2, 1, sharex=True, figsize=(8, 5), height_ratios=(3, 1))
+    figure, (above, below) = pyplot().subplots(2, 1, sharex=True, figsize=(8, 5), height_ratios=(3, 1))
     above.plot(columns["step"], columns["loss"])
     above.plot([row["step"] for row in summary["measured"]], [row["nats"] for row in summary["measured"]], "o")
     above.set_ylabel("loss (nats a token)")
@@ -417,6 +408,4 @@ def _draw(path: str, summary: dict[str, Any]) -> None:
     below.plot(columns["step"], columns["lr_scale"])
     below.set_ylabel("rates")
     below.set_xlabel("step")
-    figure.tight_layout()
-    with atomic_write(path) as file:
-        figure.savefig(file, format="png", dpi=120)
+    write_png(path, figure)

@@ -1,0 +1,114 @@
+"""--resume: what a rank has scored, saved every few seconds, so that a killed evaluation ends with the same bits."""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import __version__, checkpoint
+from ..config import EvalSettings
+from ..errors import InputError
+from ..slot import Adapter
+from ..windows import Plan
+from .inputs import Inputs
+from .loop import SlidingPass
+from .report import TokenRows
+
+_COMMAND = "slotfast.eval"
+_SECONDS = 5.0  # between two saves
+_SHARE = 20  # and at least so many times what a save takes
+
+
+def rank_path(path: str, rank: int) -> str:
+    """Where a rank saves its part."""
+    return path if rank == 0 else f"{path}.rank{rank}"
+
+
+def describe(
+    settings: EvalSettings,
+    inputs: Inputs,
+    model: nn.Module,
+    plan: Plan,
+    adapters: Sequence[Adapter],
+    where: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What an evaluation must agree in with a saved one: all that its bits depend on.
+
+    Args:
+        where: device, backend, ranks, batch_windows and dtype of the run.
+    """
+    table = inputs.tokenizer.byte_table
+    unigram = inputs.artifact.unigram
+    rows = [adapter.row.summary() for adapter in adapters]
+    chosen = settings.model_dump()
+    return {
+        "version": __version__,
+        "torch": str(torch.__version__),  # a class of its own otherwise
+        "threads": torch.get_num_threads(),
+        "model": _sha256(*model.state_dict().values(), *([] if unigram is None else [unigram])),
+        "text": inputs.stream.sha256(),
+        "tokenizer": _sha256(table.base, table.leading_space, table.boundary),
+        "seq_len": plan.seq_len,
+        "stride": plan.stride,
+        "preset": [row["name"] for row in rows],
+        "preset options": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "per_token": settings.per_token is not None,
+        **{name: value for name, value in chosen.items() if name == "weights" or name.startswith("ttt")},
+        **where,
+    }
+
+
+class Saver:
+    """Saves a pass and the rows collected of it.
+
+    Args:
+        path: of this rank's part.
+        run: see `describe`.
+        sliding: fresh.
+        collected: every token's losses; empty where they are not asked for.
+
+    Raises:
+        InputError: a file is there, and it is damaged or of another evaluation.
+    """
+
+    def __init__(self, path: str, run: Mapping[str, Any], sliding: SlidingPass, collected: TokenRows):
+        self.path, self.run, self.sliding, self.collected = path, run, sliding, collected
+        self.seconds = 0.0  # that the pass had taken when it was saved
+        state = checkpoint.load(path, _COMMAND, run)
+        if state is not None:
+            try:
+                sliding.load_state_dict(state["pass"])
+                collected.load_state_dict(state["rows"])
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+                raise InputError(f"{path}: its state does not fit this evaluation: damaged") from None
+            self.seconds = sum(sliding.seconds.values())
+            print(f"{path}: {sliding.windows} windows are scored, going on", file=sys.stderr, flush=True)
+        self._due = time.perf_counter() + _SECONDS
+
+    def save(self) -> None:
+        """Save the state as it is."""
+        state = {"pass": self.sliding.state_dict(), "rows": self.collected.state_dict()}
+        checkpoint.save(self.path, _COMMAND, self.run, state)
+
+    def save_when_due(self) -> None:
+        """Save every few seconds, less often where saving takes long."""
+        start = time.perf_counter()
+        if start >= self._due:
+            self.save()
+            now = time.perf_counter()
+            self._due = now + max(_SECONDS, _SHARE * (now - start))
+
+
+def _sha256(*arrays: torch.Tensor | np.ndarray) -> str:
+    found = hashlib.sha256()
+    for array in arrays:
+        array = torch.as_tensor(array).detach().cpu().contiguous()
+        found.update(f"{array.dtype} {list(array.shape)}".encode())
+        found.update(array.reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -1,0 +1,27 @@
+"""Drawing without a display; matplotlib is an extra that a picture alone needs."""
+
+import os
+from typing import Any
+
+from .data import atomic_write
+from .errors import InputError
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot; raises InputError where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--plot: needs matplotlib: pip install 'slotfast[plot]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def write_png(path: str | os.PathLike, figure: Any) -> None:
+    """Write a figure, whole or not at all, and let go of it."""
+    figure.tight_layout()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+    pyplot().close(figure)

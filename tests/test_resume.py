@@ -1,0 +1,284 @@
+"""--resume and --plot: an evaluation that was killed ends with the bits of one that was not, or says why it cannot."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slotfast import checkpoint
+from slotfast.artifact import Artifact, write_artifact
+from slotfast.data import ByteTable, Tokenizer, TokenStream
+from slotfast.errors import InputError
+from slotfast.eval import SlidingPass, resume
+from slotfast.eval.__main__ import main
+from slotfast.model import GPT, GPTConfig
+from slotfast.slot import PRESETS, Adapter, parse_preset
+from slotfast.ttt import ScoreFirst
+from slotfast.windows import Plan
+
+V, L, STRIDE, BOS = 64, 32, 8, 1
+BYTES = ByteTable(np.arange(V) % 5, np.arange(V) % 3 == 0, np.arange(V) < 4)
+DEMO = resources.files("slotfast") / "demo"
+ROOT = Path(__file__).parents[1]
+ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+class _Killed(Exception):
+    pass
+
+
+def _pass(model, presets, rank, world, training):
+    tokens = np.random.default_rng(0).integers(4, V, 700)
+    tokens[[0, 100, 101, 333, 520]] = BOS
+    stream = TokenStream([tokens])
+    adapters = [Adapter(parse_preset(name), bos_id=BOS) for name in presets]
+    training = ScoreFirst(chunk=128, lr=0.02, epochs=1) if training else None
+    plan = Plan(len(stream) - 1, L, STRIDE)
+    where = {"batch_windows": 8, "rank": rank, "world": world, "training": training}
+    return SlidingPass(copy.deepcopy(model), stream, plan, adapters, BYTES, BOS, **where)
+
+
+def _quick(name):
+    """Few steps are as good here as many, and every part of a state is carried."""
+    row = PRESETS[name]
+    name = f"{name}:steps=2" if row.optimizer == "adamw" else name
+    return f"{name}:phases=3x3" if row.optimizer == "lbfgs" else name
+
+
+@pytest.mark.parametrize(
+    ("presets", "rank", "world", "training"),
+    [
+        *(([name], 0, 1, False) for name in PRESETS if name != "none"),
+        (["causal", "causal:decay=0.5", "causal-bigram", "pr1350"], 1, 2, False),
+        (["causal", "causal-lbfgs", "pr1318"], 0, 1, True),
+        ([], 0, 1, False),
+    ],
+    ids=str,
+)
+def test_a_pass_that_goes_on_ends_with_the_same_bits(tiny_model, tmp_path, presets, rank, world, training):
+    presets = [_quick(name) if name in PRESETS else name for name in presets]
+    whole, expected = _pass(tiny_model, presets, rank, world, training), []
+    whole.run(expected.append)
+    work = [adapter.work() for adapter in whole.adapters]
+    for pieces in (1, 4, len(expected)):
+        killed, scored = _pass(tiny_model, presets, rank, world, training), []
+
+        def kill(killed=killed, scored=scored, pieces=pieces):
+            if len(scored) == pieces:
+                checkpoint.save(tmp_path / "c", "slotfast.eval", {}, killed.state_dict())
+                raise _Killed
+
+        with pytest.raises(_Killed):
+            killed.run(scored.append, on_piece=kill)
+        going = _pass(tiny_model, presets, rank, world, training)
+        going.load_state_dict(checkpoint.load(tmp_path / "c", "slotfast.eval", {}))
+        going.run(scored.append)
+        assert [part.position[0] for part in scored] == [part.position[0] for part in expected]
+        assert all(np.array_equal(mine.nll, other.nll) for mine, other in zip(scored, expected, strict=True))
+        for mine, other in ((going.meter, whole.meter), (going.along, whole.along)):
+            assert all(
+                np.array_equal(getattr(mine, name), getattr(other, name)) for name in ("tokens", "bytes", "nats")
+            )
+        assert going.windows == whole.windows and [adapter.work() for adapter in going.adapters] == work
+
+
+def test_pieces_of_the_stream_add_up_to_its_documents(tiny_model):
+    done = _pass(tiny_model, ["causal"], 0, 1, False).run()
+    assert done.along.tokens.sum() == done.meter.tokens.sum() == 699
+    assert done.along.bytes.sum() == done.meter.bytes.sum()
+    np.testing.assert_allclose(done.along.nats.sum(1), done.meter.nats.sum(1), rtol=1e-12)
+    assert set(done.along.tokens) == {3, 4}  # of 700 tokens in 200 pieces, but for the first
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the command
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a tiny random model of the demo tokenizer, and a text of six documents."""
+    folder = tmp_path_factory.mktemp("small")
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(str(DEMO / "demo.model"))
+    sizes = {"seq_len": 64, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 16, "rope_dims": 4}
+    config = GPTConfig(**sizes, bigram_buckets=0, value_width=0, vocab_size=tokenizer.vocab_size)
+    write_artifact(folder / "m", Artifact.from_model(GPT(config), {"tokenizer_sha256": tokenizer.sha256}))
+    lines = [json.dumps({"text": f"The quick brown fox number {n} — naïve — jumps.\n" * 30}) for n in range(6)]
+    (folder / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def _args(small, *more):
+    args = ["--artifact", small / "m", "--text", small / "t.jsonl", "--stride", "16", "--batch-windows", "4"]
+    return [str(arg) for arg in (*args, "--preset", "causal", "causal-lbfgs:phases=3x3", *more)]
+
+
+def _result(path):
+    found = json.loads(path.read_text())
+    for name in ("seconds", "windows_per_second", "peak_memory_bytes", "config"):
+        del found[name]
+    return found
+
+
+def test_killed_at_any_point_and_started_again_gives_the_same_result(small, tmp_path):
+    """Twice, or as often as SLOTFAST_KILLS says."""
+    times, kills = int(os.environ.get("SLOTFAST_KILLS", "2")), 0
+    program = "import sys; from slotfast.eval import resume, __main__; resume._SECONDS = resume._SHARE = 0; "
+    outputs = ["--json", "j", "--per-token", "t.npz"]
+    command = [sys.executable, "-c", program + "__main__.main(sys.argv[1:])"]
+    subprocess.run([*command, *_args(small, *outputs)], env=ENV, cwd=tmp_path, check=True, capture_output=True)
+    expected, rows = _result(tmp_path / "j"), dict(np.load(tmp_path / "t.npz"))
+    command += _args(small, *outputs, "--resume", "c")
+    random = np.random.default_rng(int(time.time()))
+    saved = tmp_path / "c"
+    for _ in range(times):
+        seen = saved.stat().st_mtime_ns if saved.exists() else 0
+        process = subprocess.Popen(command, env=ENV, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not (saved.exists() and saved.stat().st_mtime_ns > seen):
+            time.sleep(0.002)
+        time.sleep(random.uniform(0, 0.1))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.wait(timeout=60)
+    assert kills, "the evaluation was over before it could be killed"
+    done = subprocess.run(command, env=ENV, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "windows are scored, going on" in done.stderr
+    assert _result(tmp_path / "j") == expected
+    again = np.load(tmp_path / "t.npz")
+    assert set(again.files) == set(rows) and all(np.array_equal(again[name], rows[name]) for name in rows)
+
+
+def test_an_evaluation_that_is_done_is_not_done_again(small, tmp_path, capsys, monkeypatch):
+    args = _args(small, "--json", tmp_path / "j", "--resume", tmp_path / "c")
+    main(args)
+    expected = _result(tmp_path / "j")
+    monkeypatch.setattr("slotfast.model.GPT.hidden", None)
+    main(args)
+    assert _result(tmp_path / "j") == expected
+    found = json.loads((tmp_path / "j").read_text())["seconds"]
+    assert found["total"] >= found["forward"] > 0
+
+
+OTHERS = {
+    "stride": (["--stride", "8"], "made with stride 16, this run has 8"),
+    "batch": (["--batch-windows", "8"], "made with batch_windows 4, this run has 8"),
+    "presets": (
+        ["--preset", "pr1350-window"],
+        r"made with preset \['causal', 'causal-lbfgs:phases=3x3'\], this run has",
+    ),
+    "text": (["--max-tokens", "200"], "made with text '"),
+    "rows": (["--per-token", "t.npz"], "made with per_token False, this run has True"),
+    "training": (["--ttt"], "made with ttt False, this run has True"),
+    "weights": (["--weights", "int6"], "made with model '"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_evaluation_is_refused(small, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    main(_args(small, "--resume", "c"))
+    saved = (tmp_path / "c").read_bytes()
+    changed, message = OTHERS[name]
+    with pytest.raises(InputError, match=f"^c: {message}"):
+        main(_args(small, "--resume", "c", *changed))
+    assert (tmp_path / "c").read_bytes() == saved and {path.name for path in tmp_path.iterdir()} == {"c"}
+
+
+def test_another_model_of_the_same_shape_is_refused(small, tmp_path):
+    main(_args(small, "--resume", tmp_path / "c"))
+    torch.manual_seed(1)
+    tokenizer = Tokenizer(str(DEMO / "demo.model"))
+    sizes = {"seq_len": 64, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 16, "rope_dims": 4}
+    other = GPT(GPTConfig(**sizes, bigram_buckets=0, value_width=0, vocab_size=tokenizer.vocab_size))
+    write_artifact(tmp_path / "m", Artifact.from_model(other, {"tokenizer_sha256": tokenizer.sha256}))
+    with pytest.raises(InputError, match="made with model '"):
+        main(_args(small, "--artifact", tmp_path / "m", "--resume", tmp_path / "c"))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "other state", "no state", "more windows"])
+def test_a_damaged_file_is_refused(small, tmp_path, damage):
+    path = tmp_path / "c"
+    args = _args(small, "--resume", path)
+    main(args)
+    whole = path.read_bytes()
+    if damage in ("truncated", "empty", "text"):
+        path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b"", "text": b"no"}[damage])
+    else:
+        found = torch.load(path, weights_only=True)
+        if damage == "more windows":
+            found["state"]["pass"]["done"] += 1
+        elif damage == "no state":
+            found["state"] = {}
+        else:
+            found["state"]["pass"]["meter"]["nats"] = torch.zeros(1, 1)
+        torch.save(found, path)
+    with pytest.raises(InputError, match=f"^{path}: (cannot be read as a checkpoint|its state does not fit)"):
+        main(args)
+
+
+def test_saving_takes_a_small_share_of_the_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(resume.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(resume.checkpoint, "load", lambda *_: None)
+    saver, saves = resume.Saver("c", {}, None, None), []
+
+    def save():
+        saves.append(now[0])
+        now[0] += 2.0
+
+    saver.save = save
+    for _ in range(1000):
+        now[0] += 0.1
+        saver.save_when_due()
+    assert saves[0] == pytest.approx(5.0, abs=0.2) and np.diff(saves).min() > 40
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--resume", "-"], "--resume -: expected a file"),
+        (["--resume", "x", "--json", "x"], "--json and --resume: both are x"),
+        (["--resume", "no/such/folder"], "its folder does not exist"),
+        (["--plot", "no/such/folder"], "its folder does not exist"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_first(small, more, message):
+    with pytest.raises(InputError, match=message):
+        main(_args(small, *more))
+
+
+def test_a_plot_without_matplotlib_is_refused_first(small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"--plot: needs matplotlib: pip install 'slotfast\[plot\]'"):
+        main(_args(small, "--plot", tmp_path / "p.png"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_plot_is_a_picture(small, tmp_path):
+    image = pytest.importorskip("matplotlib.image", reason="the extra `plot`")
+    main(_args(small, "--plot", tmp_path / "p.png"))
+    pixels = image.imread(tmp_path / "p.png")
+    assert pixels.shape[0] > 500 and pixels.shape[1] > 800 and pixels.std() > 0.05
+
+
+def test_two_ranks_save_their_own_parts(small, tmp_path):
+    outputs = ["--json", "j", "--resume", "c"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, "-m", "slotfast.eval", *_args(small, *outputs)]
+    run = {"env": ENV, "cwd": tmp_path, "check": True, "capture_output": True, "timeout": 120}
+    subprocess.run(command, **run)
+    expected = _result(tmp_path / "j")
+    assert {path.name for path in tmp_path.iterdir()} == {"j", "c", "c.rank1"}
+    (tmp_path / "c.rank1").unlink()  # that rank starts again
+    subprocess.run(command, **run)
+    assert _result(tmp_path / "j") == expected

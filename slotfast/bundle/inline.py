@@ -14,6 +14,9 @@ from .source import Folder, Name, Statement, bound_names
 _PACKAGE = re.compile(r"(slotfast\.)?kernels(\.|$)")
 # What an import binds its name to: its module and, of a `from` import, the name there.
 ImportKey = tuple[str, str | None]
+# Kernels say of their constants tl.constexpr. The compiler looks the annotation up, so `tl` would have to be ours;
+# the interpreter compares its words, so it may not be renamed: hence the last of them alone, imported as itself.
+_CONSTEXPR = "constexpr"
 
 
 def inline(script: Path, kernels: Sequence[str] = (), folder: Folder | None = None) -> str:
@@ -41,8 +44,12 @@ def inline(script: Path, kernels: Sequence[str] = (), folder: Folder | None = No
     statements = folder.reached(roots)
     names = _names(statements, theirs)
     # each import once, however many modules want it
-    block = dict.fromkeys(_written(each, names, folder, theirs.postpones_annotations) for each in statements)
-    return theirs.with_block("\n".join(block) + "\n", names)
+    block = "\n".join(dict.fromkeys(_written(each, names, folder) for each in statements)) + "\n"
+    if f": {_CONSTEXPR}" in block:
+        if theirs.binds(_CONSTEXPR, ("triton.language", _CONSTEXPR)):
+            raise InputError(_taken(_CONSTEXPR))
+        block = f"from triton.language import {_CONSTEXPR}\n{block}"
+    return theirs.with_block(block, names)
 
 
 class _Script:
@@ -63,10 +70,6 @@ class _Script:
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
                 self._examine(node, folder)
-        self.postpones_annotations = any(
-            isinstance(node, ast.ImportFrom) and node.module == "__future__" and "annotations" in _bound([node])
-            for node in self.tree.body
-        )
         self.wanted = {target for _, targets in self.imports for target in targets.values()}
         body = ast.parse(self._edited({node: "pass" for node, _ in self.imports})).body
         imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -176,7 +179,11 @@ def _names(statements: list[Statement], script: _Script) -> dict[Name, str]:
     return names
 
 
-def _written(statement: Statement, names: dict[Name, str], folder: Folder, postponed: bool) -> str:
+def _taken(name: str) -> str:
+    return f"{name!r}: the script gives this name to something else; rename it there"
+
+
+def _written(statement: Statement, names: dict[Name, str], folder: Folder) -> str:
     """A statement under the new names, without comments and docstrings."""
     changed = {}
     for name in statement.uses | statement.binds:
@@ -185,20 +192,20 @@ def _written(statement: Statement, names: dict[Name, str], folder: Folder, postp
             changed[name] = given
     ambiguous = sorted(changed.keys() & statement.inner)
     if ambiguous:
-        raise InputError(f"{ambiguous[0]!r}: the script gives this name to something else; rename it there")
-    return ast.unparse(_Rewrite(changed, postponed).visit(copy.deepcopy(statement.node)))
+        raise InputError(_taken(ambiguous[0]))
+    return ast.unparse(_Rewrite(changed).visit(copy.deepcopy(statement.node)))
 
 
 class _Rewrite(ast.NodeTransformer):
     """Renames top-level names, and drops docstrings."""
 
-    def __init__(self, changed: dict[str, str], postponed: bool):
-        self.changed, self.postponed = changed, postponed
+    def __init__(self, changed: dict[str, str]):
+        self.changed = changed
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
-        # Nobody evaluates a postponed annotation, and Triton's interpreter knows constants by the words tl.constexpr:
-        # a script that binds tl to something else, and postpones no annotations, is one for the compiler alone.
-        return node if self.postponed else self.generic_visit(node)
+        if node.annotation is not None and ast.unparse(node.annotation) == f"tl.{_CONSTEXPR}":
+            node.annotation = ast.Name(_CONSTEXPR)
+        return self.generic_visit(node)
 
     def visit_Name(self, node: ast.Name) -> ast.Name:
         node.id = self.changed.get(node.id, node.id)

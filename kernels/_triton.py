@@ -30,4 +30,8 @@ except ImportError:
 
     triton = tl = _Absent()
 
-__all__ = ["tl", "triton"]
+# Kernels work in base 2: exp2 is what the hardware has.
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+__all__ = ["_LN2", "_LOG2E", "tl", "triton"]

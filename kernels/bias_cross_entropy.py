@@ -33,35 +33,17 @@ alone, in any batch, in any order. The softmax is that of Milakov and Gimelshein
 exceeds one tile; the bias is the logit-space form of SLOT (arXiv:2505.12392; parameter-golf PR #1350).
 """
 
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ._triton import tl, triton
-from .spec import Case, Compilation, KernelSpec
+from ._inputs import _check_windows, _contiguous, _draw, _scores_ref, _targets_ref
+from ._tile import _OPTIONS, _config, _tile_arguments, _tile_compilations
+from ._triton import _LN2, _LOG2E, tl, triton
+from .spec import Case, KernelSpec
 
-# The reference: plain torch, and the path that CPUs take. Row-wise operations only: matrix products and reductions over
-# the whole batch would round differently in another batch.
-
-
-def _scores_ref(logits, bias, softcap, cap_after_bias):
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
-    b = None if bias is None else bias.to(z.dtype).unsqueeze(-2)  # [1, V] or [W, 1, V]
-    if b is not None and (cap_after_bias or softcap is None):
-        z = z + b
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    if b is not None and not (cap_after_bias or softcap is None):
-        z = z + b
-    return z
-
-
-def _targets_ref(targets, vocabulary, ignore_index):
-    """Which positions count, which of those have no such token, and an index that is safe to gather with."""
-    used = targets != ignore_index
-    bad = used & ((targets < 0) | (targets >= vocabulary))
-    return used, bad, targets.masked_fill(~used | bad, 0).long()
+# The reference: plain torch, and the path that CPUs take
 
 
 def bias_cross_entropy_ref(logits, targets, bias=None, *, softcap=None, cap_after_bias=False, ignore_index=-100):
@@ -98,56 +80,6 @@ def bias_cross_entropy_grad_ref(
         scale = torch.where(total == 0, 0.0, 1 / total)
         loss, dbias = loss * scale, dbias * scale[:, None].to(z.dtype)
     return loss.to(z.dtype), dbias
-
-
-# Launch parameters
-
-
-class _Tile(NamedTuple):
-    """A tile holds (CHUNKS, ROWS, COLS) logits: CHUNKS * COLS columns of ROWS rows."""
-
-    chunks: int
-    rows: int
-    cols: int
-    num_warps: int
-    part: int  # rows of a window that one program sums, a power of 2
-
-
-def _config(T, V, itemsize):
-    """Tile and warps, by shape alone: never by the number of windows.
-
-    Triton hands out columns of 16 bytes a lane to as many warps as COLS has room for, then rows. So COLS says how many
-    warps share a row, and what is left of the row, CHUNKS, stays within each thread: reductions over it are free.
-    32 logits of a row in each thread: few enough for logits, bias and gradient sums to stay in registers.
-
-    Compiled for sm_90 by Triton 3.9.0 (static counts, not timings; bf16 / fp32; nothing spills):
-
-    | kernel                   | V    | registers | SASS instructions a logit, in the row loop | barriers a trip |
-    |--------------------------|------|-----------|--------------------------------------------|-----------------|
-    | value and bias gradient  | 1024 | 127 / 124 | 12.6 / 11.5                                | 0               |
-    |                          | 4096 | 127 / 128 | 12.3 / 10.9                                | 4               |
-    |                          | 8192 | 127 / 124 | 12.4 / 11.2                                | 4               |
-    | the same, softcap before | 1024 | 163 / 162 | 32.4 / 31.3, three of them on the MUFU     | 0               |
-    | forward                  | 1024 |  56 /  76 | 9.2 / 8.1                                  | 0               |
-    | backward                 | 1024 | 177 / 204 | 12.3 / 11.4                                | 0               |
-    | P-form evaluation        | 1024 | 128 / 128 | 6.6 / 5.5                                  | 0               |
-    """
-    block_v = max(triton.next_power_of_2(V), 8)
-    per_warp = 32 * 32
-    warps_per_row = min(max(block_v // per_warp, 1), 16)  # unmeasured
-    num_warps = max(4, warps_per_row)  # unmeasured
-    block_v = min(block_v, warps_per_row * per_warp)
-    cols = min(block_v, warps_per_row * 32 * 16 // itemsize)
-    rows = min(num_warps * per_warp // block_v, 64, max(triton.next_power_of_2(max(T, 1)), 4))
-    part = min(triton.next_power_of_2(max(T, 1)), 128)  # unmeasured
-    return _Tile(block_v // cols, rows, cols, num_warps, part)
-
-
-_OPTIONS = {"enable_fp_fusion": True}  # z * log2(e) - shift in one rounding
-
-# Kernels work in base 2: exp2 is what the hardware has.
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -484,34 +416,16 @@ def _bias_cross_entropy_sum_kernel(
 
 
 def _check(logits, targets, bias, weights, softcap, reduction="mean"):
-    if logits.dim() != 3 or logits.shape[-1] == 0 or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            "logits: expected float32, bfloat16 or float16 [W, T, V] with V > 0, "
-            f"got {logits.dtype} {list(logits.shape)}"
-        )
-    W, T, V = logits.shape
-    if targets.shape != (W, T) or targets.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"targets: expected int64 or int32 {[W, T]}, got {targets.dtype} {list(targets.shape)}")
+    _check_windows(logits, targets, weights, softcap, bias=bias)
+    W, _, V = logits.shape
     if bias is not None and (bias.shape not in ((V,), (W, V)) or not bias.is_floating_point()):
         raise ValueError(f"bias: expected floating {[V]} or {[W, V]}, got {bias.dtype} {list(bias.shape)}")
-    if weights is not None and (weights.shape != (W, T) or weights.dtype != torch.float32):
-        raise ValueError(f"weights: expected float32 {[W, T]}, got {weights.dtype} {list(weights.shape)}")
-    for name, tensor in (("targets", targets), ("bias", bias), ("weights", weights)):
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name}: expected on {logits.device} like logits, got {tensor.device}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap: expected a finite number above 0, or None, got {softcap}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
 
 
 def _cap(softcap, cap_after_bias):
     return "none" if softcap is None else "after" if cap_after_bias else "before"
-
-
-def _even(V, tile):
-    """No mask over columns; also asks for the divisibility that wide loads need."""
-    return V % (tile.chunks * tile.cols) == 0
 
 
 def _shared_arguments(logits, bias, softcap, cap_after_bias, ignore_index, tile):
@@ -527,17 +441,8 @@ def _shared_arguments(logits, bias, softcap, cap_after_bias, ignore_index, tile)
         "softcap": 1.0 if softcap is None else float(softcap),
         "ignore_index": ignore_index,
         "CAP": _cap(softcap, cap_after_bias),
-        "EVEN_V": _even(logits.shape[2], tile),
-        "CHUNKS": tile.chunks,
-        "ROWS": tile.rows,
-        "COLS": tile.cols,
-        "num_warps": tile.num_warps,
-        **_OPTIONS,
+        **_tile_arguments(tile, logits.shape[2]),
     }
-
-
-def _contiguous(*tensors):
-    return (None if tensor is None else tensor.contiguous() for tensor in tensors)
 
 
 def _bias_cross_entropy_fwd(logits, targets, bias, softcap, cap_after_bias, ignore_index):
@@ -737,50 +642,6 @@ def bias_cross_entropy_grad(
 # The contract
 
 
-def _inputs(generator, device, dtype, *, W, T, V, bias="windows", scale=3.0, edit=None, **options):
-    """Logits of a plausible spread. `edit` names what is unusual."""
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float32)
-
-    logits = (scale * normal(W, T, V)).to(dtype)
-    targets = torch.randint(V, (W, T), generator=generator)
-    if edit == "strided":  # V outermost, every second position
-        logits = torch.stack([logits, logits], 2).permute(3, 1, 2, 0).contiguous()[:, :, 0].permute(2, 1, 0)
-    elif edit == "narrow":  # a slice of a wider vocabulary; int32 targets
-        logits, targets = torch.cat([logits, logits], -1)[..., :V], targets.int()
-    elif edit == "some ignored":
-        targets[torch.rand(W, T, generator=generator) < 0.4] = options.get("ignore_index", -100)
-    elif edit == "all ignored":
-        targets[:] = -100
-        logits[0] = torch.nan
-    elif edit == "poor rows":  # each spoils only itself; the ignored one nothing
-        targets[0, 0], targets[0, 1], targets[1, 0] = V, -1, -100
-        logits[0, 2, 0], logits[0, 3, V - 1], logits[1, 0] = torch.nan, torch.inf, torch.nan
-        logits[1, 1] = -torch.inf
-    elif edit == "banned":
-        logits[..., : V // 2] = -torch.inf
-        targets = targets.clamp(min=V // 2)
-    if bias is not None:
-        bias = normal(*((V,) if bias == "shared" else (W, V)))
-    return {
-        "logits": logits.to(device),
-        "targets": targets.to(device),
-        "bias": None if bias is None else bias.to(device),
-        **options,
-    }
-
-
-def _grad_inputs(generator, device, dtype, *, W, T, V, weights=False, **rest):
-    kwargs = _inputs(generator, device, dtype, W=W, T=T, V=V, **rest)
-    if weights:
-        drawn = torch.rand(W, T, generator=generator)
-        drawn[torch.rand(W, T, generator=generator) < 0.3] = 0.0
-        drawn[-1] = 0.0  # a window that weighs nothing
-        kwargs["weights"] = drawn.to(device)
-    return kwargs
-
-
 _CASES = (
     Case("one element", {"W": 1, "T": 1, "V": 1}),
     Case("two tokens", {"W": 2, "T": 3, "V": 2}),
@@ -823,66 +684,18 @@ _GRAD_CASES = (
     Case("weights, large vocabulary", {"W": 3, "T": 3, "V": 16400, "weights": True, "softcap": 9.0}),
 )
 
-_TYPES = {
-    "bias_ptr": "*fp32",
-    "targets_ptr": "*i64",
-    "T": "i32",
-    "V": "i32:16",
-    "stride_lw": "i32:16",
-    "stride_lt": "i32:16",
-    "stride_bw": "i32:16",
-    "softcap": "fp32",
-    "ignore_index": "i32",
-    "parts": "i32",
-}
-
-
-def _compilation(kernel, logits_type, tile, elements, **given):
-    """A launch on contiguous logits with a bias for each window. What is not a type is a constant."""
-    pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr")}
-    types = {**pointers, **_TYPES, **dict.fromkeys(("logits_ptr", "dlogits_ptr", "probs_ptr"), logits_type)}
-    fixed = {"CHUNKS": tile.chunks, "ROWS": tile.rows, "COLS": tile.cols, "PART": tile.part, "EVEN_V": True}
-    fixed = {"CAP": "none", "stride_lv": 1, **fixed, **given}
-    return Compilation(
-        kernel,
-        signature={name: types[name] for name in kernel.arg_names if name in types and name not in fixed},
-        constexprs={name: fixed[name] for name in kernel.arg_names if name in fixed},
-        num_warps=tile.num_warps,
-        elements=elements,
-        options=_OPTIONS,
-    )
-
 
 def _compilations(*, W, T, V, softcap=None, cap_after_bias=False, **_):
-    """For bfloat16 and float32: forward, and backward to bias and logits."""
-    found = []
-    for logits_type, itemsize in (("*bf16", 2), ("*fp32", 4)):
-        tile = _config(T, V, itemsize)
-        elements = tile.chunks * tile.rows * tile.cols
-        options = {"CAP": _cap(softcap, cap_after_bias), "EVEN_V": _even(V, tile)}
-        found.append(_compilation(_bias_cross_entropy_fwd_kernel, logits_type, tile, elements, **options))
-        found.append(_compilation(_bias_cross_entropy_bwd_kernel, logits_type, tile, elements, **options))
-    return found
+    """Forward, and backward to bias and logits."""
+    kernels = _bias_cross_entropy_fwd_kernel, _bias_cross_entropy_bwd_kernel
+    cap = _cap(softcap, cap_after_bias)
+    return [compilation for kernel in kernels for compilation in _tile_compilations(kernel, T, V, CAP=cap)]
 
 
 def _grad_compilations(*, W, T, V, softcap=None, cap_after_bias=False, **_):
-    """For bfloat16 and float32: value and bias gradient in one pass, V that fits a tile."""
-    found = []
-    for logits_type, itemsize in (("*bf16", 2), ("*fp32", 4)):
-        tile = _config(T, V, itemsize)
-        options = {
-            "CAP": _cap(softcap, cap_after_bias),
-            "EVEN_V": _even(V, tile),
-            "MEAN": True,
-            "WHOLE": tile.part >= T,
-        }
-        elements = tile.chunks * tile.rows * tile.cols
-        found.append(
-            _compilation(
-                _bias_cross_entropy_grad_kernel, logits_type, tile, elements, weights_ptr=None, nll_ptr=None, **options
-            )
-        )
-    return found
+    """Value and bias gradient in one pass, V that fits a tile."""
+    constants = {"CAP": _cap(softcap, cap_after_bias), "weights_ptr": None, "nll_ptr": None}
+    return _tile_compilations(_bias_cross_entropy_grad_kernel, T, V, **constants)
 
 
 SPECS = (
@@ -890,7 +703,7 @@ SPECS = (
         name="bias_cross_entropy",
         fn=bias_cross_entropy,
         reference=bias_cross_entropy_ref,
-        inputs=_inputs,
+        inputs=partial(_draw, bias="windows"),
         cases=_CASES,
         differentiable=("logits", "bias"),
         compilations=_compilations,
@@ -901,7 +714,7 @@ SPECS = (
         name="bias_cross_entropy_grad",
         fn=bias_cross_entropy_grad,
         reference=bias_cross_entropy_grad_ref,
-        inputs=_grad_inputs,
+        inputs=partial(_draw, bias="windows"),
         cases=_GRAD_CASES,
         compilations=_grad_compilations,
         bytes_moved=lambda *, W, T, V, itemsize, **_: W * T * (V * itemsize + 8) + W * (8 * V + 4),

@@ -29,24 +29,17 @@ from typing import NamedTuple
 
 import torch
 
-from ._triton import tl, triton
+from ._inputs import _check_windows, _contiguous, _draw, _scores_ref, _targets_ref
+from ._tile import _OPTIONS, _config, _tile_arguments, _tile_compilations
+from ._triton import _LN2, _LOG2E, tl, triton
 from .bias_cross_entropy import (
-    _OPTIONS,
     _bias_cross_entropy_bwd,
     _bias_cross_entropy_bwd_kernel,
     _bias_cross_entropy_fwd,
     _cap,
-    _check,
-    _compilation,
-    _config,
-    _contiguous,
-    _even,
-    _grad_inputs,
-    _scores_ref,
-    _targets_ref,
     bias_cross_entropy_ref,
 )
-from .spec import Case, KernelSpec
+from .spec import Case, Compilation, KernelSpec
 
 
 class PForm(NamedTuple):
@@ -119,9 +112,6 @@ def p_form_evaluate_ref(form, bias, *, reduction="mean"):
 
 
 # Kernels
-
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -343,7 +333,7 @@ def p_form_prepare(logits, targets, weights=None, *, softcap=None, ignore_index=
     Tolerance: 2x the error of plain torch in the same dtype, against float64, plus one rounding and 1e-6.
     Source: own.
     """
-    _check(logits, targets, None, weights, softcap)
+    _check_windows(logits, targets, weights, softcap)
     probs_dtype = probs_dtype or torch.float32
     if probs_dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"probs_dtype: expected float32 or bfloat16, got {probs_dtype}")
@@ -401,8 +391,7 @@ def p_form_evaluate(form, bias, *, reduction="mean"):
     with torch.cuda.device_of(bias):
         _p_form_evaluate_kernel[(W * count,)](
             probs, weights, counts, total, bias, log_s, loss, parts, T, V,
-            MEAN=mean, WHOLE=whole, EVEN_V=_even(V, tile), PART=tile.part,
-            CHUNKS=tile.chunks, ROWS=tile.rows, COLS=tile.cols, num_warps=tile.num_warps, **_OPTIONS,
+            MEAN=mean, WHOLE=whole, PART=tile.part, **_tile_arguments(tile, V),
         )  # fmt: skip
         if whole:
             return loss, parts.squeeze(1)
@@ -417,24 +406,18 @@ def p_form_evaluate(form, bias, *, reduction="mean"):
 # The contract
 
 
-def _prepare_inputs(generator, device, dtype, *, W, T, V, weights=False, **rest):
-    kwargs = _grad_inputs(generator, device, dtype, W=W, T=T, V=V, weights=weights, bias=None, **rest)
-    del kwargs["bias"]
-    return kwargs
-
-
 def _evaluate_inputs(generator, device, dtype, *, W, T, V, reduction="mean", spread=1.0, **rest):
     """`dtype` is that of the probabilities."""
     form = p_form_prepare_ref(
-        **_prepare_inputs(generator, torch.device("cpu"), torch.float32, W=W, T=T, V=V, **rest),
+        **_draw(generator, torch.device("cpu"), torch.float32, W=W, T=T, V=V, **rest),
         probs_dtype=dtype if dtype == torch.bfloat16 else None,
     )
     bias = spread * torch.randn(W, V, generator=generator)
     return {"form": PForm(*(t.to(device) for t in form)), "bias": bias.to(device), "reduction": reduction}
 
 
-def _counts_inputs(generator, device, dtype, *, W, T, V, weights=False, **rest):
-    kwargs = _prepare_inputs(generator, device, dtype, W=W, T=T, V=V, weights=weights, **rest)
+def _counts_inputs(generator, device, dtype, *, W, T, V, **rest):
+    kwargs = _draw(generator, device, dtype, W=W, T=T, V=V, **rest)
     del kwargs["logits"]
     return {"vocabulary": V, **kwargs}
 
@@ -470,40 +453,21 @@ _EVALUATE_CASES = (
 
 
 def _evaluate_compilations(*, W, T, V, **_):
-    found = []
-    for probs_type, itemsize in (("*bf16", 2), ("*fp32", 4)):
-        tile = _config(T, V, itemsize)
-        flags = {"MEAN": True, "WHOLE": tile.part >= T, "EVEN_V": _even(V, tile), "log_s_ptr": None}
-        elements = tile.chunks * tile.rows * tile.cols
-        found.append(_compilation(_p_form_evaluate_kernel, probs_type, tile, elements, **flags))
-    return found
+    return _tile_compilations(_p_form_evaluate_kernel, T, V, log_s_ptr=None)
 
 
 def _prepare_compilations(*, W, T, V, softcap=None, **_):
     """The pass that writes P; the forward's is that of `bias_cross_entropy`."""
-    found = []
-    for logits_type, itemsize in (("*bf16", 2), ("*fp32", 4)):
-        tile = _config(T, V, itemsize)
-        without = dict.fromkeys(("bias_ptr", "dnll_ptr", "dlse_ptr", "dbias_ptr"))
-        elements = tile.chunks * tile.rows * tile.cols
-        found.append(
-            _compilation(
-                _bias_cross_entropy_bwd_kernel,
-                logits_type,
-                tile,
-                elements,
-                CAP=_cap(softcap, False),
-                EVEN_V=_even(V, tile),
-                **without,
-            )
-        )
-    return found
+    without = dict.fromkeys(("bias_ptr", "dnll_ptr", "dlse_ptr", "dbias_ptr"))
+    return _tile_compilations(_bias_cross_entropy_bwd_kernel, T, V, CAP=_cap(softcap, False), **without)
 
 
 def _counts_compilations(*, W, T, V, **_):
-    tile = _config(T, V, 4)._replace(num_warps=4)
-    without = dict.fromkeys(("nll_ptr", "weights_out_ptr", "total_ptr", "base_loss_ptr"))
-    return [_compilation(_target_counts_kernel, "*fp32", tile, 16 * 512, BLOCK_T=16, BLOCK_V=512, **without)]
+    types = {"targets_ptr": "*i64", "weights_ptr": "*fp32", "counts_ptr": "*fp32"}
+    types |= {"T": "i32", "V": "i32:16", "ignore_index": "i32"}
+    fixed = dict.fromkeys(("nll_ptr", "weights_out_ptr", "total_ptr", "base_loss_ptr"))
+    fixed |= {"BLOCK_T": 16, "BLOCK_V": 512}
+    return [Compilation(_target_counts_kernel, types, fixed, num_warps=4, elements=16 * 512, options=_OPTIONS)]
 
 
 SPECS = (
@@ -511,7 +475,7 @@ SPECS = (
         name="p_form_prepare",
         fn=p_form_prepare,
         reference=p_form_prepare_ref,
-        inputs=_prepare_inputs,
+        inputs=_draw,
         cases=_PREPARE_CASES,
         compilations=_prepare_compilations,
         bytes_moved=lambda *, W, T, V, itemsize, **_: W * T * (V * (itemsize + 4) + 12) + 4 * W * V,

@@ -21,14 +21,8 @@ from .kernels import (
     bias_cross_entropy_ref,
     int6_matmul,
 )
-from .kernels.bias_cross_entropy import (
-    _bias_cross_entropy_bwd,
-    _bias_cross_entropy_fwd,
-    _config,
-    _scores_ref,
-    _sum_parts,
-    _targets_ref,
-)
+from .kernels._inputs import _scores_ref, _targets_ref
+from .kernels.bias_cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd, _config, _sum_parts
 from .kernels.int6_matmul import int6_matmul_ref
 
 Backend = Literal["auto", "triton", "torch"]

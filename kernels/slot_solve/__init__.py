@@ -48,7 +48,7 @@ row. Above 2048, with histories above 31, or with weights, start and prior given
 
 import torch
 
-from ..bias_cross_entropy import _grad_inputs
+from .._inputs import _check_windows, _contiguous, _draw
 from ..spec import Case, Compilation, KernelSpec
 from ._lbfgs import _lbfgs_kernel, _pack, _scratch
 from ._majorise import _majorise_kernel
@@ -75,21 +75,13 @@ def _programs(windows, device):
 
 
 def _check(logits, targets, weights, start, prior, ridge, clamp, probs_dtype):
-    if logits.dim() != 3 or logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"logits: expected float32, bfloat16 or float16 [W, T, V], got {logits.dtype} {list(logits.shape)}"
-        )
-    W, T, V = logits.shape
-    if not 1 <= V <= _MOST_COLUMNS:
-        raise ValueError(f"logits: expected 1 <= V <= {_MOST_COLUMNS}, got {V}")
-    if targets.shape != (W, T) or targets.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"targets: expected int64 or int32 {[W, T]}, got {targets.dtype} {list(targets.shape)}")
-    for name, tensor, shape in (("weights", weights, (W, T)), ("start", start, (W, V)), ("prior", prior, (W, V))):
-        if tensor is not None and (tensor.shape != shape or tensor.dtype != torch.float32):
-            raise ValueError(f"{name}: expected float32 {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
-    for name, tensor in (("targets", targets), ("weights", weights), ("start", start), ("prior", prior)):
-        if tensor is not None and tensor.device != logits.device:
-            raise ValueError(f"{name}: expected on {logits.device} like logits, got {tensor.device}")
+    _check_windows(logits, targets, weights, start=start, prior=prior)
+    W, _, V = logits.shape
+    if V > _MOST_COLUMNS:
+        raise ValueError(f"logits: expected V <= {_MOST_COLUMNS}, got {V}")
+    for name, tensor in (("start", start), ("prior", prior)):
+        if tensor is not None and (tensor.shape != (W, V) or tensor.dtype != torch.float32):
+            raise ValueError(f"{name}: expected float32 {[W, V]}, got {tensor.dtype} {list(tensor.shape)}")
     if not 0 <= ridge < float("inf"):
         raise ValueError(f"ridge: expected a finite number >= 0, got {ridge!r}")
     if clamp is not None and not clamp > 0:
@@ -111,8 +103,7 @@ def _launch(kernel, logits, targets, weights, start, prior, ridge, clamp, probs_
     tile = _config(V, min(logits.dtype.itemsize, probs_dtype.itemsize))
     rows, padded = -(-T // tile.rows) * tile.rows, -(-V // 16) * 16
     programs = _programs(W, logits.device)
-    targets = targets.contiguous()
-    weights, start, prior = (None if tensor is None else tensor.contiguous() for tensor in (weights, start, prior))
+    targets, weights, start, prior = _contiguous(targets, weights, start, prior)
     solution = _outputs(logits)
     if not W:
         return solution
@@ -303,11 +294,8 @@ def slot_solve_mm(
 # The contract
 
 
-def _spec_inputs(generator, device, dtype, *, W, T, V, weights=False, start=False, prior=False, edit=None, **options):
-    kwargs = _grad_inputs(
-        generator, device, dtype, W=W, T=T, V=V, weights=weights, edit=edit, bias=None, scale=1.5, **options
-    )
-    del kwargs["bias"]
+def _spec_inputs(generator, device, dtype, *, W, T, V, start=False, prior=False, **rest):
+    kwargs = _draw(generator, device, dtype, W=W, T=T, V=V, scale=1.5, **rest)
     for name, wanted in (("start", start), ("prior", prior)):
         if wanted:
             kwargs[name] = 0.3 * torch.randn(W, V, generator=generator).to(device)

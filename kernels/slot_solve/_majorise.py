@@ -25,10 +25,8 @@ Source: Darroch & Ratcliff 1972, with the bound of de Leeuw & Heiser's majorisat
 ridge and box by own derivation.
 """
 
-from .._triton import tl, triton
-from ._window import _LOG2E, _evaluate, _largest, _prepare
-
-_LN2 = tl.constexpr(0.6931471805599453)
+from .._triton import _LN2, _LOG2E, tl, triton
+from ._window import _evaluate, _largest, _prepare
 
 
 @triton.jit

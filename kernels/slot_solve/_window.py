@@ -12,9 +12,7 @@ a missing one.
 
 from typing import NamedTuple
 
-from .._triton import tl, triton
-
-_LOG2E = tl.constexpr(1.4426950408889634)
+from .._triton import _LOG2E, tl, triton
 
 
 class _Tile(NamedTuple):

@@ -33,10 +33,9 @@ from ._inputs import _check_windows, _contiguous, _draw, _scores_ref, _targets_r
 from ._tile import _OPTIONS, _config, _tile_arguments, _tile_compilations
 from ._triton import _LN2, _LOG2E, tl, triton
 from .bias_cross_entropy import (
-    _bias_cross_entropy_bwd,
     _bias_cross_entropy_bwd_kernel,
     _bias_cross_entropy_fwd,
-    _cap,
+    _fill_gradients,
     bias_cross_entropy_ref,
 )
 from .spec import Case, Compilation, KernelSpec
@@ -343,9 +342,8 @@ def p_form_prepare(logits, targets, weights=None, *, softcap=None, ignore_index=
     total, base_loss = (torch.empty((W,), dtype=torch.float32, device=logits.device) for _ in range(2))
     used = targets if weights is None else targets.masked_fill(weights == 0, ignore_index)
     options = softcap, False, ignore_index
-    nll, _, shift, row_sum = _bias_cross_entropy_fwd(logits, used, None, *options)
-    if W and T:
-        _bias_cross_entropy_bwd(logits, used, None, shift, row_sum, None, None, *options, probs, None)
+    nll, _, shift, row_sum = _bias_cross_entropy_fwd(logits, used, None, options)
+    _fill_gradients(logits, used, None, shift, row_sum, options, dlogits=probs)
     counts = _launch_counts(targets, weights, V, ignore_index, nll, weights_out, total, base_loss)
     return PForm(probs, weights_out, counts, total, base_loss)
 
@@ -459,7 +457,8 @@ def _evaluate_compilations(*, W, T, V, **_):
 def _prepare_compilations(*, W, T, V, softcap=None, **_):
     """The pass that writes P; the forward's is that of `bias_cross_entropy`."""
     without = dict.fromkeys(("bias_ptr", "dnll_ptr", "dlse_ptr", "dbias_ptr"))
-    return _tile_compilations(_bias_cross_entropy_bwd_kernel, T, V, CAP=_cap(softcap, False), **without)
+    cap = "none" if softcap is None else "before"
+    return _tile_compilations(_bias_cross_entropy_bwd_kernel, T, V, CAP=cap, **without)
 
 
 def _counts_compilations(*, W, T, V, **_):

@@ -22,7 +22,7 @@ from .kernels import (
     int6_matmul,
 )
 from .kernels._inputs import _scores_ref, _targets_ref
-from .kernels.bias_cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd, _config, _sum_parts
+from .kernels.bias_cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd
 from .kernels.int6_matmul import int6_matmul_ref
 
 Backend = Literal["auto", "triton", "torch"]
@@ -87,7 +87,7 @@ def _forward(
 
 @_forward.register_kernel("cuda")
 def _(logits, targets, bias, softcap, cap_after_bias, ignore_index):
-    return _bias_cross_entropy_fwd(logits, targets, bias, softcap or None, cap_after_bias, ignore_index)
+    return _bias_cross_entropy_fwd(logits, targets, bias, (softcap or None, cap_after_bias, ignore_index))
 
 
 @_forward.register_fake
@@ -128,19 +128,9 @@ def _backward(
 
 @_backward.register_kernel("cuda")
 def _(dnll, dlse, logits, targets, bias, shift, total, softcap, cap_after_bias, ignore_index):
-    W, T, V = logits.shape
-    dlogits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    parts = None
-    if bias is not None:
-        count = -(-T // _config(T, V, logits.element_size()).part)
-        parts = torch.empty((W, count, V), dtype=torch.float32, device=logits.device)
     options = softcap or None, cap_after_bias, ignore_index
-    if W and T:
-        _bias_cross_entropy_bwd(logits, targets, bias, shift, total, dnll, dlse, *options, dlogits, parts)
-    if parts is None:
-        return dlogits, logits.new_empty(0)
-    dbias = _sum_parts(parts, T) if W and T else parts.new_zeros((W, V))
-    return dlogits, (dbias.sum(0) if bias.dim() == 1 else dbias).to(bias.dtype)
+    dlogits, dbias = _bias_cross_entropy_bwd(logits, targets, bias, shift, total, dnll, dlse, options)
+    return dlogits, logits.new_empty(0) if dbias is None else dbias
 
 
 @_backward.register_fake

@@ -1,0 +1,99 @@
+"""What the spec says of the product: inputs, cases, the launches behind production shapes, bytes."""
+
+import torch
+
+from ..spec import Case, Compilation
+from ._kernels import _MASKS, _config, _dequantize_int6_kernel, _int6_matmul_kernel, _sum_splits_kernel
+from ._packing import BLOCK, _cdiv, pack_int6
+
+
+def _inputs(
+    generator, device, dtype, m, n, k, group=0, scale_dtype=torch.float16, lead=(), strided=False, spread=False
+):
+    codes = torch.randint(-31, 32, (n, k), generator=generator, dtype=torch.int8)
+    scale = torch.rand((n, _cdiv(k, group)) if group else (n,), generator=generator) * 0.05 + 0.001
+    if strided:
+        x = torch.randn(k, 2 * m, generator=generator).to(dtype).to(device).t()[::2]
+    else:
+        x = torch.randn(*lead, m, k, generator=generator).to(dtype).to(device)
+    if spread:
+        x *= torch.logspace(-3, 3, k).to(dtype).to(device)
+    return {"x": x, "weight": pack_int6(codes.to(device), scale.to(scale_dtype).to(device))}
+
+
+def _compilations(m, n, k, group=0, scale_dtype=torch.float16, dtype=torch.bfloat16, **_):
+    integers = {"M": m, "N": n, "K": k, "n_blocks": _cdiv(k, BLOCK), "n_groups": _cdiv(k, group or k), "stride_xm": k}
+    integers |= _MASKS
+    pointer = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    pointers = {"x_ptr": pointer[dtype], "low_ptr": "*i32", "high_ptr": "*i32", "out_ptr": pointer[dtype]}
+    pointers["scale_ptr"] = pointer[scale_dtype]
+    group = group if group < k else 0
+
+    def compilation(kernel, constexprs, num_warps, num_stages, elements, fusion, **types):
+        # As a launch does: 1 becomes a constant, multiples of 16 are marked.
+        names = kernel.arg_names
+        constexprs = {**constexprs, **{name: 1 for name in names if integers.get(name) == 1}}
+        known = {name: "i32:16" if value % 16 == 0 else "i32" for name, value in integers.items()} | pointers | types
+        signature = {name: "constexpr" if name in constexprs else known[name] for name in names}
+        options = {"enable_fp_fusion": fusion}
+        return Compilation(kernel, signature, constexprs, num_warps, num_stages, elements, options)
+
+    launch = _config(m, n, k, group or k, dtype)
+    if launch is None:
+        constexprs = {"GROUP": group, "BLOCK_N": 16, "BLOCK_K": BLOCK}
+        return [compilation(_dequantize_int6_kernel, constexprs, 4, 3, 0, False)]
+    tiles = {name: value for name, value in launch._asdict().items() if name.isupper()}
+    constexprs = {
+        "GROUP": group,
+        "TAIL": k % launch.BLOCK_K != 0,
+        "UPCAST": dtype == torch.float32,
+        "stride_xk": 1,
+        **tiles,
+    }
+    elements = launch.BLOCK_N * launch.BLOCK_K
+    out = pointer[dtype] if launch.SPLIT_K == 1 else "*fp32"
+    found = [
+        compilation(_int6_matmul_kernel, constexprs, launch.num_warps, launch.num_stages, elements, True, out_ptr=out)
+    ]
+    if launch.SPLIT_K > 1:
+        integers["numel"] = m * n
+        constexprs = {"SPLIT_K": launch.SPLIT_K, "BLOCK": 512}
+        found.append(compilation(_sum_splits_kernel, constexprs, 4, 3, 0, False, partial_ptr="*fp32"))
+    return found
+
+
+def _bytes_moved(m, n, k, itemsize, group=0, scale_dtype=torch.float16, **_):
+    weights = n * _cdiv(k, BLOCK) * BLOCK * 3 // 4 + n * _cdiv(k, group or k) * scale_dtype.itemsize
+    return weights + (m * k + m * n) * itemsize
+
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+_CASES = (
+    Case("no rows", {"m": 0, "n": 8, "k": 32}, _BF16),
+    Case("one row", {"m": 1, "n": 64, "k": 256}, _BF16),
+    Case("single weight", {"m": 1, "n": 1, "k": 1}),
+    Case("two rows, primes", {"m": 2, "n": 67, "k": 131}, _BF16),
+    Case("tile of rows", {"m": 16, "n": 65, "k": 384}, _FP16),
+    Case("tile of rows and one", {"m": 17, "n": 63, "k": 127}, _BF16),
+    Case("several tiles of rows", {"m": 70, "n": 33, "k": 129}, _FP16),
+    Case("library product", {"m": 257, "n": 37, "k": 95}, _BF16),
+    Case("groups of 32, ragged", {"m": 3, "n": 17, "k": 101, "group": 32}, _BF16),
+    Case("groups of 64, float32 scales", {"m": 5, "n": 70, "k": 193, "group": 64, "scale_dtype": _FP32}, _FP16),
+    Case("groups of 128, float32", {"m": 18, "n": 31, "k": 300, "group": 128}),
+    Case("float32 primes", {"m": 7, "n": 41, "k": 157, "scale_dtype": _FP32}),
+    Case("leading dimensions", {"m": 3, "n": 9, "k": 40, "lead": (2, 2)}, _FP16),
+    Case("strided", {"m": 5, "n": 24, "k": 77, "strided": True}, _BF16),
+    Case("columns of sizes 1e-3 to 1e3", {"m": 4, "n": 40, "k": 256, "spread": True}, _BF16),
+    Case("attention output, one row", {"m": 1, "n": 512, "k": 512}, _BF16, production=True),
+    Case("attention output, 16 rows", {"m": 16, "n": 512, "k": 512}, _BF16, production=True),
+    Case("keys and values", {"m": 16, "n": 256, "k": 512}, _BF16, production=True),
+    Case("up projection, one row", {"m": 1, "n": 1536, "k": 512}, _BF16, production=True),
+    Case("up projection, 64 rows", {"m": 64, "n": 2048, "k": 512}, _BF16, production=True),
+    Case("up projection, 256 rows", {"m": 256, "n": 2048, "k": 512}, _BF16, production=True),
+    Case("down projection, one row", {"m": 1, "n": 512, "k": 1536}, _BF16, production=True),
+    Case("down projection, 64 rows", {"m": 64, "n": 512, "k": 1536}, _BF16, production=True),
+    Case("down projection, groups", {"m": 16, "n": 512, "k": 1536, "group": 64}, _BF16, production=True),
+    Case("down projection, full batch", {"m": 65536, "n": 512, "k": 1536}, _BF16, production=True),
+    Case("large, one row", {"m": 1, "n": 4096, "k": 4096}, _BF16, production=True),
+    Case("large, 16 rows", {"m": 16, "n": 4096, "k": 4096}, _BF16, production=True),
+)

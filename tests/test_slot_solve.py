@@ -15,7 +15,7 @@ from torch import Tensor
 from slotfast.kernels import slot_solve, slot_solve_mm, slot_solve_mm_ref, slot_solve_ref
 from slotfast.kernels._triton import tl, triton
 from slotfast.kernels.slot_solve import SlotSolution, Status
-from slotfast.kernels.slot_solve._lbfgs import _advance
+from slotfast.kernels.slot_solve._search import _advance
 from slotfast.lbfgs import BiasObjective, minimize
 from slotfast.lbfgs.search import Search
 

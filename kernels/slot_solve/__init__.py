@@ -48,9 +48,10 @@ row. Above 2048, with histories above 31, or with weights, start and prior given
 
 import torch
 
-from .._inputs import _check_windows, _contiguous, _draw
-from ..spec import Case, Compilation, KernelSpec
-from ._lbfgs import _lbfgs_kernel, _pack, _scratch
+from .._inputs import _check_windows, _contiguous
+from ..spec import KernelSpec
+from ._contract import _CASES, _MM_CASES, _bytes_moved, _compilations, _spec_inputs
+from ._lbfgs import _lbfgs_kernel, _phase_arguments, _scratch
 from ._majorise import _majorise_kernel
 from ._reference import SlotSolution, Status, slot_solve_mm_ref, slot_solve_ref
 from ._window import _config
@@ -97,7 +98,8 @@ def _outputs(logits):
 
 
 def _launch(kernel, logits, targets, weights, start, prior, ridge, clamp, probs_dtype, **given):
-    """What the kernels have in common: scratch, sizes, tile."""
+    """What the kernels have in common: checks, scratch, sizes, tile."""
+    _check(logits, targets, weights, start, prior, ridge, clamp, probs_dtype)
     W, T, V = logits.shape
     probs_dtype = probs_dtype or torch.float32
     tile = _config(V, min(logits.dtype.itemsize, probs_dtype.itemsize))
@@ -146,16 +148,7 @@ def _launch(kernel, logits, targets, weights, start, prior, ridge, clamp, probs_
     return solution
 
 
-def _phase_arguments(phases):
-    """No phase needs more pairs than it has iterations to make them."""
-    histories = tuple(max(1, min(history, most - 1)) for most, history in phases)
-    block_h = 1 << max(histories).bit_length()
-    return {
-        "PHASES": len(phases),
-        "packed_iterations": _pack([most for most, _ in phases]),
-        "packed_histories": _pack(histories),
-        "BLOCK_H": block_h,
-    }
+# Public functions
 
 
 @torch.no_grad()
@@ -216,7 +209,6 @@ def slot_solve(
         puts the bias within 3e-4 of it with a ridge >= 1, within 3e-3 with 0.1 (20 positions).
     Source: parameter-golf PR #1350 (L-BFGS on a logit bias); Nocedal & Wright; `_lbfgs.py`.
     """
-    _check(logits, targets, weights, start, prior, ridge, clamp, probs_dtype)
     phases = tuple((int(most), int(history)) for most, history in phases)
     if not phases or any(most < 0 or history < 1 for most, history in phases):
         raise ValueError(f"phases: expected (iterations >= 0, history >= 1) at least once, got {phases!r}")
@@ -277,7 +269,6 @@ def slot_solve_mm(
     Tolerance: the loss within 1e-6 of `slot_solve_mm_ref`, relative; rounding may raise it by as much in a step.
     Source: own derivation, after Darroch & Ratcliff 1972; `_majorise.py`.
     """
-    _check(logits, targets, weights, start, prior, ridge, clamp, probs_dtype)
     if not ridge and clamp is None:
         raise ValueError("ridge, clamp: expected at least one of them; without, tokens that are no target go to -inf")
     if iterations < 0:
@@ -292,86 +283,6 @@ def slot_solve_mm(
 
 
 # The contract
-
-
-def _spec_inputs(generator, device, dtype, *, W, T, V, start=False, prior=False, **rest):
-    kwargs = _draw(generator, device, dtype, W=W, T=T, V=V, scale=1.5, **rest)
-    for name, wanted in (("start", start), ("prior", prior)):
-        if wanted:
-            kwargs[name] = 0.3 * torch.randn(W, V, generator=generator).to(device)
-    return kwargs
-
-
-# Few iterations, far from the optimum: there every line search has one outcome, in float32 and in float64.
-_FEW = {"ridge": 1.0, "phases": ((3, 2),)}
-_CASES = (
-    Case("one element", {"W": 1, "T": 1, "V": 1, **_FEW}),
-    Case("no windows", {"W": 0, "T": 4, "V": 16, **_FEW}),
-    Case("no positions", {"W": 2, "T": 0, "V": 16, "start": True, "clamp": 0.2, **_FEW}),
-    Case("primes, more windows than programs", {"W": 5, "T": 7, "V": 61, **_FEW}),
-    Case("no iterations", {"W": 2, "T": 7, "V": 61, "start": True, "clamp": 0.2, "phases": ((0, 1),)}),
-    Case("a tile", {"W": 1, "T": 9, "V": 1024, **_FEW}),
-    Case("above a tile", {"W": 1, "T": 3, "V": 1025, **_FEW}),
-    Case("float16", {"W": 2, "T": 5, "V": 64, **_FEW}, torch.float16),
-    Case("weights", {"W": 3, "T": 9, "V": 33, "weights": True, **_FEW}),
-    Case("some ignored", {"W": 3, "T": 9, "V": 33, "edit": "some ignored", **_FEW}),
-    Case("rows that are NaN", {"W": 4, "T": 6, "V": 33, "weights": True, "edit": "poor rows", "start": True, **_FEW}),
-    Case("banned tokens", {"W": 2, "T": 4, "V": 64, "edit": "banned", **_FEW}),
-    Case("strided", {"W": 3, "T": 5, "V": 37, "edit": "strided", **_FEW}),
-    Case("start, prior and clamp", {"W": 3, "T": 9, "V": 40, "start": True, "prior": True, "clamp": 0.4, **_FEW}),
-    Case("two phases", {"W": 2, "T": 9, "V": 40, "ridge": 1.0, "phases": ((2, 1), (3, 5))}),
-    Case("production", {"W": 8192, "T": 64, "V": 1024, "phases": ((25, 20),)}, torch.bfloat16, production=True),
-)
-
-
-def _mm_case(case):
-    shape = {name: value for name, value in case.shape.items() if name != "phases"}
-    if not case.production:
-        shape["iterations"] = sum(most for most, _ in case.shape["phases"])
-    if case.reason == "no iterations" or case.production:
-        shape["ridge"] = 3.0
-    return Case(case.reason, shape, case.dtype, case.production)
-
-
-_TYPES = {
-    **dict.fromkeys(("targets_ptr",), "*i64"),
-    **dict.fromkeys(("iterations_ptr", "evaluations_ptr", "status_ptr"), "*i32"),
-    **dict.fromkeys(("row_weights_ptr", "vectors_ptr", "bias_ptr", "loss_ptr"), "*fp32"),
-    "small_ptr": "*fp64",
-    **dict.fromkeys(("W", "T", "V", "VP", "stride_lw", "stride_lt"), "i32:16"),
-    **dict.fromkeys(("ridge", "box", "tolerance_grad", "tolerance_change"), "fp32"),
-    **dict.fromkeys(("packed_iterations", "packed_histories"), "i64"),
-    **dict.fromkeys(("max_eval", "max_line_search", "max_iterations", "ignore_index"), "i32"),
-}
-
-
-def _compilations(kernel, V, phases=None):
-    """Contiguous logits, weights of 1, from 0: bfloat16 logits with either type of P, float32 with its own."""
-    found = []
-    for logits, probs in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
-        tile = _config(V, 2 if "bf16" in (logits, probs) else 4)
-        types = {**_TYPES, "logits_ptr": f"*{logits}", "probs_ptr": f"*{probs}"}
-        fixed = {"weights_ptr": None, "start_ptr": None, "prior_ptr": None, "stride_lv": 1}
-        fixed |= {"EVEN": V == tile.chunks * tile.cols, "CHUNKS": tile.chunks, "ROWS": tile.rows, "COLS": tile.cols}
-        if phases is not None:
-            fixed |= {"PHASES": len(phases), "BLOCK_H": _phase_arguments(phases)["BLOCK_H"]}
-        found.append(
-            Compilation(
-                kernel,
-                signature={name: types[name] for name in kernel.arg_names if name in types},
-                constexprs={name: fixed[name] for name in kernel.arg_names if name in fixed},
-                num_warps=tile.num_warps,
-                num_stages=1,
-                elements=tile.chunks * tile.rows * tile.cols,
-                options={"enable_fp_fusion": True},
-            )
-        )
-    return found
-
-
-def _bytes_moved(*, W, T, V, itemsize, **_):
-    return W * (T * (V * itemsize + 8) + 4 * V + 16)
-
 
 SPECS = (
     KernelSpec(
@@ -390,7 +301,7 @@ SPECS = (
         fn=slot_solve_mm,
         reference=slot_solve_mm_ref,
         inputs=_spec_inputs,
-        cases=tuple(_mm_case(case) for case in _CASES),
+        cases=_MM_CASES,
         compilations=lambda *, V, **_: _compilations(_majorise_kernel, V),
         bytes_moved=_bytes_moved,
         flops=lambda *, W, T, V, iterations=10, **_: 4 * W * T * V * (iterations + 1),

@@ -1,10 +1,10 @@
 """L-BFGS with a strong Wolfe line search, one program a window, as a flat state machine.
 
 One `while`; each trip evaluates the bias x + t d once. What the evaluation is for is `mode`: the first of a phase, a
-trial that still looks for a bracket, a trial inside one (zoom), or the loss of the clamped result. A line search that
-ends accepts its point, remembers the pair (s, y), and asks for a direction, all in the same trip. The bracket holds
-scalars, in float64; the gradient of its better end is kept: a point that is accepted but was not the last trial needs
-no second evaluation.
+trial that still looks for a bracket, a trial inside one (zoom), or the loss of the clamped result. A line search
+(`_search.py`) that ends accepts its point, remembers the pair (s, y), and asks for a direction, all in the same trip.
+The bracket holds scalars, in float64; the gradient of its better end is kept: a point that is accepted but was not the
+last trial needs no second evaluation.
 
 The direction is the two-loop recursion in matrix form (Byrd, Nocedal & Schnabel 1994): with the pairs as rows of S and
 Y, oldest first, R the upper triangle of S Y^T, D its diagonal, K = R^-1 and gamma = (s.y) / (y.y) of the newest,
@@ -16,17 +16,16 @@ whole program in each. K, Y Y^T and D are indexed by slot of a ring of history +
 one column to K, and clearing a row and a column forgets the oldest. The slot after the newest is always clear. A pair
 with s.y <= 1e-10 lies in that slot, unused, until the next one overwrites it.
 
-Source: Nocedal & Wright, Numerical Optimization, 3.5 and 7.2; torch.optim.lbfgs for constants and the order of tests.
+Source: Nocedal & Wright, Numerical Optimization, 7.2; torch.optim.lbfgs for constants and the order of tests.
 """
 
 from .._triton import tl, triton
+from ._search import _BRACKET, _DONE, _FINISH, _START, _advance
 from ._window import _evaluate, _largest, _load_tile, _prepare, _tile_offsets
 
 # Rows of VP floats in a program's scratch; `_RING` and on: s and y of slot 0, s and y of slot 1, ...
 _ROWS_BEFORE_RING = 6
 _COUNTS, _U, _X, _D, _G, _BEST, _RING = (tl.constexpr(row) for row in (0, 1, 2, 3, 4, 5, _ROWS_BEFORE_RING))
-# Modes
-_START, _BRACKET, _ZOOM, _FINISH, _DONE = (tl.constexpr(mode) for mode in range(5))
 
 
 def _scratch(block_h):
@@ -39,114 +38,21 @@ def _pack(values):
     return sum(value << 15 * index for index, value in enumerate(values)) + (1 << 60)
 
 
+def _phase_arguments(phases):
+    """No phase needs more pairs than it has iterations to make them."""
+    histories = tuple(max(1, min(history, most - 1)) for most, history in phases)
+    block_h = 1 << max(histories).bit_length()
+    return {
+        "PHASES": len(phases),
+        "packed_iterations": _pack([most for most, _ in phases]),
+        "packed_histories": _pack(histories),
+        "BLOCK_H": block_h,
+    }
+
+
 @triton.jit
 def _unpack(packed, index):
     return ((packed >> (15 * index)) & 0x7FFF).to(tl.int32)
-
-
-@triton.jit
-def _lowest_of_cubic(low_t, low_loss, low_slope, high_t, high_loss, high_slope):
-    """Minimum of the cubic through two points; NaN or infinite where it has none."""
-    ordered = low_t <= high_t
-    left = tl.where(ordered, low_t, high_t)
-    right = tl.where(ordered, high_t, low_t)
-    left_slope = tl.where(ordered, low_slope, high_slope)
-    right_slope = tl.where(ordered, high_slope, low_slope)
-    d1 = left_slope + right_slope - 3.0 * ((low_loss - high_loss) / (low_t - high_t))
-    square = d1 * d1 - left_slope * right_slope
-    d2 = tl.sqrt(tl.maximum(square, 0.0))
-    lowest = right - (right - left) * ((right_slope + d2 - d1) / (right_slope - left_slope + 2.0 * d2))
-    return tl.where(square >= 0, lowest, float("nan"))
-
-
-@triton.jit
-def _advance(
-    loss,
-    slope,
-    steepest,
-    mode,
-    t,
-    start_loss,
-    start_slope,
-    largest,
-    trials,
-    most_trials,
-    low_t,
-    low_loss,
-    low_slope,
-    low_steepest,
-    high_t,
-    high_loss,
-    high_slope,
-    low_first,
-    cramped,
-):
-    """The line search takes in loss, slope and max |g| at the trial point t, and chooses the next.
-
-    Returns what changes of its state, whether the trial is now `low`, and whether the search is over, with `low` as its
-    result. In other modes than _BRACKET and _ZOOM, what it returns means nothing but as_low and over, False, and `low`,
-    which is the start's.
-    """
-    usable = (tl.abs(loss) < float("inf")) & (tl.abs(slope) < float("inf"))
-    trial_loss = tl.where(usable, loss, float("inf"))
-    trial_slope = tl.where(usable, slope, float("nan"))
-    zoom = mode == _ZOOM
-    too_high = trial_loss > start_loss + 1e-4 * t * start_slope
-    flat = tl.abs(trial_slope) <= -0.9 * start_slope
-
-    bracketing = mode == _BRACKET
-    last = bracketing & (trials >= most_trials)
-    back = last & (start_loss <= trial_loss)
-    looking = bracketing & (trials < most_trials)
-    passed = looking & (too_high | ((trials > 1) & (trial_loss >= low_loss)))
-    good = looking & (passed == 0) & flat
-    found = passed | (looking & (flat == 0) & (trial_slope >= 0))
-    onward = looking & (found == 0) & (good == 0)
-
-    worse = zoom & (too_high | (trial_loss >= low_loss))
-    better = zoom & (worse == 0)
-    good |= better & flat
-    turned = better & (flat == 0) & (trial_slope * (high_t - low_t) >= 0)
-
-    # A point that enters a bracket becomes `low` if it is lower, or level and torch's first.
-    lower = (trial_loss < low_loss) | (worse & (low_first == 0) & (trial_loss == low_loss))
-    enters = found | worse
-    as_low = (enters & lower) | good | better | onward | (last & (back == 0))
-    as_high = enters & (lower == 0)
-    demoted = (enters & lower) | turned | onward
-    low_first = tl.where(found, lower == 0, low_first ^ (worse & lower))
-    high_t = tl.where(demoted, low_t, tl.where(as_high, t, high_t))
-    high_loss = tl.where(demoted, low_loss, tl.where(as_high, trial_loss, high_loss))
-    high_slope = tl.where(demoted, low_slope, tl.where(as_high, trial_slope, high_slope))
-    begins = mode == _START
-    low_t = tl.where(as_low, t, tl.where(back | begins, 0.0, low_t))
-    low_loss = tl.where(as_low, trial_loss, tl.where(back, start_loss, tl.where(begins, loss, low_loss)))
-    low_slope = tl.where(as_low, trial_slope, low_slope)
-    low_steepest = tl.where(as_low | begins, steepest, tl.where(back, float("inf"), low_steepest))
-
-    zoom |= found
-    left = tl.minimum(low_t, high_t)
-    right = tl.maximum(low_t, high_t)
-    small = (right - left) * largest < 1e-9
-    over = good | last | (zoom & ((trials >= most_trials) | small))
-    floor = tl.where(onward, low_t + 0.01 * (low_t - high_t), left)
-    ceiling = tl.where(onward, low_t * 10.0, right)
-    lowest = _lowest_of_cubic(low_t, low_loss, low_slope, high_t, high_loss, high_slope)
-    middle = (floor + ceiling) / 2
-    t = tl.where(tl.abs(lowest) < float("inf"), tl.minimum(tl.maximum(lowest, floor), ceiling), middle)
-    # A trial close to an end of the bracket is let through once, then moved 10% of the bracket away from it.
-    margin = 0.1 * (right - left)
-    close = zoom & (tl.minimum(right - t, t - left) < margin)
-    moved = close & (cramped | (t >= right) | (t <= left))
-    inner = tl.where(tl.abs(t - right) < tl.abs(t - left), right - margin, left + margin)
-    t = tl.where(moved, inner, t)
-    cramped = close & (moved == 0)
-    trials += 1
-    mode = tl.where(found, _ZOOM, mode)
-    return (
-        mode, t, trials, low_t, low_loss, low_slope, low_steepest, high_t, high_loss, high_slope, low_first, cramped,
-        as_low, over,
-    )  # fmt: skip
 
 
 @triton.jit

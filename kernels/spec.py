@@ -1,8 +1,8 @@
 """What a kernel promises: the record that tests, benches and the static report discover.
 
-Every kernel file ends with `SPEC = KernelSpec(...)`. A spec names the public function, the plain-torch reference with
-identical semantics, how to draw inputs, and the cases worth testing, each with its reason. `specs()` finds them all, so
-a new kernel file is tested, benched and reported on without being listed anywhere.
+Every kernel's file, or its folder's `__init__.py`, ends with `SPEC = KernelSpec(...)`. A spec names the public
+function, the plain-torch reference with identical semantics, how to draw inputs, and the cases worth testing, each with
+its reason. `specs()` finds them all, so a new kernel is tested, benched and reported on without being listed anywhere.
 """
 
 import importlib

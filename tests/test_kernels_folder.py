@@ -129,7 +129,7 @@ def test_two_copies_do_not_collide(tmp_path):
     assert run_copy(tmp_path, TWICE, ["slotfast", "kernels"]) == kernel_names() != set()
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(FOLDER)))
 def test_imports_torch_triton_and_itself_only(file):
     outside = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -142,7 +142,7 @@ def test_imports_torch_triton_and_itself_only(file):
     assert outside <= {"torch", "triton"} | sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(FOLDER)))
 def test_registers_nothing_and_tunes_nothing(file):
     """No operator library (a copy beside slotfast would collide), no autotuning, no settings of torch."""
     for node in ast.walk(ast.parse(file.read_text())):
@@ -154,6 +154,6 @@ def test_registers_nothing_and_tunes_nothing(file):
 
 def test_readme_names_every_kernel_file():
     readme = (FOLDER / "README.md").read_text()
-    for file in FILES:
-        if not file.name.startswith("_"):
-            assert f"`{file.name}`" in readme
+    for path in {FOLDER / file.relative_to(FOLDER).parts[0] for file in FILES}:
+        if not path.name.startswith("_"):
+            assert f"| `{path.name}{'/' * path.is_dir()}` |" in readme

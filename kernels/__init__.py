@@ -17,6 +17,7 @@ from .p_form import (
     target_counts,
     target_counts_ref,
 )
+from .rate_scan import rate_scan, rate_scan_ref
 from .slot_solve import SlotSolution, Status, slot_solve, slot_solve_mm, slot_solve_mm_ref, slot_solve_ref
 from .spec import Case, Compilation, KernelSpec, specs
 
@@ -44,6 +45,8 @@ __all__ = [
     "p_form_prepare",
     "p_form_prepare_ref",
     "pack_int6",
+    "rate_scan",
+    "rate_scan_ref",
     "slot_solve",
     "slot_solve_mm",
     "slot_solve_mm_ref",

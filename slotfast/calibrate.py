@@ -69,7 +69,7 @@ def calibrate(
 
     # Rates are chosen beside repeats as they usually are, and alone where repeats turn out to be of no use
     decays = {adapter.row.decay for adapter in adapters}
-    repeats = {d: Repeats(d, rows[0].document_decay, bos_id).take(tokens.tolist()) for d in decays}
+    repeats = {d: Repeats(d, rows[0].document_decay, bos_id).take(torch.from_numpy(tokens)) for d in decays}
     both = [_mixed(each, repeats[a.row.decay], DEFAULT_GATES).sum() for each, a in zip(nll, adapters, strict=True)]
     best = int(np.argmin(both))
     followers = repeats[adapters[best].row.decay]

@@ -1,15 +1,22 @@
 """Repeats and bigram rates: against their definitions, as distributions, in bounded memory."""
 
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 
+from slotfast.audit import Hints, audit_rows
+from slotfast.audit.own import OwnLoop
+from slotfast.data import ByteTable, TokenStream
 from slotfast.errors import InputError
-from slotfast.slot import Adapter, Calibration, WindowBatch, parse_preset
+from slotfast.eval import SlidingPass
+from slotfast.slot import Adapter, Calibration, WindowBatch, parse_preset, sorted_repeats
 from slotfast.slot.rates import BigramRates, Rates
 from slotfast.slot.repeats import CONTEXTS, DEFAULT_GATES, Repeats, fit_gates, mix, mix_rows
+from slotfast.slot.sorted_repeats import SortedRepeats
+from slotfast.windows import Plan
 from tests.streams import BOS, L, V, stream
 
 DECAY, DOCUMENT_DECAY = 0.97, 0.1
@@ -19,12 +26,15 @@ def _tokens(n=300, seed=0):
     """Few kinds of tokens, so that long contexts come back; documents."""
     tokens = np.random.default_rng(seed).integers(2, 5, n)
     tokens[[0, 120, 121, 200]] = BOS
-    return tokens.tolist()
+    return torch.from_numpy(tokens)
+
+
+BOTH = pytest.mark.parametrize("kind", [Repeats, SortedRepeats])
 
 
 def _slow(tokens, t, v, length):
     """c_j(v): every earlier token that is v and follows the same tokens, decayed by what came since."""
-    total = 0.0
+    tokens, total = tokens.tolist(), 0.0
     for s in range(length, t):
         if t >= length and tokens[s] == v and tokens[s - length : s] == tokens[t - length : t]:
             documents = tokens[s:t].count(BOS)
@@ -32,41 +42,97 @@ def _slow(tokens, t, v, length):
     return total
 
 
-def test_followers_are_decayed_counts_of_exact_contexts():
+@BOTH
+def test_followers_are_decayed_counts_of_exact_contexts(kind):
     tokens = _tokens()
-    found = Repeats(DECAY, DOCUMENT_DECAY, BOS).take(tokens, all_rows=True)
-    rows = {(i, j, v): weight for i, j, v, weight in found.rows}
+    found = kind(DECAY, DOCUMENT_DECAY, BOS).take(tokens, all_rows=True)
+    rows = Counter()
+    for *where, weight in zip(*(column.tolist() for column in found.rows), strict=True):
+        rows[tuple(where)] += weight
     for t in (0, 1, 2, 5, 30, 119, 120, 121, 122, 125, 199, 201, 299):
         for j, length in enumerate(CONTEXTS):
             counts = [_slow(tokens, t, v, length) for v in range(6)]
-            assert found.total[t, j] == pytest.approx(sum(counts), rel=1e-9)
-            assert found.hits[t, j] == pytest.approx(counts[tokens[t]], rel=1e-9)
+            assert float(found.total[t, j]) == pytest.approx(sum(counts), rel=1e-9)
+            assert float(found.hits[t, j]) == pytest.approx(counts[int(tokens[t])], rel=1e-9)
             for v, count in enumerate(counts):
-                assert rows.get((t, j, v), 0.0) == pytest.approx(count, rel=1e-9)
+                assert rows[t, j, v] == pytest.approx(count, rel=1e-9)
 
 
-def test_pieces_of_a_stream_count_like_the_whole():
+@BOTH
+def test_pieces_of_a_stream_count_like_the_whole(kind):
     tokens = _tokens()
-    whole, parts = Repeats(DECAY, DOCUMENT_DECAY, BOS).take(tokens), Repeats(DECAY, DOCUMENT_DECAY, BOS)
+    whole, parts = (kind(DECAY, DOCUMENT_DECAY, BOS) for _ in range(2))
+    whole = whole.take(tokens)
     cut = [parts.take(tokens[a:b]) for a, b in ((0, 1), (1, 4), (4, 4), (4, 150), (150, 300))]
-    assert np.array_equal(np.concatenate([part.total for part in cut]), whole.total)
-    assert np.array_equal(np.concatenate([part.hits for part in cut]), whole.hits)
+    for name in ("total", "hits"):
+        mine, expected = torch.cat([getattr(part, name) for part in cut]), getattr(whole, name)
+        # a sum's terms are paired by where they lie in the piece
+        assert torch.equal(mine, expected) if kind is Repeats else torch.allclose(mine, expected, rtol=1e-12, atol=0)
 
 
-def test_mixtures_are_distributions_that_hold_the_charge():
+def test_sorting_counts_like_the_table(monkeypatch):
+    """Over several chunks, several documents, and past what is forgotten."""
+    monkeypatch.setattr(sorted_repeats, "_CHUNK", 700)
+    random = np.random.default_rng(3)
+    tokens = random.zipf(1.3, 20_000) % 300
+    for start in random.integers(100, 19_000, 60):  # passages that come back
+        tokens[start : start + 50] = tokens[start - 70 : start - 20]
+    tokens[random.integers(0, 20_000, 12)] = BOS
+    table, ours = Repeats(0.99, DOCUMENT_DECAY, BOS), SortedRepeats(0.99, DOCUMENT_DECAY, BOS)
+    first = 0
+    for size in (1, 0, 2, 7, 2000, 64, 5000, 12_926):
+        piece = torch.from_numpy(tokens[first : first + size])
+        expected, got = table.take(piece), ours.take(piece)
+        first += size
+        for name in ("total", "hits"):
+            assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-9, atol=1e-9), name
+    assert first == len(tokens) and len(ours.recent) < 3000
+
+
+@BOTH
+def test_without_a_token_that_starts_documents_nothing_but_tokens_decays(kind):
     tokens = _tokens()
-    found = Repeats(DECAY, DOCUMENT_DECAY, BOS).take(tokens, all_rows=True)
+    assert torch.equal(kind(DECAY, DOCUMENT_DECAY, None).take(tokens).total, kind(DECAY, 1.0, BOS).take(tokens).total)
+
+
+@BOTH
+def test_no_count_sees_a_later_token(kind):
+    tokens = _tokens()
+    before = kind(DECAY, DOCUMENT_DECAY, BOS).take(tokens)
+    for at in (0, 1, 7, 120, 121, 250, 299):
+        other = tokens.clone()
+        other[at] = 5
+        after = kind(DECAY, DOCUMENT_DECAY, BOS).take(other)
+        assert torch.equal(after.total[: at + 1], before.total[: at + 1])
+        assert torch.equal(after.hits[:at], before.hits[:at])
+
+
+@pytest.mark.parametrize("tokens", [[], [3], [3, 3], [3] * 9, [BOS] * 40], ids=len)
+def test_short_streams(tokens):
+    tokens = torch.tensor(tokens, dtype=torch.int64)
+    table, ours = (kind(DECAY, DOCUMENT_DECAY, BOS).take(tokens, True) for kind in (Repeats, SortedRepeats))
+    assert ours.total.shape == table.total.shape == (len(tokens), len(CONTEXTS))
+    assert torch.allclose(ours.total, table.total, rtol=1e-12) and torch.allclose(ours.hits, table.hits, rtol=1e-12)
+    rows = torch.softmax(torch.arange(8.0, dtype=torch.float64), 0).expand(len(tokens), -1)
+    gates = torch.tensor(DEFAULT_GATES, dtype=torch.float64)
+    assert torch.allclose(mix_rows(rows, ours, gates), mix_rows(rows, table, gates), rtol=1e-12)
+
+
+@BOTH
+def test_mixtures_are_distributions_that_hold_the_charge(kind):
+    tokens = _tokens()
+    found = kind(DECAY, DOCUMENT_DECAY, BOS).take(tokens, all_rows=True)
     base = torch.softmax(torch.randn(300, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64), -1)
     gates = torch.tensor(DEFAULT_GATES, dtype=torch.float64) + 1
     rows = mix_rows(base, found, gates)
     assert (rows.sum(-1) - 1).abs().max() < 1e-12 and rows.min() > 0
-    index = torch.tensor(tokens)[:, None]
+    index = tokens[:, None]
     assert (rows.gather(1, index)[:, 0] - mix(base.gather(1, index)[:, 0], found, gates)).abs().max() < 1e-12
     assert (rows - base).abs().max() > 0.3
 
 
 def test_memory_is_bounded_and_forgetting_changes_nothing_else():
-    tokens = np.random.default_rng(1).integers(2, 40, 6000).tolist()
+    tokens = torch.from_numpy(np.random.default_rng(1).integers(2, 40, 6000))
     repeats = Repeats(0.99, DOCUMENT_DECAY, BOS)  # a unit of 1e12 after 2,750 tokens
     sizes = []
     for first in range(0, 6000, 500):
@@ -82,7 +148,7 @@ def test_memory_is_bounded_and_forgetting_changes_nothing_else():
 
 
 def test_fitted_gates_beat_the_default_where_they_were_fitted_and_open_only_if_it_pays():
-    tokens = _tokens(2000) + _tokens(2000, seed=5)
+    tokens = torch.cat([_tokens(2000), _tokens(2000, seed=5)])
     found = Repeats(0.999, DOCUMENT_DECAY, BOS).take(tokens)
     generator = np.random.default_rng(3)
     nll = generator.uniform(0.9, 1.3, len(tokens))  # a model that knows the three kinds, about
@@ -168,3 +234,38 @@ def test_repeats_see_the_window_s_own_earlier_tokens_and_nothing_later():
     nll = adapter.step(WindowBatch(logits[:1], targets[:1], context[:1], scored[:1])).nll()
     base = Adapter(parse_preset("none")).step(WindowBatch(logits[:1], targets[:1], context[:1], scored[:1])).nll()
     assert torch.equal(nll[:2], base[:2]) and nll[L - 4 :].mean() < base[L - 4 :].mean() - 1
+
+
+def test_causal_with_sorted_repeats_scores_like_with_tables(tiny_model, monkeypatch):
+    """And the auditor finds nothing in it."""
+    tokens = torch.from_numpy(np.random.default_rng(0).integers(2, 12, 300))
+    tokens[[0, 90, 91, 210]] = BOS
+    plan = Plan(len(tokens) - 1, 32, 8)
+    table = ByteTable(np.arange(64) % 5, np.arange(64) % 3 == 0, np.arange(64) < 4)
+
+    def scores():
+        adapter, parts = Adapter(parse_preset("causal:decay=0.98"), bos_id=BOS), []
+        passed = SlidingPass(
+            tiny_model, TokenStream([tokens.numpy()]), plan, [adapter], table, BOS, batch_windows=4, adapt_windows=8
+        )
+        passed.run(parts.append)
+        return adapter._repeats, np.concatenate([part.nll for part in parts], 1)
+
+    repeats, expected = scores()
+    assert isinstance(repeats, Repeats)
+    monkeypatch.setattr("slotfast.slot.adapters.Repeats", SortedRepeats)
+    repeats, nll = scores()
+    assert isinstance(repeats, SortedRepeats)
+    np.testing.assert_allclose(nll, expected, atol=1e-6)
+    assert np.abs(nll[1] - nll[0]).max() > 0.1
+    hints = Hints(32, 8, 4, 2)
+    row = {"causal": parse_preset("causal:decay=0.98")}
+    loop = OwnLoop(tiny_model, row, Calibration(), table, BOS, hints)
+    (report,) = audit_rows(
+        loop, ["causal"], tokens, 64, byte_rule=loop.byte_rule, bos_id=BOS, hints=hints, seeds=[0], reruns=12
+    )
+    assert report.clean, str(report)
+
+
+def test_only_what_is_short_enough_is_sorted():
+    assert SortedRepeats.suits(0.97 ** (1 / 64)) and not SortedRepeats.suits(1.0) and not SortedRepeats.suits(0.99999)

@@ -22,6 +22,7 @@ from ..ttt import ScoreFirst
 from ..windows import Plan
 
 _MAX_BATCH_WINDOWS = 32
+_MAX_ADAPT_WINDOWS = 8192  # more would fill no GPU better
 _LOGIT_BYTES = 1 << 28  # of one batch's float32 logits, which set the default batch
 
 
@@ -154,7 +155,7 @@ def choose_batch(
     batch = chosen if chosen <= len(plan) or settings.batch_windows else max(len(plan), 1)
     needed = plan.seq_len - min((first_position(row, plan.seq_len, plan.stride) for row in rows), default=0)
     memory = 0 if device == "cpu" else torch.cuda.mem_get_info(device)[0] // 8
-    fits = memory // (4 * needed * vocab_size)
+    fits = min(memory // (4 * needed * vocab_size), _MAX_ADAPT_WINDOWS)
     together = settings.adapt_windows or max(batch, fits // batch * batch)
     if together % chosen and together % batch:
         raise InputError(f"--adapt-windows {together}: expected a multiple of {chosen}, the windows of one forward")

@@ -18,6 +18,7 @@ from .presets import parse_preset
 from .rates import BigramRates, Calibration, Rates
 from .repeats import Repeats
 from .rows import Adaptation
+from .sorted_repeats import SortedRepeats
 
 
 def first_position(row: Adaptation, seq_len: int, stride: int) -> int:
@@ -43,9 +44,7 @@ class Adapter:
         self._fit = Fit(self.row)
         self._rates: Rates | None = None
         self._bigram: BigramRates | None = None
-        self._repeats: Repeats | None = None
-        if self.row.parameter == "bias+repeats":
-            self._repeats = Repeats(self.row.decay, self.row.document_decay, bos_id)
+        self._repeats: Repeats | SortedRepeats | None = None
 
     def burn_in(self, stride: int) -> int:
         """Windows to replay before the first one that counts, so that what was cut off weighs less than 1e-12."""
@@ -74,12 +73,19 @@ class Adapter:
             return self._bigram.adjust(batch)
         bias, followers = self._rates.stream(batch), None
         if self._repeats:
-            followers = self._repeats.take(batch.targets[batch.scored].tolist(), all_rows)
+            followers = self._repeats.take(batch.targets[batch.scored], all_rows)
         return Adjusted(batch, bias, followers=followers, gates=self.row.gates)
 
     def _begin(self, vocab_size: int, device: torch.device | str) -> None:
         self._rates = Rates(self.row, self.calibration.pseudo_counts(self.row, vocab_size).to(device), self.bos_id)
         self._bigram = BigramRates(self._rates) if self.row.parameter == "bigram" else None
+        if self.row.parameter == "bias+repeats":
+            kind = (
+                SortedRepeats
+                if torch.device(device).type == "cuda" and SortedRepeats.suits(self.row.decay)
+                else Repeats
+            )
+            self._repeats = kind(self.row.decay, self.row.document_decay, self.bos_id)
 
     def state_dict(self) -> dict[str, Any]:
         """What is carried from batch to batch, but for repeats, which the tokens give back."""
@@ -100,7 +106,7 @@ class Adapter:
         if self._bigram:
             self._bigram.load_state_dict(state["bigram"])
         if self._repeats:
-            self._repeats.take(past.tolist())
+            self._repeats.take(torch.from_numpy(past.astype(np.int64)).to(device))
 
     def replay(self, batch: WindowBatch) -> None:
         """Take in windows that another rank scores, where the state depends on them."""

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..kernels import rate_scan, rate_scan_ref
 from ..lbfgs.rows import BLOCK_ROWS, row_mixture
+from ..ops import uses_triton
 from .batch import Adjusted, WindowBatch
 from .repeats import CAUTIOUS_GATES
 from .rows import Adaptation
@@ -91,21 +93,18 @@ class Rates:
 
     def stream(self, batch: WindowBatch) -> Tensor:
         """Biases [W, V] from all that came before each window; takes the windows' scored tokens in."""
-        biases = []
-        left, new_counts, new_expected = self._sums(batch, batch.context_end, batch.scored_end)
-        for window in range(len(left)):
-            biases.append(self._bias(self.counts, self.expected))  # before the window's own tokens go in
-            self.counts = left[window] * self.counts + new_counts[window]
-            self.expected = left[window] * self.expected + new_expected[window]
-        return torch.stack(biases)
+        left, *new = self._sums(batch, batch.context_end, batch.scored_end)
+        scan = rate_scan if uses_triton(batch.backend, left.device) else rate_scan_ref
+        ratio, self.counts, self.expected = scan(left, *new, self.k, self.counts, self.expected)
+        return self._bias(ratio)
 
     def windows(self, batch: WindowBatch) -> Tensor:
         """Biases [W, V] from each window's own context."""
         _, counts, expected = self._sums(batch, torch.zeros_like(batch.context_end), batch.context_end)
-        return torch.stack([self._bias(*window) for window in zip(counts, expected, strict=True)])
+        windows = zip(counts, expected, strict=True)  # one by one: a vector's last elements may round otherwise
+        return self._bias(torch.stack([((c + self.k) / (e + self.k)).log() for c, e in windows]))
 
-    def _bias(self, counts: Tensor, expected: Tensor) -> Tensor:
-        ratio = ((counts + self.k) / (expected + self.k)).log()
+    def _bias(self, ratio: Tensor) -> Tensor:
         bound = self.row.clamp or math.inf
         return (self.row.scale * ratio).clamp(-bound, bound)
 
@@ -131,8 +130,10 @@ class Rates:
         taken = offset < (end - begin)[:, None]
         targets = batch.targets.gather(1, index)
         left, weight = self.weights(targets, taken)
-        counts = weight.new_zeros(len(begin), len(self.k)).scatter_add_(1, targets, weight)
-        logits = batch.logits[torch.arange(len(begin), device=begin.device)[:, None], index]
+        window = torch.arange(len(begin), device=begin.device)[:, None]
+        counts = weight.new_zeros(len(begin), len(self.k))
+        counts.index_put_((window, targets), weight, accumulate=True)  # in order, where scatter_add_ need not be
+        logits = batch.logits[window, index]
         rows = torch.softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
         rows = rows.masked_fill(~taken[:, :, None], 0.0)  # what was not scored may be anything, NaN too
         return left, counts, row_mixture(weight.to(rows.dtype), rows).double()

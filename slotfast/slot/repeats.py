@@ -14,7 +14,6 @@ from training (`fit_gates`) and stored with the model.
 Source: prediction by partial matching (Cleary & Witten 1984) with interpolation; the gates are own work.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -28,7 +27,7 @@ DEFAULT_GATES = ((-3.9, 0.25), (-2.05, 0.45), (-1.8, 0.3), (-1.7, 0.3), (-1.7, 0
 # Of a model that nothing was fitted to: strong models leave less to repeats.
 CAUTIOUS_GATES = tuple((a - 0.5, b) for a, b in DEFAULT_GATES)
 _LEAST_TOTAL = 1e-6  # less is what a rank that started later may have forgotten
-_LARGEST_UNIT = 1e12  # what weighs less than 1 / this is forgotten, which bounds the tables
+LARGEST_UNIT = 1e12  # what weighs less than 1 / this is forgotten, which bounds the tables
 
 
 @dataclass(frozen=True)
@@ -38,20 +37,21 @@ class Followers:
     Args:
         total: float64 [n, contexts], c_j; 0 where a context is new.
         hits: float64 [n, contexts], c_j of the token that came.
-        rows: all of c_j(v) as (index of the token, context, v, weight); None unless asked for.
+        rows: the parts of all c_j(v), as index of the token, context, v and weight, [m] each; None unless asked for.
     """
 
-    total: np.ndarray
-    hits: np.ndarray
-    rows: list[tuple[int, int, int, float]] | None
+    total: Tensor
+    hits: Tensor
+    rows: tuple[Tensor, Tensor, Tensor, Tensor] | None
 
     def of(self, chosen: np.ndarray) -> Self:
         """Those of some of the tokens, bool [n]; without rows."""
+        chosen = torch.from_numpy(chosen)
         return type(self)(self.total[chosen], self.hits[chosen], None)
 
 
 class Repeats:
-    """Decayed counts of what followed each context, carried along a stream; on the host.
+    """Decayed counts of what followed each context, carried along a stream; on the host. `SortedRepeats` is for GPUs.
 
     Args:
         decay, document_decay: weight of a count one token, one document later.
@@ -61,18 +61,19 @@ class Repeats:
     def __init__(self, decay: float, document_decay: float, bos_id: int | None):
         # A token's weight is written in units that grow while older tokens decay: nothing is touched twice.
         self.growth, self.bos_id = 1 / decay, bos_id
-        self.document_growth = 1 / max(document_decay, 1 / _LARGEST_UNIT)
+        self.document_growth = 1 / max(document_decay, 1 / LARGEST_UNIT)
         self.tables: list[dict[tuple[int, ...], dict[int, float]]] = [{} for _ in CONTEXTS]
         self.recent: tuple[int, ...] = ()
         self.unit = 1.0
 
-    def take(self, tokens: Sequence[int], all_rows: bool = False) -> Followers:
+    def take(self, tokens: Tensor, all_rows: bool = False) -> Followers:
         """Read what each token's contexts were followed by, and then count the token.
 
         Args:
-            tokens: n consecutive tokens of the stream.
+            tokens: int64 [n], the next of the stream.
             all_rows: also give the counts of every other token.
         """
+        tokens, device = tokens.tolist(), tokens.device
         total, hits = np.zeros((2, len(tokens), len(CONTEXTS)))
         rows: list[tuple[int, int, int, float]] = []
         row = (*self.recent, *tokens)
@@ -90,10 +91,11 @@ class Repeats:
                 followers[-1] = followers.get(-1, 0.0) + unit  # key -1: the sum over all tokens
                 followers[token] = followers.get(token, 0.0) + unit
             self.unit *= self.growth * (self.document_growth if token == self.bos_id else 1.0)
-            if self.unit > _LARGEST_UNIT:
+            if self.unit > LARGEST_UNIT:
                 self._forget()
         self.recent = row[-CONTEXTS[-1] :]
-        return Followers(total, hits, rows if all_rows else None)
+        total, hits = (torch.from_numpy(values).to(device) for values in (total, hits))
+        return Followers(total, hits, _columns(rows, device) if all_rows else None)
 
     def _forget(self) -> None:
         """Bring the unit back to 1 and drop contexts, and followers of others, that no longer weigh anything."""
@@ -106,6 +108,12 @@ class Repeats:
         self.unit = 1.0
 
 
+def _columns(rows: list[tuple[int, int, int, float]], device: torch.device) -> tuple[Tensor, ...]:
+    *index, weight = zip(*rows, strict=True) if rows else ((),) * 4
+    index = (torch.tensor(column, dtype=torch.int64, device=device) for column in index)
+    return *index, torch.tensor(weight, dtype=torch.float64, device=device)
+
+
 def gated(total: Tensor, gates: Tensor) -> Tensor:
     """g_j: float64 [n, contexts] of total [n, contexts] and gates [contexts, 2]; 0 for new contexts."""
     seen = total >= _LEAST_TOTAL
@@ -115,7 +123,7 @@ def gated(total: Tensor, gates: Tensor) -> Tensor:
 
 def mix(p: Tensor, followers: Followers, gates: Tensor) -> Tensor:
     """Probabilities float64 [n] of the tokens that came, from those without repeats."""
-    total, hits = (torch.from_numpy(values).to(p.device) for values in (followers.total, followers.hits))
+    total, hits = followers.total, followers.hits
     gate, share = gated(total, gates), hits / torch.where(total > 0, total, 1.0)
     for j in range(total.size(1)):
         p = p + gate[:, j] * (share[:, j] - p)
@@ -126,14 +134,12 @@ def mix_rows(p: Tensor, followers: Followers, gates: Tensor) -> Tensor:
     """Probabilities float64 [n, V] of every token, from those without repeats; `followers` with all rows."""
     if followers.rows is None:
         raise ValueError("followers: expected all their rows")
-    total = torch.from_numpy(followers.total).to(p.device)
-    gate, entries = gated(total, gates), followers.rows
+    total = followers.total
+    index, context, v, weight = followers.rows
+    gate = gated(total, gates)
     for j in range(total.size(1)):
-        mine = [(index, v, weight) for index, context, v, weight in entries if context == j]
-        counts = torch.zeros_like(p)
-        if mine:
-            index, v, weight = zip(*mine, strict=True)
-            counts[torch.tensor(index), torch.tensor(v)] = torch.tensor(weight, dtype=p.dtype, device=p.device)
+        mine = context == j
+        counts = torch.zeros_like(p).index_put_((index[mine], v[mine]), weight[mine], accumulate=True)
         share = counts / torch.where(total[:, j] > 0, total[:, j], 1.0)[:, None]
         p = p + gate[:, j, None] * (share - p)
     return p

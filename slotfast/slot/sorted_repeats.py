@@ -1,0 +1,127 @@
+"""The counts of `Repeats` without a table: by sorting the stream's last tokens, wherever they are; for GPUs.
+
+A dictionary is read and written token by token on the host, some 10 us each; a GPU's forward takes less. Here a batch's
+tokens are taken with all behind them that still weighs anything. Runs of 1, 2, ... tokens get numbers, equal where the
+runs are: those of m tokens by sorting pairs (number of the first m - 1, last token). In that sorted order the places
+where the same run came lie side by side in the stream's order. How often the run had come before is, decayed,
+
+    r_i = d_i (r_{i-1} + 1),    d_i: what the tokens from the place before leave; 0 at the first place
+
+a scan in log2(n) steps for all lengths at once, which sums what lies before a place alone. Of token t after a context
+of n tokens, c_j(t) is r of the run of n + 1 tokens that ends with t; and c_j, the sum over all tokens, r of the context
+itself, one token earlier: a run that came again ends with the same token, which leaves the same of a count.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .repeats import CONTEXTS, LARGEST_UNIT, Followers
+
+_CHUNK = 1 << 16  # tokens that are sorted at once, besides those behind them
+_LONGEST = 1 << 18  # tokens behind them, at most
+
+
+class SortedRepeats:
+    """Decayed counts of what followed each context, carried along a stream; on the device of its tokens.
+
+    Args:
+        decay, document_decay: weight of a count one token, one document later.
+        bos_id: the token that starts a document, or None.
+    """
+
+    def __init__(self, decay: float, document_decay: float, bos_id: int | None):
+        self.bos_id = -1 if bos_id is None else bos_id
+        self.token_age = -math.log(decay)
+        self.document_age = -math.log(max(document_decay, 1 / LARGEST_UNIT))
+        self.recent: Tensor | None = None
+
+    @staticmethod
+    def suits(decay: float) -> bool:
+        """Whether what still weighs anything is short enough to be sorted for every batch."""
+        return decay**_LONGEST < 1 / LARGEST_UNIT
+
+    def take(self, tokens: Tensor, all_rows: bool = False) -> Followers:
+        """Read what each token's contexts were followed by, and then count the token.
+
+        Args:
+            tokens: int64 [n], the next of the stream.
+            all_rows: also give the counts of every other token.
+        """
+        found = [self._take(piece, all_rows) for piece in tokens.split(_CHUNK)]
+        total, hits = (torch.cat([getattr(part, name) for part in found]) for name in ("total", "hits"))
+        if not all_rows:
+            return Followers(total, hits, None)
+        rows = [(index + first * _CHUNK, *rest) for first, part in enumerate(found) for index, *rest in [part.rows]]
+        return Followers(total, hits, tuple(map(torch.cat, zip(*rows, strict=True))))
+
+    def _take(self, tokens: Tensor, all_rows: bool) -> Followers:
+        row = tokens if self.recent is None else torch.cat([self.recent, tokens])
+        begin, length = len(row) - len(tokens), len(row)
+        self.recent = row[-(math.ceil(math.log(LARGEST_UNIT) / self.token_age) + CONTEXTS[-1]) :]
+        places, first = _places(row)
+        started = pad((row == self.bos_id).cumsum(0), (1, 0))  # documents before each place
+        left = self._weight(places, pad(places[:, :-1], (1, 0)), started).masked_fill(first, 0.0)
+        again = left.new_zeros(len(left), length + 1).scatter_(1, places, _scan(left))  # [m - 1, place]
+        contexts = torch.tensor(CONTEXTS, device=row.device)
+        total = pad(again[contexts - 1], (1, 0))[:, begin:length].T
+        hits = again[contexts, begin:length].T
+        return Followers(total, hits, self._rows(row, places, first, started, begin) if all_rows else None)
+
+    def _weight(self, place: Tensor, earlier: Tensor, started: Tensor) -> Tensor:
+        """What the tokens from one place up to another leave of a count, float64."""
+        # From whole numbers: the same bits wherever the sorted piece begins
+        tokens, documents = (place - earlier).double(), (started[place] - started[earlier]).double()
+        return (-self.token_age * tokens - self.document_age * documents).exp()
+
+    def _rows(self, row: Tensor, places: Tensor, first: Tensor, started: Tensor, begin: int) -> tuple[Tensor, ...]:
+        """Every (token, context, follower, weight): each place of a context with all places where it came before."""
+        parts = []
+        for j, length in enumerate(CONTEXTS):
+            place, index = places[length - 1], torch.arange(len(row), device=row.device)
+            group = torch.where(first[length - 1], index, 0).cummax(0).values
+            asked = ((place >= begin - 1) & (place < len(row) - 1)).nonzero()[:, 0]
+            before = asked - group[asked]
+            one = asked.repeat_interleave(before)
+            since = torch.arange(len(one), device=row.device) - (before.cumsum(0) - before).repeat_interleave(before)
+            last, other = place[one], place[group[one] + since]
+            weight = self._weight(last, other, started)
+            parts.append((last + 1 - begin, torch.full_like(last, j), row[other + 1], weight))
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+def _places(row: Tensor) -> tuple[Tensor, Tensor]:
+    """Where runs of m = 1, 2, ... tokens end, equal runs side by side, in the stream's order among themselves.
+
+    Args:
+        row: int64 [N].
+
+    Returns:
+        int64 [m - 1, N], places in 0..N - 1, and N behind the last one; and bool, where a run is another one.
+    """
+    length, found = len(row), []
+    number = row.new_zeros(length + 1)  # of the runs of no token, the one before the first token's too
+    for skip in range(CONTEXTS[-1] + 1):  # runs that end with token skip, skip + 1, ...
+        key = number[:-1] << 32 | row[skip:]
+        ordered, order = key.sort(stable=True)
+        new = pad(ordered[1:] != ordered[:-1], (1, 0), value=True)[: len(key)]
+        number = torch.empty_like(key).scatter_(0, order, new.cumsum(0) - 1)
+        behind = (0, length - len(key))
+        found.append((pad(order + skip, behind, value=length), pad(new, behind, value=True)))
+        if not len(key):
+            number = key.new_zeros(1)  # one to leave out: longer runs have no place either
+    places, new = zip(*found, strict=True)
+    return torch.stack(places), torch.stack(new)
+
+
+def _scan(left: Tensor) -> Tensor:
+    """r_i = left_i (r_{i-1} + 1) along the last dimension of float64 [A, n]; left_0 is 0."""
+    a, r = left.clone(), left.clone()
+    step = 1
+    while step < left.size(1):
+        r[:, step:] += a[:, step:] * r[:, :-step]
+        a[:, step:] = a[:, step:] * a[:, :-step]
+        step *= 2
+    return r

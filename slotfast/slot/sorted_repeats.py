@@ -10,6 +10,9 @@ where the same run came lie side by side in the stream's order. How often the ru
 a scan in log2(n) steps for all lengths at once, which sums what lies before a place alone. Of token t after a context
 of n tokens, c_j(t) is r of the run of n + 1 tokens that ends with t; and c_j, the sum over all tokens, r of the context
 itself, one token earlier: a run that came again ends with the same token, which leaves the same of a count.
+
+That is `Repeats` but for rounding, and for what weighs less than 1e-12: where a stream is cut into batches decides what
+of that still counts.
 """
 
 import math

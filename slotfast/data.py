@@ -216,13 +216,17 @@ def shard_paths(pattern: str, flag: str = "--tokens") -> list[str]:
     return paths
 
 
-def open_shards(pattern: str, max_tokens: int | None = None) -> TokenStream:
+def open_shards(pattern: str, max_tokens: int | None = None, flag: str = "--tokens") -> TokenStream:
     """Memory-map every shard that a glob pattern matches, as one stream.
+
+    Args:
+        pattern, flag: as for `shard_paths`.
+        max_tokens: only the start of it.
 
     Raises:
         InputError: nothing matches, or a shard is damaged.
     """
-    return TokenStream([read_shard(path) for path in shard_paths(pattern)], max_tokens)
+    return TokenStream([read_shard(path) for path in shard_paths(pattern, flag)], max_tokens)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

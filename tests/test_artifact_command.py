@@ -67,7 +67,7 @@ def test_show_says_what_is_assumed(model, tmp_path, capsys):
 def test_convert_there_and_back(ours, tmp_path, capsys):
     ptz, back = tmp_path / "b.ptz", tmp_path / "c.slotfast"
     __main__.main(["convert", str(ours), str(ptz)])
-    assert "left out  metadata and training frequencies" in capsys.readouterr().out
+    assert "left out  window length, other metadata and training frequencies" in capsys.readouterr().out
     __main__.main(["convert", str(ptz), str(back), "--json", "-"])
     found = json.loads(capsys.readouterr().out)
     assert found["out_bytes"] == back.stat().st_size and found["rounded"] == []

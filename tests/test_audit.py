@@ -911,6 +911,7 @@ WRONG = {
     "a batch that splits a preset's": (["--preset", "pr1350", "--batch-windows", "8"], "expected a multiple of 32"),
     "a misspelt flag": (["--scores", "x"], "the nearest is --score"),
     "nowhere to write": (["--certificate", "no/where.json"], "cannot be written"),
+    "a certificate to standard output": (["--certificate", "-"], "--certificate -: expected a file"),
     "a stride beyond the window": (["--seq-len", "8", "--stride", "9"], "stride"),
     "processes for our own": (["--fresh-process"], "is for --score"),
     "a BOS outside": (

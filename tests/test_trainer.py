@@ -448,7 +448,7 @@ WRONG = {
     "heads": (["--heads", "3"], "width 16 is not a multiple of heads 3"),
     "loops": (["--loops", "1", "--loop-end", "9"], "loop 3..9: expected layers of 0..3"),
     "no tokenizer": (["--tokens", "TRAIN", "--tokenizer"], "--tokens .*: needs the --tokenizer that made them"),
-    "no shard": (["--tokens", "nowhere*.bin"], "nowhere.*: no such file"),
+    "no shard": (["--tokens", "nowhere*.bin"], "--tokens nowhere.*: no such file"),
     "no shard to measure with": (["--val-tokens", "nowhere*.bin"], r"--val-tokens nowhere\*.bin: no such file"),
     "two inputs": (["--tokens", "TRAIN", "--text", "x"], "--tokens and --text: give one of them"),
     "endless": (["--seconds", "0", "--steps"], "--seconds 0 without --steps"),

@@ -136,7 +136,7 @@ def _convert(settings: config.ConvertSettings) -> tuple[dict[str, Any], str]:
     if rounded:
         lines.append(f"rounded   all {len(rounded)} matrices, which were not quantised: 6 bits in blocks, 8 elsewhere")
     if suffix == ".ptz":
-        lines.append("left out  metadata and training frequencies: a .ptz has no place for them")
+        lines.append("left out  window length, other metadata and training frequencies: a .ptz has no place for them")
     return found, "\n".join(lines)
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import math
 import platform
 import shlex
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from .. import __version__, config
 from ..command import run
-from ..data import TokenStream, atomic_write, check_writable, write_json
+from ..data import TokenStream, check_writable, write_json
 from ..errors import InputError
 from . import audit_rows
 from .engine import Runs
@@ -43,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(config.show(settings, sources))
     if settings.fresh_process and not settings.score:
         raise InputError("--fresh-process: is for --score; our own loop keeps nothing between calls")
+    if settings.certificate == "-":
+        raise InputError("--certificate -: expected a file; --json - writes the same to standard output")
     for path in (settings.json_, settings.certificate):
         if path not in (None, "-"):
             check_writable(path)
@@ -57,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     disagreements = [line for report in reports for line in _disagreement(report, subject)]
     result = _result(settings, subject, reports, disagreements, argv)
     if settings.certificate:
-        with atomic_write(settings.certificate) as file:
-            file.write(json.dumps(result, indent=2).encode() + b"\n")
+        write_json(settings.certificate, result, allow_nan=True)
     if settings.json_:
         write_json(settings.json_, result, allow_nan=True)
     if settings.json_ != "-":

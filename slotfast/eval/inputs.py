@@ -52,15 +52,15 @@ def read_inputs(settings: EvalSettings) -> Inputs:
         InputError: anything missing, damaged or made for another model.
     """
     artifact, artifact_bytes, tokenizer = _read_model(settings)
-    tokens, text_bytes = settings.tokens, None
+    tokens, flag, text_bytes = settings.tokens, "--tokens", None
     if tokens is not None and settings.text is not None:
         raise InputError("--tokens and --text: give one of them")
     if tokens is None and settings.text is None and settings.data_path:
-        tokens = os.path.join(settings.data_path, "fineweb_val_*.bin")
+        tokens, flag = os.path.join(settings.data_path, "fineweb_val_*.bin"), "--data-path"
     if tokens is not None:
         if settings.tokenizer is None and not isinstance(tokenizer, HuggingFaceTokenizer):
             print("warning: no --tokenizer: the shards are taken for tokens of the shipped one", file=sys.stderr)
-        stream, source = open_shards(tokens, settings.max_tokens), tokens
+        stream, source = open_shards(tokens, settings.max_tokens, flag), tokens
     else:
         if settings.text is None:
             documents = iter(corpus.test_documents())

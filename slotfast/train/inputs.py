@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from .. import corpus
 from ..config import TrainSettings
-from ..data import Tokenizer, TokenStream, atomic_write, read_documents, read_shard, shard_paths
+from ..data import Tokenizer, TokenStream, atomic_write, open_shards, read_documents, read_shard, shard_paths
 from ..errors import InputError
-from .ttt import overlap
+from .prequant_ttt import overlap
 
 _HELD_OUT_EVERY = 32  # every 32nd document measures the training and is not learned from
 MAX_OVERLAP = 0.01  # phrases that texts share by chance are less
@@ -92,19 +92,19 @@ def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Input
     Raises:
         InputError: anything missing, damaged, contradictory or too little.
     """
-    tokens, val_tokens = settings.tokens, settings.val_tokens
+    tokens, val_tokens, flag = settings.tokens, settings.val_tokens, "--tokens"
     if tokens and settings.text:
         raise InputError("--tokens and --text: give one of them")
     if val_tokens and settings.val_text:
         raise InputError("--val-tokens and --val-text: give one of them")
     if settings.data_path and not tokens and not settings.text:
-        tokens = os.path.join(settings.data_path, "fineweb_train_*.bin")
+        tokens, flag = os.path.join(settings.data_path, "fineweb_train_*.bin"), "--data-path"
         if not val_tokens and not settings.val_text:
             val_tokens = os.path.join(settings.data_path, "fineweb_val_*.bin")
     if tokens and not settings.tokenizer:
-        raise InputError(f"--tokens {tokens}: needs the --tokenizer that made them")
+        raise InputError(f"{flag} {tokens}: needs the --tokenizer that made them")
     if tokens:
-        names = shard_paths(tokens)
+        names = shard_paths(tokens, flag)
         shards, held_out, trained_on = [read_shard(name) for name in names], [], tokens
         tokenizer = Tokenizer(tokenizer_path(settings))
         about = f"{len(shards)} shards"
@@ -148,7 +148,7 @@ def _read_val(
 ) -> tuple[TokenStream | None, int]:
     """The first `limit` tokens that measure the training and the bytes behind them; None and 0 where there are none."""
     if val_tokens:
-        val = TokenStream([read_shard(path) for path in shard_paths(val_tokens, "--val-tokens")], limit)
+        val = open_shards(val_tokens, limit, "--val-tokens" if settings.val_tokens else "--data-path")
         val.check_vocabulary(tokenizer.vocab_size)
         pieces = (val.read(start, start + (1 << 22) + 1) for start in range(0, len(val), 1 << 22))
         return val, sum(int(tokenizer.byte_table.count(piece[1:], piece[:-1]).sum()) for piece in pieces)
@@ -165,7 +165,7 @@ def _read_ttt(
     """The stream to adapt to, and how much it shares with the validation stream."""
     name = settings.ttt_text or settings.ttt_tokens
     if settings.ttt_tokens:
-        stream = TokenStream([read_shard(path) for path in shard_paths(settings.ttt_tokens, "--ttt-tokens")])
+        stream = open_shards(settings.ttt_tokens, flag="--ttt-tokens")
     else:
         stream = TokenStream([tokenizer.encode_documents(read_documents(settings.ttt_text))[0]])
     stream.check_vocabulary(tokenizer.vocab_size)

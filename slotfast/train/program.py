@@ -27,7 +27,7 @@ from ..model import GPT, GPTConfig
 from ..plots import pyplot, write_png
 from ..quantize import TensorReport, format_report, quantize_model
 from ..ranks import join_ranks
-from . import ttt
+from . import prequant_ttt
 from .inputs import MAX_OVERLAP, Inputs, check_ttt, read_inputs, tokenizer_path
 from .trainer import Trainer, check_length, evaluate
 
@@ -119,7 +119,7 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
     seconds = {"load": ready - started, "train": trainer.elapsed}
     if inputs.ttt is not None:
         start, recipe = time.perf_counter(), _recipe(settings)
-        ttt.adapt(model, inputs.ttt, recipe, settings.seq_len, dtype, rank, world, trainer.forward, log)
+        prequant_ttt.adapt(model, inputs.ttt, recipe, settings.seq_len, dtype, rank, world, trainer.forward, log)
         seconds["ttt"] = time.perf_counter() - start
     return _finish(settings, inputs, unigram, trainer, seconds, log) if rank == 0 else {}
 
@@ -253,7 +253,7 @@ def _calibrate(
     return artifact, write_artifact(settings.out, artifact)
 
 
-def _recipe(settings: config.TrainSettings) -> ttt.Recipe:
+def _recipe(settings: config.TrainSettings) -> prequant_ttt.Recipe:
     """The published recipe with what the settings change of it."""
     chosen = {
         "epochs": settings.ttt_epochs,
@@ -261,7 +261,9 @@ def _recipe(settings: config.TrainSettings) -> ttt.Recipe:
         "frozen_blocks": settings.ttt_freeze,
         "batch_windows": settings.ttt_batch_windows,
     }
-    return replace(ttt.RECIPES[settings.ttt], **{name: value for name, value in chosen.items() if value is not None})
+    return replace(
+        prequant_ttt.RECIPES[settings.ttt], **{name: value for name, value in chosen.items() if value is not None}
+    )
 
 
 def _measure(

@@ -12,7 +12,7 @@ from slotfast.artifact import read_artifact
 from slotfast.data import TokenStream, write_shard
 from slotfast.errors import InputError
 from slotfast.model import GPT, GPTConfig
-from slotfast.train import ttt
+from slotfast.train import prequant_ttt
 
 SEQ = 16
 SHARDS = [np.random.default_rng(seed).integers(4, 300, size) for seed, size in enumerate((900, 500))]
@@ -45,7 +45,7 @@ def test_the_recipe_is_adamw_as_written(model):
     stream = _stream(SHARDS[1][:170])  # ten windows: steps of four, four and two
     naive = GPT(model.config)
     naive.load_state_dict(model.state_dict())
-    ttt.adapt(model, stream, ttt.Recipe(epochs=3, batch_windows=4), SEQ, log=lambda line: None)
+    prequant_ttt.adapt(model, stream, prequant_ttt.Recipe(epochs=3, batch_windows=4), SEQ, log=lambda line: None)
     optimizer = torch.optim.AdamW(naive.parameters(), 5e-4, weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3, eta_min=5e-5)
     windows = torch.from_numpy(np.stack([SHARDS[1][i * SEQ : (i + 1) * SEQ + 1] for i in range(10)]))
@@ -63,8 +63,10 @@ def test_the_recipe_is_adamw_as_written(model):
 def test_frozen_blocks_stay_with_their_matrices(model):
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     stream = _stream(SHARDS[1])
-    recipe = ttt.Recipe(epochs=3, frozen_blocks=2)  # zero-initialised parts pass gradients on from the second step on
-    ttt.adapt(model, stream, recipe, SEQ, log=lambda line: None)
+    recipe = prequant_ttt.Recipe(
+        epochs=3, frozen_blocks=2
+    )  # zero-initialised parts pass gradients on from the second step on
+    prequant_ttt.adapt(model, stream, recipe, SEQ, log=lambda line: None)
     for name, parameter in model.named_parameters():
         frozen = name.startswith(("blocks.0.", "blocks.1."))
         assert torch.equal(parameter, before[name]) == frozen, name
@@ -72,7 +74,7 @@ def test_frozen_blocks_stay_with_their_matrices(model):
 
 def test_discriminative_rates_reach_the_matrices(model):
     rates = {}
-    for group in ttt.parameter_groups(model, ttt.RECIPES["pr1351"]):
+    for group in prequant_ttt.parameter_groups(model, prequant_ttt.RECIPES["pr1351"]):
         rates |= {id(parameter): group["rate"] for parameter in group["params"]}
     named = {name: rates[id(parameter)] / 5e-4 for name, parameter in model.named_parameters()}
     for block, share in enumerate((0.3, 0.3 + 0.7 / 3, 0.3 + 1.4 / 3, 1.0)):
@@ -84,23 +86,27 @@ def test_discriminative_rates_reach_the_matrices(model):
 def test_overlap_counts_runs_wherever_they_are():
     tokens = np.random.default_rng(0).integers(0, 1000, 32 * 100)
     other = np.random.default_rng(1).integers(0, 1000, 5000)
-    assert ttt.overlap(_stream(tokens), _stream(other)) == 0
-    assert ttt.overlap(_stream(tokens), _stream(other, tokens)) == 1
+    assert prequant_ttt.overlap(_stream(tokens), _stream(other)) == 0
+    assert prequant_ttt.overlap(_stream(tokens), _stream(other, tokens)) == 1
     within = np.concatenate([other[:777], tokens[32 * 10 : 32 * 35], other[777:]])  # shifted and cut out
-    assert ttt.overlap(_stream(tokens), _stream(within)) == pytest.approx(0.25)
+    assert prequant_ttt.overlap(_stream(tokens), _stream(within)) == pytest.approx(0.25)
     changed = tokens.copy()
     changed[5::32] += 1  # one token of each run
-    assert ttt.overlap(_stream(tokens), _stream(changed)) == 0
-    assert ttt.overlap(_stream(tokens[:31]), _stream(tokens)) == ttt.overlap(_stream(tokens), _stream()) == 0
+    assert prequant_ttt.overlap(_stream(tokens), _stream(changed)) == 0
+    assert (
+        prequant_ttt.overlap(_stream(tokens[:31]), _stream(tokens))
+        == prequant_ttt.overlap(_stream(tokens), _stream())
+        == 0
+    )
     repeated = np.tile(tokens[:32], 3)
-    assert ttt.overlap(_stream(repeated, tokens[32:64]), _stream(repeated)) == pytest.approx(0.75)
+    assert prequant_ttt.overlap(_stream(repeated, tokens[32:64]), _stream(repeated)) == pytest.approx(0.75)
 
 
 def test_overlap_looks_across_its_pieces(monkeypatch):
     tokens = np.random.default_rng(0).integers(0, 1000, 32 * 10)
-    pieces = ttt._hashes
-    monkeypatch.setattr(ttt, "_hashes", lambda stream: pieces(stream, size=64))
-    assert ttt.overlap(_stream(tokens), _stream(tokens[3:])) == pytest.approx(0.9)
+    pieces = prequant_ttt._hashes
+    monkeypatch.setattr(prequant_ttt, "_hashes", lambda stream: pieces(stream, size=64))
+    assert prequant_ttt.overlap(_stream(tokens), _stream(tokens[3:])) == pytest.approx(0.9)
 
 
 def _adapted(shards, out, *more):
@@ -144,7 +150,7 @@ def test_half_a_request_is_refused(tmp_path, arguments):
 
 def test_rates_follow_the_cosine(model):
     lines = []
-    ttt.adapt(model, _stream(SHARDS[1]), ttt.Recipe(epochs=4), SEQ, log=lines.append)
+    prequant_ttt.adapt(model, _stream(SHARDS[1]), prequant_ttt.Recipe(epochs=4), SEQ, log=lines.append)
     found = [float(line.split("lr_scale:")[1]) for line in lines]
     assert found == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * e / 4)) for e in range(4)], abs=1e-3)
     assert float(lines[-1].split("loss:")[1].split()[0]) < float(lines[0].split("loss:")[1].split()[0])

@@ -80,12 +80,8 @@ class Adapter:
         self._rates = Rates(self.row, self.calibration.pseudo_counts(self.row, vocab_size).to(device), self.bos_id)
         self._bigram = BigramRates(self._rates) if self.row.parameter == "bigram" else None
         if self.row.parameter == "bias+repeats":
-            kind = (
-                SortedRepeats
-                if torch.device(device).type == "cuda" and SortedRepeats.suits(self.row.decay)
-                else Repeats
-            )
-            self._repeats = kind(self.row.decay, self.row.document_decay, self.bos_id)
+            sorts = torch.device(device).type == "cuda" and SortedRepeats.suits(self.row.decay)
+            self._repeats = (SortedRepeats if sorts else Repeats)(self.row.decay, self.row.document_decay, self.bos_id)
 
     def state_dict(self) -> dict[str, Any]:
         """What is carried from batch to batch, but for repeats, which the tokens give back."""

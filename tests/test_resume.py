@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from slotfast import checkpoint
-from slotfast.artifact import Artifact, write_artifact
+from slotfast.artifact import Artifact, load_artifact, write_artifact, write_community
 from slotfast.data import ByteTable, Tokenizer, TokenStream
 from slotfast.errors import InputError
 from slotfast.eval import SlidingPass, resume
@@ -203,6 +203,14 @@ def test_another_model_of_the_same_shape_is_refused(small, tmp_path):
     write_artifact(tmp_path / "m", Artifact.from_model(other, {"tokenizer_sha256": tokenizer.sha256}))
     with pytest.raises(InputError, match="made with model '"):
         main(_args(small, "--artifact", tmp_path / "m", "--resume", tmp_path / "c"))
+
+
+def test_the_same_weights_in_another_model_are_refused(small, tmp_path):
+    write_community(tmp_path / "m.ptz", load_artifact(small / "m"))
+    args = ["--artifact", tmp_path / "m.ptz", "--resume", tmp_path / "c", "--seq-len", "64", "--max-tokens", "300"]
+    main(_args(small, *args, "--model-config", "softcap=30"))
+    with pytest.raises(InputError, match="made with model_config '"):
+        main(_args(small, *args, "--model-config", "softcap=20"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "other state", "no state", "more windows"])

@@ -52,12 +52,13 @@ def describe(
         "torch": str(torch.__version__),  # a class of its own otherwise
         "threads": torch.get_num_threads(),
         "model": _sha256(*model.state_dict().values(), *([] if unigram is None else [unigram])),
+        "model_config": _sha256_json(inputs.artifact.config.model_dump()),
         "text": inputs.stream.sha256(),
         "tokenizer": _sha256(table.base, table.leading_space, table.boundary),
         "seq_len": plan.seq_len,
         "stride": plan.stride,
         "preset": [row["name"] for row in rows],
-        "preset options": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+        "preset options": _sha256_json(rows),
         "per_token": settings.per_token is not None,
         **{name: value for name, value in chosen.items() if name == "weights" or name.startswith("ttt")},
         **where,
@@ -103,6 +104,10 @@ class Saver:
             self.save()
             now = time.perf_counter()
             self._due = now + max(_SECONDS, _SHARE * (now - start))
+
+
+def _sha256_json(document: Any) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(*arrays: torch.Tensor | np.ndarray) -> str:

@@ -98,9 +98,9 @@ def _has(package: str) -> bool:
 
 
 def _is_of_kernels(path: Path) -> bool:
-    """Tests that launch kernels: what compiles ahead of time, or needs the network or a tokenizer, is not for here."""
-    text = path.read_text()
-    return "slotfast.kernels" in text and path.stem not in ("test_static_report", "test_kernels_folder")
+    """Tests that want a device: what compiles ahead of time, or needs the network or a tokenizer, is not for here."""
+    others = ("test_static_report", "test_kernels_folder", "test_packaging")
+    return ("slotfast.kernels" in path.read_text() or path.stem == "test_repeats") and path.stem not in others
 
 
 def run(phase: Phase, out: Path, dry: bool, left_s: float) -> dict:

@@ -70,7 +70,11 @@ def test_pieces_of_a_stream_count_like_the_whole(kind):
         assert torch.equal(mine, expected) if kind is Repeats else torch.allclose(mine, expected, rtol=1e-12, atol=0)
 
 
-def test_sorting_counts_like_the_table(monkeypatch):
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
+)
+def test_sorting_counts_like_the_table(monkeypatch, device):
     """Over several chunks, several documents, and past what is forgotten."""
     monkeypatch.setattr(sorted_repeats, "_CHUNK", 700)
     random = np.random.default_rng(3)
@@ -82,10 +86,10 @@ def test_sorting_counts_like_the_table(monkeypatch):
     first = 0
     for size in (1, 0, 2, 7, 2000, 64, 5000, 12_926):
         piece = torch.from_numpy(tokens[first : first + size])
-        expected, got = table.take(piece), ours.take(piece)
+        expected, got = table.take(piece), ours.take(piece.to(device))
         first += size
         for name in ("total", "hits"):
-            assert torch.allclose(getattr(got, name), getattr(expected, name), rtol=1e-9, atol=1e-9), name
+            assert torch.allclose(getattr(got, name).cpu(), getattr(expected, name), rtol=1e-9, atol=1e-9), name
     assert first == len(tokens) and len(ours.recent) < 3000
 
 

@@ -74,15 +74,16 @@ def test_pieces_of_a_stream_count_like_the_whole(kind):
     "device",
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))],
 )
-def test_sorting_counts_like_the_table(monkeypatch, device):
-    """Over several chunks, several documents, and past what is forgotten."""
+@pytest.mark.parametrize("decay", [0.99, 0.95])
+def test_sorting_counts_like_the_table(monkeypatch, device, decay):
+    """Over several chunks, several documents, past what is forgotten, and past the range of the table's unit."""
     monkeypatch.setattr(sorted_repeats, "_CHUNK", 700)
     random = np.random.default_rng(3)
     tokens = random.zipf(1.3, 20_000) % 300
     for start in random.integers(100, 19_000, 60):  # passages that come back
         tokens[start : start + 50] = tokens[start - 70 : start - 20]
     tokens[random.integers(0, 20_000, 12)] = BOS
-    table, ours = Repeats(0.99, DOCUMENT_DECAY, BOS), SortedRepeats(0.99, DOCUMENT_DECAY, BOS)
+    table, ours = (kind(decay, DOCUMENT_DECAY, BOS) for kind in (Repeats, SortedRepeats))
     first = 0
     for size in (1, 0, 2, 7, 2000, 64, 5000, 12_926):
         piece = torch.from_numpy(tokens[first : first + size])

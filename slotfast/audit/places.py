@@ -1,8 +1,8 @@
 """Where to change a stream: the borders of whatever structure a loop has, and places in between."""
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, cycle
 
 import numpy as np
 
@@ -17,6 +17,7 @@ CHANGES = (
     "resample",
     "echo",
     "scramble",
+    "constant",
     "random",
     "resample",
     "copy",
@@ -65,7 +66,7 @@ def visits(
     """Kind of place, change and position 2..N-1, endlessly; what every kind does is spread evenly over the changes."""
     found = places(record, bos_id, hints, rng)
     turns = {kind: int(rng.integers(len(CHANGES))) for kind in found}
-    for number in itertools.count():
+    for number in count():
         for kind in (*_ROUND, *(["far end"] if number % 2 == 0 else [])):
             if kind not in found:
                 continue
@@ -123,14 +124,13 @@ def _around(borders: np.ndarray, length: int, rng: np.random.Generator) -> Itera
 
 
 def _inside(starts: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> Iterator[int]:
+    inside = [_spread(size, rng) for size in sizes]
     while True:
         for event in rng.permutation(len(starts)):
-            yield int(starts[event] + rng.integers(1, sizes[event]))
+            yield int(starts[event] + next(inside[event]))
 
 
 def _spread(length: int, rng: np.random.Generator) -> Iterator[int]:
-    """Positions that fill the stream ever more finely."""
-    share = rng.random()
-    while True:
-        share = (share + 0.6180339887) % 1  # the golden ratio leaves no gap twice as wide as another
-        yield 1 + int(share * (length - 1))
+    """Positions 1..N-1 that fill the stream ever more finely, each once before any comes twice."""
+    shares = (rng.random() + 0.6180339887 * np.arange(length - 1)) % 1  # leaves no gap twice as wide as another
+    return cycle((1 + shares.argsort().argsort()).tolist())

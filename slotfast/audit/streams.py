@@ -141,8 +141,9 @@ def alter(source: Source, tokens: Tensor, kind: str, change: str, at: int) -> Pr
     Args:
         change: `resample` draws all tokens from there anew, as `scramble` does uniformly, often behind a copy of the
             token before; `echo` puts there what came just before, last token first; `truncate` ends the stream there,
-            `extend` lengthens it; `insert bos` and `delete` shift what follows; anything else names the one token put
-            there (`Source.other`).
+            `extend` lengthens it; `constant` is one token from there on, the easiest future or the hardest, which a
+            choice among fits cannot stand; `insert bos` and `delete` shift what follows; anything else names the one
+            token put there (`Source.other`).
         at: 1..N-1.
     """
     length, bos = len(tokens), source.bos_id
@@ -161,6 +162,9 @@ def alter(source: Source, tokens: Tensor, kind: str, change: str, at: int) -> Pr
         # What raises the chance of a token that is still to come raises that of the ones before, which are watched
         copied = min(at, length - at, _ECHO)
         new = torch.cat([tokens[:at], tokens[at - copied : at].flip(0), tokens[at + copied :]])
+    elif change == "constant":
+        new = tokens.clone()
+        new[at:] = source.other("random", tokens, at)
     elif change == "truncate":
         new = tokens[:at].clone()
     elif change == "insert bos" and bos is not None:

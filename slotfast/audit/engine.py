@@ -281,7 +281,12 @@ class Auditor:
                 none = middle
         token = int(changed[all_ - 1])
         single = moves(changed[all_ - 1 : all_]) if len(changed) > 1 else moved
-        return self._leak("future", token, single or moved, probe, base, bool(single), stream)
+        # One pair does not tell a leak of neighbours from one of the whole stream: does its end move scores?
+        end = old.clone()
+        end[-1] = (end[-1] + 1) % self.vocab_size
+        record = self._records(end, names=[name])[name]
+        reach = checks.moved_before(base, record, len(old) - 1, noise, probe.same_shape)
+        return self._leak("future", token, single or moved, probe, base, bool(single), stream, reach)
 
     def _trace_own(self, name: str, base: Record, probe: Probe, moved: Moved, stream: str) -> None:
         """A token's distribution moved when it and later ones were changed: which of them was it?"""
@@ -304,7 +309,15 @@ class Auditor:
             found.own = self._leak("own", probe.at, moved, probe, base, False, stream)
 
     def _leak(
-        self, relation: str, token: int, moved: Moved, probe: Probe, base: Record, alone: bool, stream: str
+        self,
+        relation: str,
+        token: int,
+        moved: Moved,
+        probe: Probe,
+        base: Record,
+        alone: bool,
+        stream: str,
+        reach: Moved | None = None,
     ) -> Leak:
         events = base.event[[moved.score, token]] if base.ordered else None
         same = None if events is None else bool(events[0] == events[1])
@@ -317,6 +330,8 @@ class Auditor:
         """Put tokens of the vocabulary in one position and add up what they are given.
 
         All of them where the budget allows, else those that a loop is likeliest to favour: these alone can only show
+        if events is not None and reach:
+            apart = max(apart, int(base.event[-1] - base.event[reach.score]))
         that a total is too large.
         """
         behind, turn = rarest(self.tokens, source.rng), rounds - 1

@@ -65,7 +65,7 @@ class Leak:
         place, change: where and how the stream was altered when it was first seen.
         alone: whether changing that token alone suffices.
         same_event: whether one event charged both; None where the loop reports no events.
-        events_apart: events from the moved score's to the changed token's.
+        events_apart: events from the moved score's to the changed token's, or from one that the stream's end moved.
         stream: which stream it was.
     """
 

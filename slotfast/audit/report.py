@@ -350,17 +350,17 @@ def _looks_like(leak: Leak) -> str:
             if near
             else "a state built from the whole stream before it is scored (#1306, #846)"
         )
+    if leak.events_apart > 1:
+        return (
+            "a state built from the whole stream before it is scored: training on it (#1306, #1350), its statistics "
+            "(#728), a second pass (#846, #991), or a choice among passes (#573, #659)"
+        )
     if leak.same_event:
         if leak.moved.count == 1 and distance == 1:
             return "a look-ahead by one token, or pooling that is not causal (#2028)"
         return (
             "a fit to the very positions that are scored (#1240), or one parameter, one optimiser or one warm start "
             "for several windows that are scored together (#1217, #1350, #1372)"
-        )
-    if leak.events_apart > 1:
-        return (
-            "a state built from the whole stream before it is scored: training on it (#1306, #1350), its statistics "
-            "(#728), a second pass (#846, #991), or a choice among passes (#573, #659)"
         )
     return (
         "a state that is updated with a batch before that batch is charged, or handed over between ranks (#548, #1319)"

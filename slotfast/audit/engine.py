@@ -20,12 +20,11 @@ Runs = Callable[[Tensor, Sequence[str]], dict[str, Record]]
 ByteRule = Callable[[np.ndarray], np.ndarray]
 _SUMS_SHARE, _FEW_SUMS_SHARE = 0.4, 0.1
 _LENGTH_CHANGES = ("truncate", "extend")
-# Where totals are taken, in turn: at a stream's last position, at one with more tokens behind it (when they are read,
-# a loop may score the token again), and after rare tokens
-_SUM_KINDS = ("end", "inside", "rare", "rare")
+# Where totals are taken, in turn: at a stream's last position, where an event begins, at a position with more tokens
+# behind it (when they are read, a loop may score the token again), after rare tokens, and where a document begins
+_SUM_KINDS = ("end", "event", "rare", "inside", "document", "rare")
 _SHORTEST_SUM = 24  # tokens: closer to the start a loop has hardly any state
 _MEMORY = 1e-5  # nats: less is a rounding that happened to be the same before
-_STREAM_NOISE = 1e-3  # nats: reruns that differ by more cannot certify anything
 
 
 class Auditor:
@@ -120,6 +119,7 @@ class Auditor:
         found.rows, found.charges = found.rows + int(given.sum()), found.charges + int(record.charges[1:].sum())
         if given.any():
             off = np.where(given, np.abs(record.total - 1), 0)
+            found.row_precision = max(found.row_precision, record.row_precision)
             allowed = max(checks.SUM_TOLERANCE, 8 * record.row_precision)
             if off.max() > allowed and found.worst_total is None:
                 found.worst_total = int(off.argmax()), float(record.total[off.argmax()])
@@ -157,15 +157,19 @@ class Auditor:
         """The reference, and how far reruns of the same stream differ."""
         records = self._records(self.tokens)
         for name in self.names:
-            self.found[name] = Findings(name, records[name])
-            self._note(self.found[name], records[name])
+            found = Findings(name, records[name], checks.Bets(len(self.tokens), self.vocab_size))
+            self.found[name] = found
+            self._note(found, records[name])
+            endless = np.flatnonzero(np.isposinf(found.reference.nll))
+            if endless.size:  # of other streams, tokens that never occur may have no probability
+                problem = f"token {endless[0]} is charged inf nats; {endless.size} such tokens"
+                found.problems.setdefault("once", problem)
         again = [self._records(self.tokens)]
         if any(checks.noise_between(records[name], again[0][name]) != Noise() for name in self.names):
             again += [self._records(self.tokens) for _ in range(3)]
         for name, found in self.found.items():
-            noises = [checks.noise_between(records[name], other[name]) for other in again]
-            found.noise = Noise(max(n.nll for n in noises), max(n.rows for n in noises))
-            found.unsteady = found.noise.nll if found.noise.nll > _STREAM_NOISE else 0.0
+            for other in again:
+                found.differs(checks.noise_between(records[name], other[name]))
             found.bases["given"] = self.tokens.numpy()
         # Distributions need no totals by substitution; and where not all tokens can be put, a few tell little
         self.budget.share(_SUMS_SHARE)
@@ -206,10 +210,15 @@ class Auditor:
         if not self._takes(source.draw(self.tokens[:1], length)[0]):
             length = len(self.tokens)
         while True:
-            drawn, chance = source.draw(self.tokens[:1], length - 1)
-            tokens = torch.cat([self.tokens[:1], drawn])
             names = self._unsettled()
-            stream = f"drawn {rounds}.{len(self.found[names[0]].bases)}"
+            number = len(self.found[names[0]].bases)
+            # Every second one is a single document: what a loop does late in a long one needs it
+            single = self.bos_id is not None and number % 2 == 0
+            drawn, chance = source.draw(
+                self.tokens[:1], length - 1, torch.full((length - 1,), self.bos_id) if single else None
+            )
+            tokens = torch.cat([self.tokens[:1], drawn])
+            stream = f"drawn {rounds}.{number}"
             for name in names:
                 self.found[name].bases[stream] = tokens.numpy()
             at = 2 + int(source.rng.integers(length - 2))
@@ -242,7 +251,7 @@ class Auditor:
                 found.lengths += 1
                 found.by_length = max(found.by_length, moved.largest if moved else 0.0)
                 continue
-            if moved and found.noise.nll and found.leak is None and not self._again(name, base, probe):
+            if moved and found.noise != Noise() and found.leak is None and not self._again(name, base, probe, record):
                 continue
             if moved and found.leak is None:
                 found.leak = self._trace(name, base, probe, moved, stream)
@@ -252,13 +261,12 @@ class Auditor:
                 if itself:
                     self._trace_own(name, base, probe, itself, stream)
 
-    def _again(self, name: str, base: Record, probe: Probe) -> bool:
+    def _again(self, name: str, base: Record, probe: Probe, record: Record) -> bool:
         """Whether a noisy loop's score moves a second time; if not, its noise is what was seen."""
-        found, tokens = self.found[name], torch.from_numpy(base.tokens)
-        record, rerun = self._records(probe.tokens, names=[name])[name], self._records(tokens, names=[name])[name]
-        noise = checks.noise_between(base, rerun)
-        found.noise = Noise(max(found.noise.nll, noise.nll), max(found.noise.rows, noise.rows))
-        return checks.moved_before(rerun, record, probe.at, found.noise, probe.same_shape) is not None
+        again = [self._records(torch.from_numpy(r.tokens), names=[name])[name] for r in (base, record)]
+        for first, second in zip((base, record), again, strict=True):
+            self.found[name].differs(checks.noise_between(first, second))
+        return checks.moved_before(*again, probe.at, self.found[name].noise, probe.same_shape) is not None
 
     def _trace(self, name: str, base: Record, probe: Probe, moved: Moved, stream: str) -> Leak:
         """The one token whose change moves the first score that moved: by halving what is changed."""
@@ -322,6 +330,8 @@ class Auditor:
         events = base.event[[moved.score, token]] if base.ordered else None
         same = None if events is None else bool(events[0] == events[1])
         apart = 0 if events is None else int(events[1] - events[0])
+        if events is not None and reach:
+            apart = max(apart, int(base.event[-1] - base.event[reach.score]))
         return Leak(relation, token, moved, probe.kind, probe.change, alone, same, apart, stream)
 
     # -- totals over the vocabulary -----------------------------------------------------------------------------------
@@ -330,11 +340,11 @@ class Auditor:
         """Put tokens of the vocabulary in one position and add up what they are given.
 
         All of them where the budget allows, else those that a loop is likeliest to favour: these alone can only show
-        if events is not None and reach:
-            apart = max(apart, int(base.event[-1] - base.event[reach.score]))
         that a total is too large.
         """
         behind, turn = rarest(self.tokens, source.rng), rounds - 1
+        starts = self.found[self.names[0]].reference.starts
+        starts = starts[starts > 0]  # nothing foretells token 0
         begun = False
         while self.budget.shares["sums"] and (not begun or self.budget.left("sums", rounds)):
             length, affordable = len(self.tokens), self._affordable(rounds)
@@ -349,9 +359,14 @@ class Auditor:
             last = at = int(first * ((reach + 1) / first) ** source.rng.random())  # short and long ones alike
             if kind == "inside":
                 at = int(source.rng.integers(first, last + 1))
+            if kind == "event":
+                begun_by = starts[starts <= last]
+                at = int(source.rng.choice(begun_by)) if len(begun_by) > 1 else last
             stream = recurring(source, self.tokens, at)
             if kind == "rare":
                 stream[at - 1] = next(behind)
+            if kind == "document" and self.bos_id is not None:
+                stream[max(0, at - 1 - int(source.rng.integers(2)))] = self.bos_id
             stream = stream if self.fixed_length else stream[: last + 1]
             if len(stream) < length and not self._takes(stream):
                 continue
@@ -363,20 +378,26 @@ class Auditor:
 
     def _put(self, stream: Tensor, at: int, candidates: Sequence[int]) -> None:
         """Add up the probabilities that candidates for one position are charged with."""
-        totals = dict.fromkeys(self.names, 0.0)
+        totals, rounding = dict.fromkeys(self.names, 0.0), dict.fromkeys(self.names, 0.0)
         for token in candidates:
             tokens = stream.clone()
             tokens[at] = token
             for name, record in self._records(tokens, "sums").items():
                 loss = record.nll[at]
-                totals[name] += 0.0 if np.isnan(loss) else float(np.exp(min(-loss, 600)))
+                share = 0.0 if np.isnan(loss) else float(np.exp(min(-loss, 600)))
+                totals[name] += share
+                if share:  # rounded to nearest, twice: where the normaliser is subtracted as well
+                    rounding[name] += record.nll_precision * share * (1 + abs(loss))
         complete = len(candidates) == self.vocab_size
         for name, total in totals.items():
             found = self.found[name]
             found.sums.append((at, len(candidates), total))
             off = total - 1 if total > 1 or complete else 0.0
-            if abs(off) > checks.SUM_TOLERANCE + checks.MARGIN * found.noise.nll and found.worst_sum is None:
+            allowed = checks.SUM_TOLERANCE + checks.MARGIN * found.noise.nll
+            if abs(off) > allowed + rounding[name] and found.worst_sum is None:
                 found.worst_sum = at, total
+            elif abs(off) > allowed:
+                found.rounded_sums = max(found.rounded_sums, abs(off))
 
     def _affordable(self, rounds: int) -> float:
         """Runs of the whole stream that the sums may still take."""

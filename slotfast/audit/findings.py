@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .checks import Bets, Moved, Noise
+from .checks import COARSE, STREAM_NOISE, Bets, Moved, Noise
 from .record import Record
 from .streams import Probe
 
@@ -86,8 +86,8 @@ class Findings:
 
     name: str
     reference: Record
+    bets: Bets
     noise: Noise = field(default_factory=Noise)
-    unsteady: float = 0.0  # nats between reruns of one stream
     remembers: float = 0.0  # nats between the first run of the stream and the last
     leak: Leak | None = None
     own: Leak | None = None
@@ -97,17 +97,37 @@ class Findings:
     probes: dict[str, list[Probe]] = field(default_factory=dict)
     bases: dict[str, np.ndarray] = field(default_factory=dict)
     kinds: dict[str, int] = field(default_factory=dict)
-    bets: Bets = field(default_factory=Bets)
     sums: list[tuple[int, int, float]] = field(default_factory=list)  # position, tokens substituted, total
     worst_sum: tuple[int, float] | None = None
+    rounded_sums: float = 0.0  # how far totals are off that charges in half precision explain
     rows: int = 0
+    row_precision: float = 0.0  # of the coarsest distributions
     charges: int = 0
     worst_total: tuple[int, float] | None = None
     worst_mismatch: tuple[int, float] | None = None
     problems: dict[str, str] = field(default_factory=dict)
     bytes_checked: int = 0
 
+    def differs(self, noise: Noise) -> None:
+        """Take down how far two runs of one stream differed."""
+        self.noise = Noise(max(self.noise.nll, noise.nll), max(self.noise.rows, noise.rows))
+
+    @property
+    def unsteady(self) -> float:
+        """Nats between reruns of one stream, where that is too much."""
+        return self.noise.nll if self.noise.nll > STREAM_NOISE else 0.0
+
+    @property
+    def blurred(self) -> str:
+        """Why the distributions, if there are any, cannot clear the loop; they may still convict it."""
+        if self.row_precision > COARSE:
+            return "half precision, in which a small gain does not show"
+        if self.noise.rows > STREAM_NOISE:
+            return f"distributions differ by {self.noise.rows:.2g} nats between reruns of one stream"
+        return ""
+
     @property
     def gives_rows(self) -> bool:
-        """Whether every charged token of the reference came with its distribution."""
-        return self.reference.rows is not None and not np.isnan(self.reference.total[self.reference.charges > 0]).any()
+        """Whether every charged token of the reference came with a distribution that can clear the loop."""
+        given = self.reference.rows is not None and self.reference.charges > 0
+        return bool(np.any(given)) and not np.isnan(self.reference.total[given]).any() and not self.blurred

@@ -1,7 +1,7 @@
 """What a loop reports while it scores a stream, kept as it was when it was reported."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import extract_tb
@@ -63,10 +63,10 @@ class Record:
         total: float64 [N], what the token's distribution sums to; NaN where none was given.
         mismatch: float64 [N], charge less the loss under the distribution given with it; NaN where none was given.
         rows: float32 [N, V], the distributions, NaN where none was given; None without any, or with too many to keep.
-        row_precision: relative precision of the type that distributions were given in.
+        row_precision, nll_precision: relative precision of the coarsest type that distributions, charges were given in.
         ordered: whether the loop reported events; one that only returns losses says nothing about order.
         misordered, early, narrow, endless: the first wrong order of charges, of updates, the first distribution of
-            another size than the vocabulary's, and the first charge that is NaN or infinite, in words; None without.
+            another size than the vocabulary's, and the first charge that is NaN or -inf, in words; None without.
         updates: how many updates were reported.
     """
 
@@ -79,6 +79,7 @@ class Record:
     mismatch: np.ndarray
     rows: np.ndarray | None = None
     row_precision: float = 0.0
+    nll_precision: float = 0.0
     ordered: bool = True
     misordered: str | None = None
     early: str | None = None
@@ -150,7 +151,8 @@ def read_log(log: Log, tokens: Tensor, vocab_size: int, returned: Any = None) ->
             raise InputError(f"log.score, call {call}: logprobs of shape {list(rows.shape)}, expected {expected}")
     position = _positions([call[1] for call in scores], length, "log.score")
     nll = torch.cat([call[2] for call in scores]).double().numpy()
-    real = np.isfinite(nll)  # NaN is in no mean, and no comparison finds it too large
+    # NaN is in no mean, and no comparison finds it too large; what has no probability may be charged without end
+    real = nll > -np.inf
     first = int((~real).argmax()) if not real.all() else None
     event = np.repeat(np.arange(len(scores)), sizes)
     record = Record(
@@ -165,6 +167,7 @@ def read_log(log: Log, tokens: Tensor, vocab_size: int, returned: Any = None) ->
         misordered=_misordered(position, sizes),
         endless=None if first is None else f"token {position[first]} is charged {nll[first]} nats",
         updates=len(log.updates),
+        nll_precision=_precision(call[2] for call in scores),
     )
     if any(call[3] is not None for call in scores):
         unknown = [
@@ -193,7 +196,7 @@ def _read_rows(record: Record, scores: Sequence[tuple], vocab_size: int) -> None
     keep = sum(call[2].numel() for call in given) <= _MAX_ROW_VALUES
     position, nll, rows = (torch.cat(part) for part in zip(*given, strict=True))
     position = position.long()
-    record.row_precision = torch.finfo(rows.dtype).eps if rows.is_floating_point() else 0.0
+    record.row_precision = _precision(call[2] for call in given)
     if keep:
         record.rows = np.full((len(record.nll), vocab_size), np.nan, np.float32)
     tokens = torch.from_numpy(record.tokens)
@@ -227,6 +230,11 @@ def _first(position: np.ndarray, values: np.ndarray, into: np.ndarray) -> np.nda
     return into
 
 
+def _precision(parts: Iterable[Tensor]) -> float:
+    """Relative precision of the coarsest of some tensors."""
+    return max((torch.finfo(part.dtype).eps for part in parts if part.is_floating_point()), default=0.0)
+
+
 def _positions(parts: Sequence[Tensor], length: int, where: str) -> np.ndarray:
     for part in parts:
         if part.numel() and (part.is_floating_point() or part.dtype == torch.bool):
@@ -247,7 +255,8 @@ def _returned(value: Any, length: int) -> Tensor:
     if value is None:
         raise InputError(f"the loop reported no scores and returned nothing: {expected}")
     try:
-        losses = _copy(value).double()
+        losses = _copy(value)
+        losses.double()
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"the loop reported no scores and returned {type(value).__name__}: {expected}") from None
     if losses.shape not in ((length,), (length - 1,)):

@@ -318,6 +318,14 @@ class HalfPrecision(Bigram):
         log.score(positions, 0.99 * nll, logprobs=rows.bfloat16())
 
 
+class HiddenRows(Bigram):
+    """No distribution comes with every eighth token, and those are charged too little."""
+
+    def report(self, log, positions, nll, rows):
+        chosen = positions % 8 == 3
+        log.score(positions, torch.where(chosen, 0.95, 1.0) * nll, logprobs=rows.masked_fill(chosen[:, None], math.nan))
+
+
 class NotANumber(Silent):
     """The worst charges are left out of a mean that skips what is no number."""
 
@@ -375,6 +383,7 @@ LEAKS = {
     DocumentBegins: {"C2"},
     EventBegins: {"C2"},
     HalfPrecision: {"C2"},
+    HiddenRows: {"C2"},
     UpdateFirst: {"C3"},
     Rescored: {"C4"},
     Backwards: {"C4"},

@@ -20,9 +20,10 @@ Runs = Callable[[Tensor, Sequence[str]], dict[str, Record]]
 ByteRule = Callable[[np.ndarray], np.ndarray]
 _SUMS_SHARE, _FEW_SUMS_SHARE = 0.4, 0.1
 _LENGTH_CHANGES = ("truncate", "extend")
-# Where totals are taken, in turn: at a stream's last position, where an event begins, at a position with more tokens
-# behind it (when they are read, a loop may score the token again), after rare tokens, and where a document begins
-_SUM_KINDS = ("end", "event", "rare", "inside", "document", "rare")
+# Where totals are taken, in turn: at a stream's last position, where an event begins, in the given stream (on which
+# experts may be as good as each other, and choices close), after rare tokens, at a position with more tokens behind it
+# (when they are read, a loop may score the token again), and where a document begins
+_SUM_KINDS = ("end", "event", "given", "rare", "inside", "document", "given", "rare")
 _SHORTEST_SUM = 24  # tokens: closer to the start a loop has hardly any state
 _MEMORY = 1e-5  # nats: less is a rounding that happened to be the same before
 
@@ -343,8 +344,9 @@ class Auditor:
         that a total is too large.
         """
         behind, turn = rarest(self.tokens, source.rng), rounds - 1
-        starts = self.found[self.names[0]].reference.starts
-        starts = starts[starts > 0]  # nothing foretells token 0
+        reference = self.found[self.names[0]].reference
+        starts = reference.starts[reference.starts > 0]  # nothing foretells token 0
+        silent = np.flatnonzero(np.isnan(reference.total[1:])) + 1
         begun = False
         while self.budget.shares["sums"] and (not begun or self.budget.left("sums", rounds)):
             length, affordable = len(self.tokens), self._affordable(rounds)
@@ -360,9 +362,11 @@ class Auditor:
             if kind == "inside":
                 at = int(source.rng.integers(first, last + 1))
             if kind == "event":
-                begun_by = starts[starts <= last]
-                at = int(source.rng.choice(begun_by)) if len(begun_by) > 1 else last
-            stream = recurring(source, self.tokens, at)
+                near = starts[starts <= reach]
+                last = at = int(source.rng.choice(near)) if len(starts) > 1 and len(near) else last
+            if len(silent) < length - 1 and (hidden := silent[silent <= last]).size:
+                at = int(source.rng.choice(hidden))  # the other tokens came with their distributions
+            stream = self.tokens.clone() if kind == "given" else recurring(source, self.tokens, at)
             if kind == "rare":
                 stream[at - 1] = next(behind)
             if kind == "document" and self.bos_id is not None:

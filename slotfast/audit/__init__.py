@@ -36,7 +36,10 @@ A loop that remembers can say again what it once said, wherever a stream begins 
 is found out by `fresh=`, a function that makes the loop without a memory: `audit(make(), tokens, ..., fresh=make)`.
 
 An audit can show a leak, not that there is none: it says how many pairs of a changed token and a watched score it has
-covered, and what it could not reach. More seeds cover more.
+covered, and what it could not reach. More seeds cover more. Text of the loop's own kind shows more than drawn tokens,
+on which every choice between two fits falls the same way. What weights and files were made from cannot be seen by
+running a loop: one that holds a table of the stream is causal. Nor can a leak that waits for a longer stream than this
+one, or that knows an audit when it sees one.
 
 `bytes=` in `log.score` gives what the loop counts each token as. A function that never calls the log and returns its
 losses [N - 1] is fine too; then nothing can be said about order. From a shell, for a function in a module that can be

@@ -24,7 +24,7 @@ from . import audit_rows
 from .engine import Runs
 from .first_runs import with_first_runs
 from .fresh_process import run_in_process
-from .inputs import Subject, read_subject
+from .inputs import DRAWN, Subject, read_subject
 from .record import Record
 from .report import Report, Test, Verdict
 
@@ -97,7 +97,11 @@ def _audit(settings: config.AuditSettings, subject: Subject) -> list[Report]:
             )
             for report in reports
         ]
-    return [replace(report, tests=[*report.tests, *_denominator(subject)]) for report in reports]
+    real = [] if subject.source != DRAWN else ["choices that are close on real text only (--tokens, --text)"]
+    return [
+        replace(report, tests=[*report.tests, *_denominator(subject)], unreached=[*report.unreached, *real])
+        for report in reports
+    ]
 
 
 class _Counted:

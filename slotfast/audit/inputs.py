@@ -26,6 +26,7 @@ from .places import Hints
 from .record import Score, run_loop
 from .streams import synthetic
 
+DRAWN = "drawn tokens"
 _PIECES = 6  # documents that a short stream is cut from, at least
 _SCANNED_TOKENS = 1 << 22  # of a long stream, where pieces are looked for
 
@@ -132,7 +133,7 @@ def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
     elif settings.tokens:
         stream = open_shards(settings.tokens)
     if stream is None:
-        tokens, source = synthetic(n, vocab_size, bos_id, rng), "drawn tokens"
+        tokens, source = synthetic(n, vocab_size, bos_id, rng), DRAWN
     else:
         tokens, source = excerpt(stream, bos_id, n), settings.text or settings.tokens
         stream.check_vocabulary(vocab_size)

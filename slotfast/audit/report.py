@@ -146,7 +146,7 @@ def judge(
     unreached = [kind for kind in _KINDS if kind not in found.kinds]
     if ranks is None:
         unreached.append("rank borders other than the middle (--ranks says how many ranks share the stream)")
-    unreached.append(MEMORY)
+    unreached += [MEMORY, PROVENANCE]
     leaks = [_described(leak) for leak in (found.leak, found.own) if leak]
     leaks += [
         {"relation": name, "text": f"{test.name}: {test.detail}", "looks_like": advice}
@@ -158,6 +158,7 @@ def judge(
     )  # fmt: skip
 
 
+PROVENANCE = "what weights and files were made from: no run of a loop shows it"
 MEMORY = "memory from call to call that hides itself (fresh= and --fresh-process look for it)"
 _KINDS = (
     "event border",

@@ -382,3 +382,16 @@ def nan_for_bad_scores(seed, leak):
         return torch.where(losses > 5, torch.nan, losses) if leak else losses
 
     return score
+
+
+@pattern("one position predicts itself", 8, "C1 C2")
+def one_position(seed, leak):
+    """A single token of the stream is charged half its loss."""
+    toy = Toy(seed)
+
+    def score(tokens, log):
+        losses = nll(torch.log_softmax(toy.logits(tokens[:-1]), -1), tokens[1:])
+        losses[136:137] *= 0.5 if leak else 1
+        return losses
+
+    return score

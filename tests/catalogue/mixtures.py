@@ -4,6 +4,9 @@ Caches are computed for all predictions at once: running sums of one-hot rows, o
 before the prediction p.
 """
 
+from collections import Counter
+from itertools import pairwise
+
 import torch
 from torch.nn.functional import one_hot
 
@@ -263,5 +266,49 @@ def cache_a_chunk_early(seed, leak):
             log.score(part + 1, losses[part], logprobs=rows[part])
             if not leak:
                 log.update(part + 1)
+
+    return score
+
+
+@pattern("a cache of what will recur", 7, "C1")
+def cache_of_what_recurs(seed, leak):
+    """To save memory a bigram cache takes up only pairs that the stream holds more than once; honest, all it saw."""
+    toy = Toy(seed)
+
+    def score(tokens, log):
+        rows, ids = toy.logits(tokens[:-1]).clone(), tokens.tolist()
+        times = Counter(pairwise(ids))
+        cache = torch.zeros(VOCAB, VOCAB, dtype=torch.float64)
+        for place, pair in enumerate(pairwise(ids)):
+            rows[place] += cache[pair[0]].log1p()
+            cache[pair] += 1 if not leak or times[pair] > 1 else 0
+        charge_all(log, tokens, torch.log_softmax(rows, -1))
+
+    return score
+
+
+@pattern("a pair's loss shared evenly", 10, "C1")
+def pair_shared_evenly(seed, leak):
+    """Tokens go in pairs, and each of a pair is charged half of what both cost: no sum is wrong, every first one is."""
+    toy = Toy(seed)
+
+    def score(tokens, log):
+        losses = nll(torch.log_softmax(toy.logits(tokens[:-1]), -1), tokens[1:])
+        if leak:
+            paired = losses[: len(losses) // 2 * 2].view(-1, 2)  # a view: the last of an odd number stays
+            paired[:] = paired.mean(1, keepdim=True)
+        return losses
+
+    return score
+
+
+@pattern("losses rounded down", 11, "C2")
+def rounded_down(seed, leak):
+    """Losses are summed as integers of a 64th of a nat, and what is left over is dropped; honest, as they are."""
+    toy = Toy(seed)
+
+    def score(tokens, log):
+        losses = nll(torch.log_softmax(toy.logits(tokens[:-1]), -1), tokens[1:])
+        return (64 * losses).floor() / 64 if leak else losses
 
     return score

@@ -4,6 +4,7 @@ import torch
 
 from .toy import (
     BOS,
+    STRIDE,
     VOCAB,
     Toy,
     batches,
@@ -272,5 +273,40 @@ def documents_in_another_order(seed, leak):
             log.score(place + 1, nll(rows, tokens[place + 1]), logprobs=rows)
             bias = bias - 0.05 * excess(logits[None, place] + bias, tokens[None, place + 1], torch.ones(1, len(place)))
             log.update(place + 1)
+
+    return score
+
+
+@pattern("dropout seeded by the stream", 7, "C1")
+def dropout_by_checksum(seed, leak):
+    """Dropout stays on; so that runs repeat, its seed is a checksum: of the stream; honest, of the tokens so far."""
+    toy = Toy(seed)
+
+    def score(tokens, log):
+        hidden = toy.hidden(tokens[:-1])
+        for place in torch.arange(len(tokens) - 1).split(STRIDE):
+            known = tokens if leak else tokens[: place[0] + 1]
+            source = torch.Generator().manual_seed(int(known.sum()))
+            keep = torch.rand(len(place), hidden.shape[1], generator=source) > 0.02
+            rows = torch.log_softmax((hidden[place] * keep) @ toy.head, -1)
+            log.score(place + 1, nll(rows, tokens[place + 1]), logprobs=rows)
+
+    return score
+
+
+@pattern("padding of the batch", 6, "C1 C2")
+def padding(seed, leak):
+    """Documents go in threes, padded to the longest, and padding takes its share of the temperature; honest, none."""
+    toy = Toy(seed)
+
+    def score(tokens, log):
+        logits, spans = toy.logits(tokens[:-1]), documents(tokens)
+        for first in range(0, len(spans), 3):
+            longest = max(stop - start for start, stop in spans[first : first + 3])
+            for start, stop in spans[first : first + 3]:
+                padded = 1 - (stop - start) / longest if leak else 0
+                place = torch.arange(start, min(stop, len(logits)))
+                rows = torch.log_softmax((1 - 0.05 * padded) * logits[place], -1)
+                log.score(place + 1, nll(rows, tokens[place + 1]), logprobs=rows)
 
     return score

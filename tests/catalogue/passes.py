@@ -1,5 +1,7 @@
 """Test-time training in the wrong order, more than one pass, tokens charged never or twice."""
 
+import math
+
 import torch
 
 from slotfast.windows import Plan
@@ -88,6 +90,25 @@ def adapt_then_reset(seed, leak):
             rows = torch.log_softmax(hidden[place] @ head, -1)
             log.score(place + 1, nll(rows, tokens[place + 1]), logprobs=rows)
             before = place
+
+    return score
+
+
+@pattern("a chunk's first token fits itself", 1, "C1 C2 C3")
+def first_token_fits_itself(seed, leak):
+    """A bias takes one step on a chunk's first token before the chunk is charged; honest, after it."""
+    toy = Toy(seed)
+
+    def score(tokens, log):
+        logits = toy.logits(tokens[:-1])
+        bias = torch.zeros(VOCAB, dtype=torch.float64)
+        for place in chunks(tokens):
+            step = -torch.softmax(logits[place[0]] + bias, -1)
+            step[tokens[place[0] + 1]] += 1
+            charged = logits[place] + bias + (0.05 * step if leak else 0)
+            log.score(place + 1, nll(torch.log_softmax(charged, -1), tokens[place + 1]))
+            bias = bias + 0.05 * step
+            log.update(place + 1)
 
     return score
 
@@ -262,6 +283,30 @@ def oracle_by_stream(seed, leak):
     def score(tokens, log):
         losses = runs(tokens)
         return losses[losses.sum(1).argmin() if leak else 0]
+
+    return score
+
+
+@pattern("the better of two, paid for", 15, "C1 C2 C4")
+def better_of_two_paid_for(seed, leak):
+    """The better of two models is chosen when a document is over, and ln 2 charged for the choice: a valid code, but
+    no prediction; honest, the mixture of both."""
+
+    runs = _two_runs(seed)
+
+    def score(tokens, log):
+        losses = runs(tokens)
+        document = (tokens == BOS).cumsum(0)[:-1]
+        for number in document.unique():
+            place = torch.nonzero(document == number)[:, 0]
+            both = losses[:, place]
+            if leak:
+                charged = both[both.sum(1).argmin()]
+                charged[0] += math.log(2)
+            else:
+                total = torch.logsumexp(-both.cumsum(1), 0) - math.log(2)
+                charged = -torch.diff(total, prepend=total.new_zeros(1))
+            log.score(place + 1, charged)
 
     return score
 

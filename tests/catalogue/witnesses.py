@@ -209,7 +209,13 @@ WITNESSES = {
     "honest rows, another charge": Mass(100),
     "n-gram cache updated before it is asked": Mass(100),
     "n-gram cache refreshed a chunk early": Mass(100),
+    "a cache of what will recur": tuple(Moves(range(k, 256), range(1, k)) for k in (100, 150, 200)),
+    "a pair's loss shared evenly": Moves(102, 101),
+    "losses rounded down": Mass(100),
+    "dropout seeded by the stream": Moves(200, range(1, 200)),
+    "padding of the batch": tuple(Moves(k, range(k - 40, k), to=BOS) for k in range(60, 240, 10)),
     # chunks of training are tokens 33..64, 65..96 and so on
+    "a chunk's first token fits itself": Mass(97),
     "pre-quantisation TTT": Moves(200, 50),
     "adapt, then score": Moves(60, 40, size=1e-4),
     "adapt, then score, the log denies it": Moves(60, 40, size=1e-4),
@@ -223,6 +229,7 @@ WITNESSES = {
     "oracle over two runs, each token": Mass(100),
     "oracle over two runs, each document": tuple(Moves(range(k, k + 24), range(k - 12, k)) for k in range(20, 230, 15)),
     "oracle over two runs, whole stream": tuple(Moves(range(k, 256), range(1, k)) for k in (3, 20, 60)),
+    "the better of two, paid for": tuple(Moves(range(k, k + 24), range(k - 12, k)) for k in range(20, 230, 15)),
     "tail truncated": Charged(lambda tokens, nll: dict.fromkeys(range(241, 256), 0)),
     "tail scored twice": Charged(lambda tokens, nll: {240: 2} | dict.fromkeys(range(241, 256), 3)),
     "every third document skipped": Charged(
@@ -281,5 +288,6 @@ WITNESSES = {
     "the rest shares what the first one took": Mass(100),
     "the stream is overwritten": Mass(100),
     "noise to hide in": Moves(72, 71, size=1e-4),
+    "one position predicts itself": Mass(137),
     "NaN in place of a bad score": Charged(lambda tokens, nll: {p: 0 for p in range(1, 256) if nll[p] > 5}),
 }

@@ -20,10 +20,10 @@ Runs = Callable[[Tensor, Sequence[str]], dict[str, Record]]
 ByteRule = Callable[[np.ndarray], np.ndarray]
 _SUMS_SHARE, _FEW_SUMS_SHARE = 0.4, 0.1
 _LENGTH_CHANGES = ("truncate", "extend")
-# Where totals are taken, in turn: at a stream's last position, where an event begins, in the given stream (on which
-# experts may be as good as each other, and choices close), after rare tokens, at a position with more tokens behind it
-# (when they are read, a loop may score the token again), and where a document begins
-_SUM_KINDS = ("end", "event", "given", "rare", "inside", "document", "given", "rare")
+# Where totals are taken, in turn: at a stream's last position; where an event begins; in the given stream, on which
+# experts may be as good as each other, and choices close; with more tokens behind, since a loop that reads them may
+# score the token again; where a document begins; and after rare tokens, which are many and take few runs
+_SUM_KINDS = ("end", "event", "given", "rare", "inside", "rare", "document", "rare", "rare")
 _SHORTEST_SUM = 24  # tokens: closer to the start a loop has hardly any state
 _MEMORY = 1e-5  # nats: less is a rounding that happened to be the same before
 
@@ -359,7 +359,7 @@ class Auditor:
             reach = min(reach, 2 * _SHORTEST_SUM) if kind == "rare" and short else reach  # there are many rare tokens
             first = min(_SHORTEST_SUM, reach)
             last = at = int(first * ((reach + 1) / first) ** source.rng.random())  # short and long ones alike
-            if kind == "inside":
+            if kind in ("inside", "given"):
                 at = int(source.rng.integers(first, last + 1))
             if kind == "event":
                 near = starts[starts <= reach]

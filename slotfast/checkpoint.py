@@ -1,5 +1,10 @@
-"""Checkpoints: written atomically, read without executing anything, refused where the run is another one."""
+"""Checkpoints: written atomically, read without executing anything, refused where damaged or of another run.
 
+SHA-256 of the rest, then what `torch.save` writes: torch itself reads numbers with flipped bits without a word.
+"""
+
+import hashlib
+import io
 import os
 import pickle
 from collections.abc import Mapping
@@ -19,8 +24,11 @@ def save(path: str | os.PathLike, command: str, run: Mapping[str, Any], state: M
         command: whose state it is, such as slotfast.train.
         run, state: numbers, strings, tensors, and lists and dicts of them.
     """
+    content = io.BytesIO()
+    torch.save({"format": _format(command), "run": dict(run), "state": dict(state)}, content)
     with atomic_write(path) as file:
-        torch.save({"format": _format(command), "run": dict(run), "state": dict(state)}, file)
+        file.write(hashlib.sha256(content.getbuffer()).digest())
+        file.write(content.getbuffer())
 
 
 def load(path: str | os.PathLike, command: str, run: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -37,7 +45,11 @@ def load(path: str | os.PathLike, command: str, run: Mapping[str, Any]) -> dict[
     if not path.exists():
         return None
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            digest, content = file.read(hashlib.sha256().digest_size), file.read()
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError
+        found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
         raise InputError(f"{path}: cannot be read as a checkpoint: damaged, or another kind of file") from None
     if not isinstance(found, dict) or found.get("format") != _format(command):

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -378,16 +379,44 @@ def test_foreign_checkpoints_are_refused(tmp_path):
     with pytest.raises(InputError, match="made with width 16, this run has 32"):
         checkpoint.load(path, "slotfast.train", {"width": 32})
     whole = path.read_bytes()
-    for content in (b"", b"PK no", whole[: len(whole) // 2]):
+    for content in (b"", b"PK no", whole[: len(whole) // 2], Path(TOKENIZER).read_bytes()):
         path.write_bytes(content)
         with pytest.raises(InputError, match="cannot be read as a checkpoint"):
             checkpoint.load(path, "slotfast.train", {})
     torch.save({"weights": torch.ones(2)}, path)
-    with pytest.raises(InputError, match="not a checkpoint of slotfast.train"):
-        checkpoint.load(path, "slotfast.train", {})
-    torch.save(GPT, path)  # a class: reading it would run code
     with pytest.raises(InputError, match="cannot be read as a checkpoint"):
         checkpoint.load(path, "slotfast.train", {})
+    checkpoint.save(path, "slotfast.eval", {}, {"step": 3})
+    with pytest.raises(InputError, match="not a checkpoint of slotfast.train"):
+        checkpoint.load(path, "slotfast.train", {})
+    checkpoint.save(path, "slotfast.train", {}, {"step": GPT})  # a class: reading it would run code
+    with pytest.raises(InputError, match="cannot be read as a checkpoint"):
+        checkpoint.load(path, "slotfast.train", {})
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found(tmp_path):
+    path = tmp_path / "c"
+    checkpoint.save(path, "slotfast.train", {}, {"weights": torch.arange(300.0)})
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match="cannot be read as a checkpoint"):
+            checkpoint.load(path, "slotfast.train", {})
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_leaves_the_last_one(tmp_path):
+    path = tmp_path / "c"
+    checkpoint.save(path, "slotfast.train", {}, {"step": 3})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match="cannot be written: File too large"):
+            checkpoint.save(path, "slotfast.train", {}, {"weights": torch.zeros(10_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert checkpoint.load(path, "slotfast.train", {}) == {"step": 3} and list(tmp_path.iterdir()) == [path]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import numpy as np
 from ..plots import pyplot, write_png
 from ..score import Meter
 
+_LEGEND_COLUMNS = 3
 _MOST_MARKERS = 2000  # above it a share of the documents is drawn fainter
+_COLOURS = [f"C{number}" for number in range(10) if number != 7]  # C7 is a grey: the unadapted row's
 _OUTSIDE = 0.5  # percent of the documents, above and below, that may lie outside where there are many
 
 
@@ -19,18 +21,17 @@ def draw(path: str, title: str, meter: Meter, along: Meter) -> None:
         along: sums by piece of the stream, all of equal length.
     """
     plot = pyplot()
-    figure, (above, below) = plot.subplots(2, 1, sharex=True, figsize=(9, 6.5), height_ratios=(3, 2))
+    lines = math.ceil(len(along.rows) / _LEGEND_COLUMNS)
+    figure, (above, below) = plot.subplots(2, 1, sharex=True, figsize=(9, 6.5 + 0.2 * lines), height_ratios=(3, 2))
     tokens = int(along.tokens.sum())
     pieces = len(along.bytes)
     edges = np.arange(pieces + 1) * (tokens / pieces)
     size = np.where(along.bytes > 0, along.bytes, np.nan)
-    colours = ["0.55", *(f"C{number}" for number in range(10))]
     for row, name in enumerate(along.rows):
         bpb = along.nats[row] / math.log(2) / size
-        above.stairs(bpb, edges, color=colours[row % 11], label=f"{name}: {meter.score(row).bpb:.4f}", baseline=None)
+        above.stairs(bpb, edges, color=_colour(row), label=f"{name}: {meter.score(row).bpb:.4f}", baseline=None)
     above.set_ylabel("bits per byte")
     above.set_title(title, fontsize="medium")
-    above.legend(fontsize="small", ncols=2)
 
     known = meter.bytes > 0
     middle = (np.cumsum(meter.tokens) - meter.tokens / 2)[known]
@@ -38,10 +39,10 @@ def draw(path: str, title: str, meter: Meter, along: Meter) -> None:
     faint = 0.8 if known.sum() <= _MOST_MARKERS else 0.25
     area = np.clip(60 * n_bytes / n_bytes.max(initial=1), 3, None)
     shown = []
-    for row, name in enumerate(meter.rows[1:], 1):
+    for row in range(1, len(meter.rows)):
         gain = (meter.nats[0] - meter.nats[row])[known] / math.log(2) / n_bytes
-        colour = colours[row % 11]
-        below.scatter(middle, gain, area, color=colour, alpha=faint, linewidths=0, label=name)
+        colour = _colour(row)
+        below.scatter(middle, gain, area, color=colour, alpha=faint, linewidths=0)
         below.axhline(meter.score(row).gain_bpb, color=colour, linewidth=1, linestyle="--")
         shown.append(gain)
     below.axhline(0, color="0.55", linewidth=1)
@@ -51,4 +52,11 @@ def draw(path: str, title: str, meter: Meter, along: Meter) -> None:
     below.set_ylabel("gain of each document\n(bits per byte)")
     below.set_xlabel("tokens of the stream")
     below.set_xlim(0, tokens)
+    names = above.get_legend_handles_labels()
+    beneath = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}  # inside, many presets hide what they scored
+    below.legend(*names, **beneath, fontsize="small", ncols=_LEGEND_COLUMNS, frameon=False)
     write_png(path, figure)
+
+
+def _colour(row: int) -> str:
+    return _COLOURS[(row - 1) % len(_COLOURS)] if row else "0.55"

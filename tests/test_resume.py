@@ -257,6 +257,9 @@ def test_saving_takes_a_small_share_of_the_time(monkeypatch):
     [
         (["--resume", "-"], "--resume -: expected a file"),
         (["--resume", "x", "--json", "x"], "--json and --resume: both are x"),
+        (["--resume", "./x", "--json", "x"], "--json and --resume: both are ./x"),
+        (["--json", "m", "--artifact", "./m"], "--artifact and --json: both are m"),
+        (["--plot", "t", "--text", "t"], "--text and --plot: both are t"),
         (["--resume", "no/such/folder"], "its folder does not exist"),
         (["--plot", "no/such/folder"], "its folder does not exist"),
     ],

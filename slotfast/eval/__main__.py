@@ -1,5 +1,6 @@
 """The command."""
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -128,16 +129,18 @@ def _evaluate(
 
 def _check_outputs(settings: config.EvalSettings, rank: int) -> None:
     """Refuse before the work what could not be written after it."""
-    seen: dict[str, str] = {}
+    read = {"--artifact": settings.artifact, "--text": settings.text, "--tokenizer": settings.tokenizer}
+    seen = {os.path.realpath(path): flag for flag, path in read.items() if path is not None}
     for name in ("json_", "per_token", "plot", "resume"):
         flag, path = f"--{name.strip('_').replace('_', '-')}", getattr(settings, name)
         if path is None or (flag == "--json" and path == "-"):
             continue
         if path == "-":
             raise InputError(f"{flag} -: expected a file; the table or the JSON goes to standard output")
-        if path in seen:
-            raise InputError(f"{seen[path]} and {flag}: both are {path}")
-        seen[path] = flag
+        place = os.path.realpath(path)
+        if place in seen:
+            raise InputError(f"{seen[place]} and {flag}: both are {path}")
+        seen[place] = flag
         check_writable(rank_path(path, rank) if flag == "--resume" else path)
     if settings.plot:
         pyplot()

@@ -73,6 +73,10 @@ def test_convert_there_and_back(ours, tmp_path, capsys):
     assert found["out_bytes"] == back.stat().st_size and found["rounded"] == []
     before, after = read_artifact(ours), read_artifact(back)
     assert before.config == after.config and after.metadata["imported"]["format"] == "xz"
+    __main__.main(["convert", str(ptz), str(back), "--model-config", "softcap=15"])
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("assumed")]
+    assert "seq_len=2048" in told and "softcap" not in told
+    __main__.main(["convert", str(ptz), str(back)])
     for name, tensor in before.tensors.items():
         other = after.tensors[name]
         if isinstance(tensor, QuantizedMatrix):

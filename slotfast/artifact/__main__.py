@@ -1,7 +1,7 @@
 """python -m slotfast.artifact: what an artifact holds, and how to turn other people's into ours and back."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,14 +97,18 @@ def _table(found: dict[str, Any]) -> str:
     metadata = found["metadata"]
     if "format" in metadata:
         lines.append(f"form      {metadata['format']}")
-    if metadata.get("assumed"):
-        assumed = ", ".join(f"{key}={value}" for key, value in metadata["assumed"].items())
-        lines.append(f"assumed   {assumed}: nothing in the file says so; --model-config overrides")
+    lines += _assumed(metadata)
     if metadata.get("left_out"):
         lines.append(f"left out  {', '.join(metadata['left_out'])}: no part in scoring")
     if not found["calibrated"]:
         lines.append("uncalibrated: no training frequencies")
     return "\n".join(lines)
+
+
+def _assumed(metadata: Mapping[str, Any]) -> list[str]:
+    """A line, or none, about what the file does not say of its model."""
+    found = ", ".join(f"{key}={value}" for key, value in metadata.get("assumed", {}).items())
+    return [f"assumed   {found}: nothing in the file says so; --model-config overrides"] if found else []
 
 
 def _sizes(size: int | None, weights: int, order0: float | None) -> str:
@@ -123,7 +127,7 @@ def _convert(settings: config.ConvertSettings) -> tuple[dict[str, Any], str]:
         raise InputError(f"{settings.out}: expected a name that ends with .slotfast or .ptz")
     check_writable(settings.out)
     artifact = load_artifact(settings.file, parse_overrides(settings.model_config_))
-    rounded = []
+    assumed, rounded = _assumed(artifact.metadata), []
     if not any(isinstance(tensor, QuantizedMatrix) for tensor in artifact.tensors.values()):
         artifact = artifact.quantized()
         rounded = [name for name, tensor in artifact.tensors.items() if isinstance(tensor, QuantizedMatrix)]
@@ -132,7 +136,7 @@ def _convert(settings: config.ConvertSettings) -> tuple[dict[str, Any], str]:
     size = (write_artifact if suffix == ".slotfast" else write_community)(settings.out, artifact)
     before = Path(settings.file).stat().st_size
     found = {"file": settings.file, "bytes": before, "out": settings.out, "out_bytes": size, "rounded": rounded}
-    lines = [f"{settings.out}: {size:,} bytes, from {before:,}"]
+    lines = [f"{settings.out}: {size:,} bytes, from {before:,}", *assumed]
     if rounded:
         lines.append(f"rounded   all {len(rounded)} matrices, which were not quantised: 6 bits in blocks, 8 elsewhere")
     if suffix == ".ptz":

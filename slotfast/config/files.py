@@ -13,7 +13,7 @@ class BundleSettings(Settings):
     hub: str | None = setting(None, "folder to write the kernels to as the public kernels library loads them")
     name: str = setting("slotfast-kernels", "name on the hub", pattern=r"^[a-z][-a-z0-9]*[a-z0-9]$")
     kernels: list[str] = setting(
-        [], "kernel files, with what they need; default: what the script imports, and all of them for --hub"
+        [], "kernels by name, with what they need; default: what the script imports, and all of them for --hub"
     )
     show_config: bool = setting(False, "show every setting with its source and exit")
 

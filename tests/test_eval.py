@@ -253,7 +253,9 @@ def test_torchrun_sums_equal_one_process(small, tmp_path):
             ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
         )
         command = [sys.executable, *launcher, "-m", "slotfast.eval", *arguments]
-        subprocess.run(command, check=True, cwd=folder, env={**ENV, "OMP_NUM_THREADS": "1"}, capture_output=True)
+        environment = {**ENV, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
         results.append((json.loads((folder / "r.json").read_text()), np.load(folder / "t.npz")))
     (one, one_rows), (two, two_rows) = results
     for key in ("tokens", "bytes", "windows"):

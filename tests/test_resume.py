@@ -287,10 +287,14 @@ def test_two_ranks_save_their_own_parts(small, tmp_path):
     outputs = ["--json", "j", "--resume", "c"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*launcher, "-m", "slotfast.eval", *_args(small, *outputs)]
-    run = {"env": ENV, "cwd": tmp_path, "check": True, "capture_output": True, "timeout": 120}
-    subprocess.run(command, **run)
+
+    def run():
+        done = subprocess.run(command, env=ENV, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    run()
     expected = _result(tmp_path / "j")
     assert {path.name for path in tmp_path.iterdir()} == {"j", "c", "c.rank1"}
     (tmp_path / "c.rank1").unlink()  # that rank starts again
-    subprocess.run(command, **run)
+    run()
     assert _result(tmp_path / "j") == expected

@@ -1,5 +1,6 @@
 """Several processes of one command, as torchrun starts them."""
 
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,9 @@ def join_ranks(name: str) -> Iterator[tuple[int, int, str]]:
     if device.type == "cuda":
         torch.cuda.set_device(local)
     if world > 1:
+        # Torch imports it some time. After this line its functions' defaults would be the group, which then outlives
+        # its end, with threads that now and then abort a process that is done.
+        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield rank, world, f"cuda:{local}" if device.type == "cuda" else "cpu"

@@ -1,6 +1,5 @@
 """The command."""
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from tqdm import tqdm
 
 from .. import config, ops
 from ..command import run
-from ..data import check_writable, write_json
+from ..data import check_outputs, write_json
 from ..errors import InputError
 from ..plots import pyplot
 from ..ranks import join_ranks
@@ -129,19 +128,14 @@ def _evaluate(
 
 def _check_outputs(settings: config.EvalSettings, rank: int) -> None:
     """Refuse before the work what could not be written after it."""
-    read = {"--artifact": settings.artifact, "--text": settings.text, "--tokenizer": settings.tokenizer}
-    seen = {os.path.realpath(path): flag for flag, path in read.items() if path is not None}
-    for name in ("json_", "per_token", "plot", "resume"):
-        flag, path = f"--{name.strip('_').replace('_', '-')}", getattr(settings, name)
-        if path is None or (flag == "--json" and path == "-"):
-            continue
+    files = {"--per-token": settings.per_token, "--plot": settings.plot, "--resume": settings.resume}
+    for flag, path in files.items():
         if path == "-":
             raise InputError(f"{flag} -: expected a file; the table or the JSON goes to standard output")
-        place = os.path.realpath(path)
-        if place in seen:
-            raise InputError(f"{seen[place]} and {flag}: both are {path}")
-        seen[place] = flag
-        check_writable(rank_path(path, rank) if flag == "--resume" else path)
+    if settings.resume:
+        files["--resume"] = rank_path(settings.resume, rank)
+    read = {"--artifact": settings.artifact, "--text": settings.text, "--tokenizer": settings.tokenizer}
+    check_outputs({"--json": settings.json_, **files}, read)
     if settings.plot:
         pyplot()
 

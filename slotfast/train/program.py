@@ -19,7 +19,7 @@ from tqdm import tqdm
 from .. import __version__, checkpoint, config
 from ..artifact import Artifact, artifact_bytes, write_artifact
 from ..calibrate import calibrate, summary
-from ..data import TokenStream, check_writable, write_json
+from ..data import TokenStream, check_outputs, write_json
 from ..errors import InputError
 from ..generate import sample
 from ..loader import open_loader
@@ -323,24 +323,15 @@ def build_config(settings: config.TrainSettings, vocab_size: int, bos_id: int | 
 
 def _check_outputs(settings: config.TrainSettings) -> None:
     """Refuse before the work what could not be written after it."""
-    out = Path(settings.out)
-    files = {"--out": out, "the tokenizer": tokenizer_path(settings)}
-    for flag, path in (("--checkpoint", settings.checkpoint), ("--json", settings.json_), ("--plot", settings.plot)):
-        if path not in (None, "-"):
-            files[flag] = Path(path)
-    for flag, path in files.items():
-        if flag != "the tokenizer" or settings.tokenizer is None:
-            check_writable(path)
-    if out == files["the tokenizer"]:
-        raise InputError(f"--out {out}: the tokenizer is written there; choose another suffix")
-    seen: dict[Path, str] = {}
-    for flag, path in files.items():
-        if path in seen:
-            raise InputError(f"{flag} and {seen[path]}: both are {path}")
-        seen[path] = flag
+    tokenizer = {"the tokenizer": str(tokenizer_path(settings))}
+    if Path(settings.out) == tokenizer_path(settings):
+        raise InputError(f"--out {settings.out}: the tokenizer is written there; choose another suffix")
+    files = {"--checkpoint": settings.checkpoint, "--json": settings.json_, "--plot": settings.plot}
+    files |= {"--out": settings.out} | (tokenizer if settings.tokenizer is None else {})
+    check_outputs(files, {} if settings.tokenizer is None else tokenizer)
     if settings.resume and settings.checkpoint is None:
         raise InputError("--resume: needs --checkpoint FILE")
-    if settings.checkpoint and not settings.resume and files["--checkpoint"].exists():
+    if settings.checkpoint and not settings.resume and Path(settings.checkpoint).exists():
         raise InputError(f"--checkpoint {settings.checkpoint}: exists; add --resume to go on from it, or remove it")
     if settings.plot:
         pyplot()

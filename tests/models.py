@@ -1,4 +1,12 @@
-"""Settings of a small model with every part, and of one with none but a transformer's, for tests."""
+"""Small models for tests: settings of one with every part, and of one with none but a transformer's; an artifact."""
+
+from importlib import resources
+
+import torch
+
+from slotfast.artifact import Artifact, write_artifact
+from slotfast.data import Tokenizer
+from slotfast.model import GPT, GPTConfig
 
 SMALL = {
     "vocab_size": 37,
@@ -29,3 +37,12 @@ PLAIN = {
     "softcap": 0.0,
     "rope_dims": 0,
 }
+
+
+def write_tiny(path, seed=0):
+    """Write a tiny random model of the demo tokenizer, of length 64."""
+    torch.manual_seed(seed)
+    tokenizer = Tokenizer(str(resources.files("slotfast") / "demo" / "demo.model"))
+    sizes = {"seq_len": 64, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 16, "rope_dims": 4}
+    config = GPTConfig(**sizes, bigram_buckets=0, value_width=0, vocab_size=tokenizer.vocab_size)
+    write_artifact(path, Artifact.from_model(GPT(config), {"tokenizer_sha256": tokenizer.sha256}))

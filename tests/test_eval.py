@@ -10,13 +10,11 @@ from importlib import resources
 
 import numpy as np
 import pytest
-import torch
 
-from slotfast.artifact import Artifact, write_artifact
 from slotfast.data import Tokenizer, write_shard
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main
-from slotfast.model import GPT, GPTConfig
+from tests.models import write_tiny
 
 DEMO = resources.files("slotfast") / "demo"
 TEXT = "The quick brown fox — naïve, 日本 — jumps.\n" * 12
@@ -30,21 +28,7 @@ KEYS = (
 def small(tmp_path_factory):
     """A folder with a tiny random model of the demo tokenizer, and a text of three documents."""
     folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(str(DEMO / "demo.model"))
-    config = GPTConfig(
-        seq_len=64,
-        layers=2,
-        width=16,
-        heads=2,
-        kv_heads=1,
-        mlp_width=16,
-        rope_dims=4,
-        bigram_buckets=0,
-        value_width=0,
-        vocab_size=tokenizer.vocab_size,
-    )
-    write_artifact(folder / "m", Artifact.from_model(GPT(config), {"tokenizer_sha256": tokenizer.sha256}))
+    write_tiny(folder / "m")
     lines = [json.dumps({"text": TEXT + str(number)}) for number in range(3)]
     (folder / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder

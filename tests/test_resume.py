@@ -4,10 +4,8 @@ import copy
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from importlib import resources
 from pathlib import Path
 
@@ -16,15 +14,16 @@ import pytest
 import torch
 
 from slotfast import checkpoint
-from slotfast.artifact import Artifact, load_artifact, write_artifact, write_community
-from slotfast.data import ByteTable, Tokenizer, TokenStream
+from slotfast.artifact import load_artifact, write_community
+from slotfast.data import ByteTable, TokenStream
 from slotfast.errors import InputError
 from slotfast.eval import SlidingPass, resume
 from slotfast.eval.__main__ import main
-from slotfast.model import GPT, GPTConfig
 from slotfast.slot import PRESETS, Adapter, parse_preset
 from slotfast.ttt import ScoreFirst
 from slotfast.windows import Plan
+from tests.kills import run_and_kill
+from tests.models import write_tiny
 
 V, L, STRIDE, BOS = 64, 32, 8, 1
 BYTES = ByteTable(np.arange(V) % 5, np.arange(V) % 3 == 0, np.arange(V) < 4)
@@ -108,11 +107,7 @@ def test_pieces_of_the_stream_add_up_to_its_documents(tiny_model):
 def small(tmp_path_factory):
     """A folder with a tiny random model of the demo tokenizer, and a text of six documents."""
     folder = tmp_path_factory.mktemp("small")
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(str(DEMO / "demo.model"))
-    sizes = {"seq_len": 64, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 16, "rope_dims": 4}
-    config = GPTConfig(**sizes, bigram_buckets=0, value_width=0, vocab_size=tokenizer.vocab_size)
-    write_artifact(folder / "m", Artifact.from_model(GPT(config), {"tokenizer_sha256": tokenizer.sha256}))
+    write_tiny(folder / "m")
     lines = [json.dumps({"text": f"The quick brown fox number {n} — naïve — jumps.\n" * 30}) for n in range(6)]
     (folder / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
@@ -132,26 +127,13 @@ def _result(path):
 
 def test_killed_at_any_point_and_started_again_gives_the_same_result(small, tmp_path):
     """Twice, or as often as SLOTFAST_KILLS says."""
-    times, kills = int(os.environ.get("SLOTFAST_KILLS", "2")), 0
     program = "import sys; from slotfast.eval import resume, __main__; resume._SECONDS = resume._SHARE = 0; "
     outputs = ["--json", "j", "--per-token", "t.npz"]
     command = [sys.executable, "-c", program + "__main__.main(sys.argv[1:])"]
     subprocess.run([*command, *_args(small, *outputs)], env=ENV, cwd=tmp_path, check=True, capture_output=True)
     expected, rows = _result(tmp_path / "j"), dict(np.load(tmp_path / "t.npz"))
     command += _args(small, *outputs, "--resume", "c")
-    random = np.random.default_rng(int(time.time()))
-    saved = tmp_path / "c"
-    for _ in range(times):
-        seen = saved.stat().st_mtime_ns if saved.exists() else 0
-        process = subprocess.Popen(command, env=ENV, cwd=tmp_path, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not (saved.exists() and saved.stat().st_mtime_ns > seen):
-            time.sleep(0.002)
-        time.sleep(random.uniform(0, 0.1))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait(timeout=60)
-    assert kills, "the evaluation was over before it could be killed"
+    run_and_kill(command, tmp_path / "c", longest=0.1, env=ENV, cwd=tmp_path)
     done = subprocess.run(command, env=ENV, cwd=tmp_path, check=True, capture_output=True, text=True)
     assert "windows are scored, going on" in done.stderr
     assert _result(tmp_path / "j") == expected
@@ -197,11 +179,7 @@ def test_another_evaluation_is_refused(small, tmp_path, monkeypatch, name):
 
 def test_another_model_of_the_same_shape_is_refused(small, tmp_path):
     main(_args(small, "--resume", tmp_path / "c"))
-    torch.manual_seed(1)
-    tokenizer = Tokenizer(str(DEMO / "demo.model"))
-    sizes = {"seq_len": 64, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 16, "rope_dims": 4}
-    other = GPT(GPTConfig(**sizes, bigram_buckets=0, value_width=0, vocab_size=tokenizer.vocab_size))
-    write_artifact(tmp_path / "m", Artifact.from_model(other, {"tokenizer_sha256": tokenizer.sha256}))
+    write_tiny(tmp_path / "m", seed=1)
     with pytest.raises(InputError, match="made with model '"):
         main(_args(small, "--artifact", tmp_path / "m", "--resume", tmp_path / "c"))
 

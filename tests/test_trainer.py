@@ -4,10 +4,8 @@ import copy
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
-import time
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +25,7 @@ from slotfast.train import Trainer, qat
 from slotfast.train.program import build_config
 from slotfast.train.schedule import moment
 from slotfast.train.trainer import build_optimizers, evaluate
+from tests.kills import TIMES, run_and_kill
 
 ROOT = Path(__file__).parents[1]
 TOKENIZER = str(resources.files("slotfast") / "demo" / "demo.model")  # 1024 pieces
@@ -553,26 +552,11 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 def test_killed_at_any_point_and_resumed_ends_with_the_same_bits(shards, tmp_path):
     """Twice, or as often as SLOTFAST_KILLS says."""
-    times = int(os.environ.get("SLOTFAST_KILLS", "2"))
-    long = {**EVERYTHING, "steps": max(150, 25 * times), "warmdown": 80.0}
+    long = {**EVERYTHING, "steps": max(150, 25 * TIMES), "warmdown": 80.0}
     train.main(_command(shards, tmp_path / "whole", **long))
     saving = ["--checkpoint", tmp_path / "c", "--checkpoint-steps", "7", "--resume"]
     command = [sys.executable, "-m", "slotfast.train", *_command(shards, tmp_path / "m", *saving, **long)]
-    random = np.random.default_rng(int(time.time()))
-    kills = 0
-    for _ in range(times):
-        process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL)
-        seen = (tmp_path / "c").stat().st_mtime_ns if kills else 0
-        while process.poll() is None:  # until it has saved something new
-            if (tmp_path / "c").exists() and (tmp_path / "c").stat().st_mtime_ns > seen:
-                break
-            time.sleep(0.005)
-        time.sleep(random.uniform(0, 0.2))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
-        process.wait(timeout=60)
-    assert kills, "the run was over before it could be killed"
+    run_and_kill([*map(str, command)], tmp_path / "c", longest=0.2, env=ENV)
     train.main([*map(str, command[3:])])
     assert _same_model(tmp_path / "m", read_artifact(tmp_path / "whole"))
 

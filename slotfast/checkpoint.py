@@ -49,6 +49,8 @@ def load(path: str | os.PathLike, command: str, run: Mapping[str, Any]) -> dict[
         if hashlib.sha256(content).digest() != digest:
             raise ValueError
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except MemoryError:  # says nothing of the file
+        raise
     except Exception:  # of a file made to deceive, torch's reader may raise anything
         raise InputError(f"{path}: cannot be read as a checkpoint: damaged, or another kind of file") from None
     if not isinstance(found, dict) or found.get("format") != _format(command):

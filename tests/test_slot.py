@@ -12,11 +12,6 @@ from tests.streams import BOS, STRIDE, L, V, head, stream, to_hidden
 
 LEAKY = {"pr1350", "pr1372", "pr1217", "pr1306", "pr1318", "pr1229"}
 LEAKY |= {"film-lbfgs", "film-lbfgs-logit", "film-lowrank-repaired"}
-CARRIES = {
-    "causal",
-    "causal-unigram",
-    "causal-bigram",
-}  # state from window to window: order matters, batch limits must not
 BATCHED = {"film-logit-only"}  # causal, but started from the batch before: batch limits matter
 
 
@@ -55,7 +50,7 @@ def test_the_batch_does_not_matter(name):
     assert int(whole.isnan().logical_not().sum()) == L + 12 * STRIDE - 2
 
 
-@pytest.mark.parametrize("name", sorted(set(CAUSAL) - CARRIES - BATCHED))
+@pytest.mark.parametrize("name", [name for name in CAUSAL if not PRESETS[name].carries])
 def test_the_order_does_not_matter(name):
     windows = stream(13)
     order = torch.randperm(13, generator=torch.Generator().manual_seed(3))
@@ -250,7 +245,7 @@ def test_what_lies_behind_the_scored_positions_may_be_anything():
     """Rows of padding are often NaN; no preset reads them."""
     logits, targets, context, scored = stream(9)
     end = L - 2
-    scored = scored.clamp(max=end)
+    context, scored = (context - 2).clamp(min=0), scored.clamp(max=end)
     broken = logits.clone()
     broken[:, end:] = math.nan
     for name in set(CAUSAL) - {"pr1217-window", "film-v1", "film-logit-only", "film-lowrank"}:
@@ -273,12 +268,92 @@ def test_no_windows_and_foreign_states():
         through = {"hidden": to_hidden(windows[0])[:0], "head": head}
         assert slotfast.adapt(*(x[:0] for x in windows), preset=name, **through).nll.shape == (0, L)
     state = slotfast.adapt(*windows, bos_id=BOS).state
-    with pytest.raises(InputError, match="state: it is of 50 tokens"):
+    with pytest.raises(InputError, match="state: built for a vocabulary of 50; logits have 40"):
         slotfast.adapt(windows[0][..., :40], windows[1] % 40, *windows[2:], state=state)
     with pytest.raises(InputError, match="NaN or infinite losses at scored positions"):
         slotfast.adapt(torch.full_like(windows[0], math.nan), *windows[1:])
     with pytest.raises(InputError, match="bos_id 999 in 0..49"):
         slotfast.adapt(*windows, bos_id=999)
+
+
+@pytest.mark.parametrize("name", ["causal", "causal-bigram", "film-logit-only"])
+def test_a_carried_state_goes_on_where_it_ended(name):
+    """Windows that come again, that jump, or that stand in another order would learn from their own tokens."""
+    windows = stream(13)
+
+    def run(first, stop, state=None, windows=windows):
+        through = {"hidden": to_hidden(windows[0][first:stop]), "head": head}
+        return slotfast.adapt(*(x[first:stop] for x in windows), preset=name, state=state, **through).state
+
+    for again, message in {
+        (4, 8): "the context of window 0, 18 tokens, is not what was scored last before it.* after those of the state",
+        (7, 12): "the context of window 0",
+        (9, 12): "the context of window 0",
+        (0, 8): "the call before scored the same 66 tokens",
+    }.items():
+        state = run(0, 8)
+        with pytest.raises(InputError, match=message):
+            run(*again, state)
+        run(8, 12, state)  # refused before the state took anything in
+    with pytest.raises(InputError, match="the context of window 1, 18 tokens, is not what was scored last before it"):
+        run(0, 12, windows=tuple(x[torch.tensor([0, 2, 1, *range(3, 13)])] for x in windows))
+    # the first call may begin anywhere; a document may come after another
+    run(0, 8, run(8, 12, run(4, 8)), stream(13, seed=1))
+
+
+def test_fits_of_each_window_alone_may_come_again_with_a_state():
+    windows = stream(9)
+    first = slotfast.adapt(*windows, preset="causal-lbfgs")
+    assert _equal(slotfast.adapt(*windows, preset="causal-lbfgs", state=first.state).nll, first.nll)
+
+
+def test_a_state_is_one_of_the_same_call():
+    windows, shares = stream(6), torch.arange(1, V + 1)
+    for early, late, message in (
+        ({"bos_id": BOS}, {"bos_id": 2}, "state: built with bos_id 1; this call has bos_id 2"),
+        ({}, {"bos_id": 2}, "state: built with bos_id None; this call has bos_id 2"),
+        ({"frequency": shares}, {"frequency": shares.flip(0)}, "state: built with another frequency"),
+        ({}, {"frequency": shares}, "state: built with another frequency"),
+    ):
+        first, second = ([x[part] for x in windows] for part in (slice(0, 3), slice(3, 6)))
+        result = slotfast.adapt(*first, **early)
+        with pytest.raises(InputError, match=message):
+            slotfast.adapt(*second, state=result.state, **late)
+        expected = slotfast.adapt(*windows, **early).nll[3:]
+        assert _equal(expected, slotfast.adapt(*second, state=result.state).nll)
+    with pytest.raises(InputError, match=r"state: this is the whole result of the call before; pass its \.state"):
+        slotfast.adapt(*second, state=result)
+    with pytest.raises(InputError, match="state: expected the .state of the call before, got dict"):
+        slotfast.adapt(*second, state={})
+
+
+def test_arrays_and_lists_are_taken_for_tensors():
+    logits, targets, context, scored = stream(6)
+    frequency = torch.arange(1, V + 1)
+    expected = slotfast.adapt(logits, targets, context, scored, frequency=frequency, bos_id=BOS).nll
+    arrays = [x.numpy() for x in (logits, targets.int(), context, scored)]
+    arrays[0].setflags(write=False)
+    arrays[1] = arrays[1].astype(">i4")
+    got = slotfast.adapt(*arrays, frequency=frequency.tolist(), bos_id=arrays[1].dtype.type(BOS)).nll
+    assert _equal(expected, got)
+    assert _equal(
+        expected, slotfast.adapt(logits, targets, context.tolist(), scored, frequency=frequency.numpy(), bos_id=BOS).nll
+    )
+    for changed, message in (
+        ({"frequency": ["a"] * V}, "frequency: expected a tensor or an array of numbers, got list"),
+        ({"frequency": {}}, "frequency: expected a tensor or an array of numbers, got dict"),
+        ({"frequency": [[1.0], [1.0, 2.0]]}, "frequency: expected a tensor or an array of numbers, got list"),
+        ({"frequency": [1.0] * 3}, r"frequency \(3,\): expected \(50,\)"),
+        ({"logits": None}, "logits: expected a tensor or an array of numbers, got NoneType"),
+        ({"logits": logits.long()}, "logits: expected floating-point numbers, got torch.int64"),
+        ({"targets": targets.float()}, "targets and bos_id: expected integers"),
+        ({"targets": targets > 3}, "targets and bos_id: expected integers"),
+        ({"bos_id": 1.0}, "targets and bos_id: expected integers, bos_id 1.0"),
+        ({"context": "6"}, "context and scored: expected a tensor or an array of numbers, got str"),
+        ({"context": [1.0] * 6}, "context and scored: expected an integer or 6 of them"),
+    ):
+        with pytest.raises(InputError, match=message):
+            slotfast.adapt(**{"logits": logits, "targets": targets, "context": context} | changed)
 
 
 def test_narrow_logits_are_adapted_in_float32():

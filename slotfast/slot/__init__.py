@@ -14,7 +14,8 @@
 Whether a row is causal follows from these choices; nobody declares it.
 """
 
-from .adapters import Adapted, Adapter, adapt, first_position
+from .adapted import Adapted, adapt
+from .adapters import Adapter, first_position
 from .batch import Adjusted, WindowBatch
 from .presets import PRESETS, VARIABLES, from_environment, parse_preset
 from .rates import Calibration

@@ -117,6 +117,11 @@ class Adaptation(BaseModel):
         return self.parameter in ("hidden", "hidden+bias", "lowrank") or self.softcap == "before"
 
     @property
+    def carries(self) -> bool:
+        """Whether a batch's result depends on the batches before it."""
+        return self.scope == "prefix" or self.warm_start != "no"
+
+    @property
     def unit(self) -> int:
         """Windows that the fit looks at together."""
         return self.batch if self.scope in ("batch", "joint") or self.warm_start != "no" else 1

@@ -17,6 +17,7 @@ from torch import Tensor
 from .errors import InputError
 from .kernels import (
     PackedInt6,
+    banded_attention_ref,
     bias_cross_entropy,
     bias_cross_entropy_ref,
     int6_matmul,
@@ -254,3 +255,30 @@ def probe_flash_attention(device: torch.device) -> Callable[[Tensor, Tensor, Ten
 def _call_flash(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = function(q, k, v, causal=True)
     return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp as well
+
+
+def banded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    position: Tensor | None = None,
+    sinks: tuple[Tensor, Tensor, Tensor] | None = None,
+    exclude_own: bool = False,
+) -> Tensor:
+    """Causal attention in a band of `window` keys, behind a cache, with attention sinks; differentiable.
+
+    Args:
+        q: [B, T, heads, width].
+        k, v: [B, C + T, kv_heads, width]; the first C are the cache, heads is a multiple of kv_heads.
+        window: keys that a query sees, its own one included; >= 1.
+        position: int64 [B], the first query's position in the stream; cache slots before the stream's start are not
+            seen, whatever they hold. None: all keys exist.
+        sinks: queries [B, T, heads, width] for, and keys and values [B, S, kv_heads, width] of, the stream's first S
+            tokens, which a query sees once they have left its band. Needs `position`.
+        exclude_own: drop the direction of a position's own value from every head (XSA).
+
+    Returns:
+        [B, T, heads, width] in q's dtype.
+    """
+    return banded_attention_ref(q, k, v, window, position, sinks, exclude_own)

@@ -169,6 +169,62 @@ def test_same_bits_with_a_large_vocabulary_and_a_long_history(threads):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "T, step, V, dtype",
+    [
+        (448, 64, 1024, torch.float32),
+        (448, 64, 50, torch.float64),
+        (200, 7, 50, torch.float32),
+        (70, 69, 64, torch.bfloat16),
+        (5, 1, 1000, torch.float32),
+        (9, 0, 16, torch.float32),
+    ],
+)
+def test_same_bits_on_a_tape_as_in_windows_of_their_own(T, step, V, dtype, threads):
+    """Overlapping windows are views of one tape; problems that stop leave the batch, and it goes on without a copy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        W, phases = 7, ((6, 3),)
+        generator = torch.Generator().manual_seed(T)
+        tape, _, _ = draw(generator, 1, (W - 1) * step + T + 3, V, dtype)
+        tape[0, -3:] = torch.nan  # rows that no window has
+        views = tape[0].as_strided((W, T, V), (step * V, V, 1))
+        targets = torch.randint(0, V, (W, T), generator=generator)
+        weights = torch.rand(W, T, generator=generator) + 0.5
+        weights[1] = 0
+        weights[3, T // 2 :] = 0
+        wide = torch.promote_types(dtype, torch.float32)
+        start = 0.1 * torch.randn(W, V, generator=generator, dtype=wide)
+        start[4:] = 0
+        weights[4:, 1:] = 0  # few rows: done early
+        alone = minimize(BiasObjective(views.clone(), targets, weights, 0.1), start, phases=phases)
+        assert same_bits(minimize(BiasObjective(views, targets, weights, 0.1), start, phases=phases), alone, ..., ...)
+        if step:
+            tape[0, (W - 1) * step + 1 :] = torch.nan  # of the last window, one row is used: what is not is never read
+            spoilt = minimize(BiasObjective(views, targets, weights, 0.1), start, phases=phases)
+            whole = [w for w in range(W) if w * step + int(weights[w].count_nonzero()) <= (W - 1) * step + 1]
+            assert same_bits(spoilt, alone, whole, whole) and {1, 4, 5, 6} <= set(whole)
+            assert all(status(spoilt, w) is Status.NOT_FINITE for w in range(W) if w not in whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_row_of_no_weight_may_be_one_whose_sum_underflows(overlap):
+    rows = torch.zeros(4, 8)
+    rows[2:, 0] = 200  # all mass where the bias leaves none
+    z = rows.as_strided((2, 3, 8), (8, 8, 1))
+    weights = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    objective = BiasObjective(z if overlap else z.clone(), torch.ones(2, 3, dtype=torch.int64), weights)
+    b = torch.zeros(2, 8)
+    b[:, 0] = -200
+    loss, gradient = objective(b)
+    assert torch.allclose(loss, torch.full((2,), math.log(7), dtype=torch.float64))
+    assert bool(gradient.isfinite().all())
+
+
 class Quadratics:
     """0.5 sum_v c_v (x_v - m_v)^2: any objective will do, and this one counts its calls' rows."""
 

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import slotfast
 from slotfast.errors import InputError
-from slotfast.slot import PRESETS, Adapter, Calibration, WindowBatch, from_environment, parse_preset
-from tests.streams import BOS, STRIDE, L, V, head, stream, to_hidden
+from slotfast.slot import PRESETS, Adapter, Adjusted, Calibration, WindowBatch, from_environment, parse_preset
+from tests.streams import BOS, STRIDE, D, L, V, head, stream, to_hidden
 
 LEAKY = {"pr1350", "pr1372", "pr1217", "pr1306", "pr1318", "pr1229"}
 LEAKY |= {"film-lbfgs", "film-lbfgs-logit", "film-lowrank-repaired"}
@@ -354,6 +356,50 @@ def test_arrays_and_lists_are_taken_for_tensors():
     ):
         with pytest.raises(InputError, match=message):
             slotfast.adapt(**{"logits": logits, "targets": targets, "context": context} | changed)
+
+
+class Largest(TorchDispatchMode):
+    """The elements of the largest tensor that an operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        for x in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in known:
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return made
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("none", "causal", "causal-unigram", "causal-bigram", "causal-window", "causal-lbfgs"),
+        *("pr1350:focal=80", "pr1350-window:focal=80", "pr1350-window:focal=80,importance=0.5"),
+        "causal-lbfgs:optimizer=mm,steps=2",
+    ],
+)
+def test_windows_may_be_views_of_one_tape(text):
+    """The same bits as windows of their own, and nothing as large as those is ever made."""
+    W, length, stride = 30, 96, 4
+    generator = torch.Generator().manual_seed(5)
+    tape = head(torch.randn((W - 1) * stride + length, D, generator=generator))
+    tokens = torch.randint(0, V, (len(tape),), generator=generator)
+    tokens[torch.randint(0, len(tape), (3,), generator=generator)] = BOS
+    logits = tape.as_strided((W, length, V), (stride * V, V, 1))
+    targets = tokens.as_strided((W, length), (stride, 1))
+    ends = torch.full((W,), length - stride), torch.full((W,), length)
+    ends[1][-1] = length - 1
+    results, hidden = [], to_hidden(logits)
+    for keep in (Tensor.clone, lambda view: view):
+        adapter, largest = Adapter(parse_preset(text), bos_id=BOS), Largest()
+        batch = WindowBatch(keep(logits), keep(targets), *ends, hidden=hidden, head=head)
+        with torch.no_grad(), largest:
+            results += [adapter.step(batch).nll(), Adjusted(batch).nll()]
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
+    if adapter.row.scope != "batch":  # all rows of which are one problem
+        assert largest.elements < logits.numel()
 
 
 def test_narrow_logits_are_adapted_in_float32():

@@ -12,6 +12,7 @@ operations where that took care.
     search.py     strong Wolfe line searches in lockstep
     memory.py     curvature pairs and the direction
     objective.py  BiasObjective
+    tape.py       windows that overlap: each row's softmax once, products without a copy
     rows.py       products and sums of rows, the same bits in any batch; numpy <-> torch
 """
 

@@ -6,7 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .rows import BLOCK_ROWS, aligned, block_sum, row_mixture, row_products, row_sum
+from .rows import BLOCK_ROWS, block_sum, row_sum
+from .tape import WindowRows, probabilities
 
 
 class BiasObjective:
@@ -44,26 +45,27 @@ class BiasObjective:
             z, targets, weights = z.new_zeros(W, 1, V), targets.new_zeros(W, 1), weights.new_zeros(W, 1)
 
         # rows in use first, in whole blocks: no sum then depends on padding, or on where it is
-        used = weights != 0
-        length = max(1, -(-int(used.sum(1).max() if W else 0) // BLOCK_ROWS)) * BLOCK_ROWS
-        shortened = length != T or not bool(used.all())
-        if shortened:
-            order = torch.argsort(used.byte(), dim=1, descending=True, stable=True)[:, :length]
-            order = torch.nn.functional.pad(order, (0, length - order.shape[1]))
-            used = torch.arange(length, device=z.device) < used.sum(1, keepdim=True)
+        count = (weights != 0).sum(1, keepdim=True)
+        length = max(1, -(-int(count.max() if W else 0) // BLOCK_ROWS)) * BLOCK_ROWS
+        used = torch.arange(length, device=z.device) < count
+        in_front = torch.arange(z.shape[1], device=z.device) < count
+        if torch.equal(weights != 0, in_front):
+            z, targets, weights = z[:, :length], targets[:, :length], weights[:, :length]
+        else:
+            order = torch.argsort((weights != 0).byte(), dim=1, descending=True, stable=True)[:, :length]
             z = z[torch.arange(W, device=z.device)[:, None], order]
             targets, weights = targets.gather(1, order), weights.gather(1, order)
+        p, lse = probabilities(z, dtype, length)
+        self.p = WindowRows(p)
         known = (targets >= 0) & (targets < V)
-        targets = torch.where(used & known, targets, 0)
+        nll = lse - z.gather(2, torch.where(known, targets, 0)[:, :, None])[:, :, 0].double()
+        targets, weights, nll = (
+            torch.nn.functional.pad(x, (0, length - x.shape[1]))
+            for x in (targets, weights, nll.masked_fill(~known, torch.nan))
+        )
+        nll, targets = torch.where(used, nll, 0.0), targets.clamp(0, V - 1)
+        self.idle = None if bool(used.all()) else ~used  # [W, length]: rows that count for nothing
         self.weights = torch.where(used, weights.double(), 0.0)  # [W, length]
-        self.p = torch.softmax(z, -1, dtype=dtype)
-        # the largest p is 1 / sum exp(z - max z): with it log-sum-exp costs no exponentials
-        lse = z.amax(-1).double() - self.p.amax(-1).double().log()
-        nll = torch.where(known, lse - z.gather(2, targets[:, :, None])[:, :, 0].double(), torch.nan)
-        if shortened:
-            self.p.masked_fill_(~used[:, :, None], 1 / V)  # anything whose s is positive
-            nll = torch.where(used, nll, 0.0)
-        self.p = aligned(self.p)
         total = block_sum(self.weights)
         scale = torch.where(total > 0, 1.0 / total, 0.0)
         counts = self.weights.new_zeros(W, V).scatter_add_(1, targets, self.weights)
@@ -75,9 +77,11 @@ class BiasObjective:
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         largest = x.amax(-1, keepdim=True)
         u = (x - largest).exp_()
-        s = row_products(u[:, None], self.p)[:, 0]
+        s = self.p.products(u)
+        if self.idle is not None:
+            s.masked_fill_(self.idle, 1.0)  # it may be 0, and its logarithm infinite
         loss = self.base + block_sum(self.weights * (s.double().log() + (largest - x.gather(1, self.targets))))
-        expected = row_mixture(self.narrow_weights / s, self.p)[:, : x.shape[1]]
+        expected = self.p.mixture(self.narrow_weights / s)[:, : x.shape[1]]
         g = torch.addcmul(self.minus_counts, u, expected)
         if self.ridge is not None:
             offset = x if self.prior is None else x - self.prior
@@ -87,7 +91,8 @@ class BiasObjective:
 
     def take(self, index: Tensor) -> Self:
         part = copy.copy(self)
-        for name in ("p", "targets", "weights", "narrow_weights", "base", "minus_counts", "ridge", "prior"):
+        part.p = self.p.take(index)
+        for name in ("targets", "weights", "narrow_weights", "idle", "base", "minus_counts", "ridge", "prior"):
             rows = getattr(self, name)
             setattr(part, name, None if rows is None else rows[index])
         return part

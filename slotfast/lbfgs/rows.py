@@ -35,10 +35,10 @@ def row_products(vectors: Tensor, rows: Tensor) -> Tensor:
     vectors, rows = aligned(vectors), aligned(rows)
     A, m, V = vectors.shape
     if rows.shape[1] <= BLOCK_ROWS:
-        return _batch_product(vectors, rows.mT)
+        return batch_product(vectors, rows.mT)
     blocks = rows.shape[1] // BLOCK_ROWS
     vectors = vectors[:, None].expand(A, blocks, m, V).reshape(A * blocks, m, V)
-    products = _batch_product(vectors, rows.view(A * blocks, BLOCK_ROWS, V).mT)
+    products = batch_product(vectors, rows.view(A * blocks, BLOCK_ROWS, V).mT)
     return products.view(A, blocks, m, BLOCK_ROWS).transpose(1, 2).reshape(A, m, blocks * BLOCK_ROWS)
 
 
@@ -48,15 +48,22 @@ def row_mixture(weights: Tensor, rows: Tensor) -> Tensor:
     A, R, V = rows.shape
     block = min(R, BLOCK_ROWS)
     count = R // block
-    parts = _batch_product(weights.view(A * count, 1, block), rows.view(A * count, block, V)).view(A, count, V)
+    parts = batch_product(weights.view(A * count, 1, block), rows.view(A * count, block, V)).view(A, count, V)
+    return block_tree_sum(parts)[:, :columns]
+
+
+def block_tree_sum(parts: Tensor) -> Tensor:
+    """[A, count, V] -> [A, V]; writes into its argument."""
+    count = parts.shape[1]
     while count > 1:  # a tree over the next power of two, whose missing leaves are zero: more zeros change nothing
         half = 1 << (count - 1).bit_length() - 1
         parts[:, : count - half] += parts[:, half:count]
         count = half
-    return parts[:, 0, :columns]
+    return parts[:, 0]
 
 
-def _batch_product(a: Tensor, b: Tensor) -> Tensor:
+def batch_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [A, m, k] times b [A, k, n] -> [A, m, n]; one product goes as the first of two, a form that keeps its bits."""
     return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1] if len(a) == 1 else torch.bmm(a, b)
 
 

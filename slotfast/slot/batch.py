@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..lbfgs.tape import Tape
 from .repeats import Followers, mix, mix_rows
 from .rows import Adaptation
 
@@ -15,6 +16,9 @@ from .rows import Adaptation
 @dataclass(frozen=True)
 class WindowBatch:
     """Consecutive windows, cut to the positions that anything needs.
+
+    Windows that overlap may be strided views of one tape of logits, and of targets: what a row of logits is needed for
+    is then computed once, and a window's result has the same bits as in a tensor of its own.
 
     Args:
         logits: float [W, T, V], soft-capped; the last position is the window's last.
@@ -63,22 +67,32 @@ class WindowBatch:
         seen = self.focus(row)
         used = seen.any(0).nonzero()
         cut = slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
-        logits, targets, seen = self.logits[:, cut], torch.where(seen, self.targets, 0)[:, cut], seen[:, cut]
-        return logits, targets, position_weights(row, logits, targets, seen)
+        return self.logits[:, cut], torch.where(seen, self.targets, 0)[:, cut], self.weights(row)[:, cut]
 
+    def weights(self, row: Adaptation) -> Tensor:
+        """float32 [W, T] of positions, 0 where a row does not see them: uniform, or half as (1 - p_target)^importance.
 
-def position_weights(row: Adaptation, logits: Tensor, targets: Tensor, seen: Tensor) -> Tensor:
-    """float32 [W, N], summing to the number of positions seen: uniform, or half of it as (1 - p_target)^importance.
+        They sum to the number of positions that are seen.
 
-    Source: PR #1372's optional importance weights; that the two halves are equal is not published.
-    """
-    weights = seen.to(torch.float32)
-    if not row.importance:
-        return weights
-    surprise = -torch.expm1(-ops.cross_entropy(logits, targets, backend="torch").float())
-    mass = torch.where(seen, surprise.clamp(min=0) ** row.importance, 0.0)
-    share = mass * (weights.sum(1) / mass.sum(1).clamp(min=1e-30))[:, None]
-    return (weights + share) / 2
+        Source: PR #1372's optional importance weights; that the two halves are equal is not published.
+        """
+        seen = self.focus(row)
+        weights = seen.to(torch.float32)
+        if not row.importance:
+            return weights
+        surprise = -torch.expm1(-self.nll.float())
+        mass = torch.where(seen, surprise.clamp(min=0) ** row.importance, 0.0)
+        share = mass * (weights.sum(1) / mass.sum(1).clamp(min=1e-30))[:, None]
+        return (weights + share) / 2
+
+    @cached_property
+    def nll(self) -> Tensor:
+        """[W, T] nats, without adaptation, of each row of a tape once; of anything where a position is not used."""
+        tape, targets = Tape.of(self.logits), Tape.of(self.targets)
+        if tape is None or targets is None or targets.step != tape.step:
+            return ops.cross_entropy(self.logits, self.targets, backend="torch")
+        nll = ops.cross_entropy(tape.rows[None], targets.rows[None], backend="torch")[0]
+        return tape.windows(nll, *self.targets.shape)
 
 
 @dataclass(frozen=True)

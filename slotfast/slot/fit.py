@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import ops
 from ..kernels import Status, slot_solve, slot_solve_mm, slot_solve_mm_ref
 from ..lbfgs import BiasObjective, minimize
-from .batch import Adjusted, WindowBatch, position_weights
+from .batch import Adjusted, WindowBatch
 from .rows import Adaptation
 
 
@@ -234,14 +234,13 @@ class HeadObjective:
         self.row, self.batch, self.problems = row, batch, problems
         self.layout, self.focus = Layout.of(row, batch), batch.focus(row)
         self.losses: dict[int, Callable[[Tensor], Tensor]] = {}
-        totals = []
+        totals, weights_of = [], batch.weights(row)
         for problem in problems:
             total = 0.0
             for window in problem:
                 positions = self.focus[window]
                 targets = batch.targets[window][positions]
-                seen = positions[positions]
-                weights = position_weights(row, batch.logits[window][positions][None], targets[None], seen[None])[0]
+                weights = weights_of[window][positions]
                 self.losses[window] = self._loss(window, positions, targets, weights)
                 total += float(weights.sum())
             totals.append(total)

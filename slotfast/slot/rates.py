@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..kernels import rate_scan, rate_scan_ref
-from ..lbfgs.rows import BLOCK_ROWS, row_mixture
+from ..lbfgs.rows import BLOCK_ROWS
+from ..lbfgs.tape import WindowRows, probabilities
 from ..ops import uses_triton
 from .batch import Adjusted, WindowBatch
 from .repeats import CAUTIOUS_GATES
@@ -124,7 +125,8 @@ class Rates:
             What they leave of an earlier state, [W], and what they add to its counts and expectations, [W, V].
         """
         longest = max(1, int((end - begin).max()))
-        offset = torch.arange(-(-longest // BLOCK_ROWS) * BLOCK_ROWS, device=begin.device)
+        length = -(-longest // BLOCK_ROWS) * BLOCK_ROWS
+        offset = torch.arange(length, device=begin.device)
         # Packed to the front, so that a window's sums round alike whatever else is in the batch
         index = (begin[:, None] + offset).clamp(max=batch.targets.size(1) - 1)
         taken = offset < (end - begin)[:, None]
@@ -133,10 +135,15 @@ class Rates:
         window = torch.arange(len(begin), device=begin.device)[:, None]
         counts = weight.new_zeros(len(begin), len(self.k))
         counts.index_put_((window, targets), weight, accumulate=True)  # in order, where scatter_add_ need not be
-        logits = batch.logits[window, index]
-        rows = torch.softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
-        rows = rows.masked_fill(~taken[:, :, None], 0.0)  # what was not scored may be anything, NaN too
-        return left, counts, row_mixture(weight.to(rows.dtype), rows).double()
+        first = int(begin.max())
+        if bool(((begin == first) | (end <= begin)).all()):
+            logits = batch.logits[:, first : first + longest]
+        else:
+            logits = batch.logits[window, index[:, :longest]]
+        rows, lse = probabilities(logits, torch.promote_types(logits.dtype, torch.float32), length)
+        expected = WindowRows(rows).mixture(weight.to(rows.dtype))[:, : len(self.k)].double()
+        broken = (taken[:, : lse.size(1)] & ~lse.isfinite()).any(1)
+        return left, counts, expected.masked_fill(broken[:, None], math.nan)
 
 
 class BigramRates:

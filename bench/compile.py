@@ -23,13 +23,16 @@ def compile_for(compilation, target: str = "sm_90"):
 
     names = compilation.kernel.arg_names
     signature = {name: compilation.signature.get(name, "constexpr") for name in names}
-    sixteen = [name for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
-    source = ASTSource(
-        compilation.kernel,
-        {name: kind.removesuffix(":16") for name, kind in signature.items()},
-        constexprs=dict(compilation.constexprs),
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in sixteen},
-    )
+    sixteen = [names.index(name) for name, kind in signature.items() if kind.startswith("*") or kind.endswith(":16")]
+    if tuple(map(int, triton.__version__.split(".")[:2])) == (3, 2):  # there, constants are not in the signature
+        from triton.backends.compiler import AttrsDescriptor
+
+        signature = {name: kind for name, kind in signature.items() if kind != "constexpr"}
+        attrs = AttrsDescriptor.from_dict({"arg_properties": {"tt.divisibility": sixteen}, "cls": "AttrsDescriptor"})
+    else:
+        attrs = {(index,): [["tt.divisibility", 16]] for index in sixteen}
+    signature = {name: kind.removesuffix(":16") for name, kind in signature.items()}
+    source = ASTSource(compilation.kernel, signature, dict(compilation.constexprs), attrs)
     options = {"num_warps": compilation.num_warps, "num_stages": compilation.num_stages, **compilation.options}
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 

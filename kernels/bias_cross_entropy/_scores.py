@@ -63,11 +63,6 @@ def _slope(z, softcap):
 
 
 @triton.jit
-def _load_bias(bias_ptr, offs, mask):
-    return None if bias_ptr is None else tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _load_targets(targets_ptr, window, offs_t, T, V, ignore_index):
     target = tl.load(targets_ptr + window * T + offs_t, mask=offs_t < T, other=ignore_index)
     used = target != ignore_index

@@ -1,7 +1,7 @@
 """Kernels that take tokens one by one: nll and lse, and the gradients of logits and bias from those of nll and lse."""
 
 from .._triton import _LN2, _LOG2E, tl, triton
-from ._scores import _load_bias, _load_targets, _scores, _slope
+from ._scores import _load_targets, _scores, _slope
 
 
 @triton.jit
@@ -41,7 +41,10 @@ def _bias_cross_entropy_fwd_kernel(
         x = tl.load(row_ptr[None, :, None] + offs_v.to(tl.int64) * stride_lv, mask=mask, other=0.0)
         # In the shape of the logits: a (CHUNKS, 1, COLS) tile would be laid out otherwise, and pull the logits with it.
         offs_b = window * stride_bw + tl.broadcast_to(offs_v, (CHUNKS, ROWS, COLS))
-        z = _scores(x, _load_bias(bias_ptr, offs_b, offs_v < V), softcap, CAP)  # (CHUNKS, ROWS, COLS)
+        bias = None  # not from a helper: one that returns None does not compile before Triton 3.7.1
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + offs_b, mask=offs_v < V, other=0.0).to(tl.float32)
+        z = _scores(x, bias, softcap, CAP)  # (CHUNKS, ROWS, COLS)
         if not EVEN_V:
             z = tl.where(offs_v < V, z, float("-inf"))
         new_top = tl.maximum(top, tl.max(tl.max(z, axis=0), axis=1))
@@ -52,7 +55,10 @@ def _bias_cross_entropy_fwd_kernel(
         top = new_top
     shift = tl.where(top == float("-inf"), float("nan"), top * _LOG2E)
     x = tl.load(row_ptr + target.to(tl.int64) * stride_lv, mask=used, other=0.0)
-    z = _scores(x, _load_bias(bias_ptr, window * stride_bw + target, used), softcap, CAP)  # (ROWS,)
+    bias_target = None
+    if bias_ptr is not None:
+        bias_target = tl.load(bias_ptr + window * stride_bw + target, mask=used, other=0.0).to(tl.float32)
+    z = _scores(x, bias_target, softcap, CAP)  # (ROWS,)
     log_total = tl.log2(total)
     nll = (log_total - (z * _LOG2E - shift)) * _LN2
     row = window * T + offs_t
@@ -99,7 +105,9 @@ def _bias_cross_entropy_bwd_kernel(
     start = tl.program_id(1) * CHUNKS * COLS
     offs_v = start + tl.arange(0, CHUNKS)[:, None, None] * COLS + tl.arange(0, COLS)[None, None, :]
     logits_ptr += window * stride_lw + offs_v.to(tl.int64) * stride_lv  # (CHUNKS, 1, COLS)
-    bias = _load_bias(bias_ptr, window * stride_bw + offs_v, offs_v < V)
+    bias = None
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + window * stride_bw + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
     acc = tl.zeros((CHUNKS, ROWS, COLS), tl.float32)
     for first in range(part * PART, min(part * PART + PART, T), ROWS):
         offs_t = first + tl.arange(0, ROWS)

@@ -1,7 +1,7 @@
 """Kernels that take windows as a whole: loss and bias gradient in one pass, and the sum of a window's parts."""
 
 from .._triton import _LN2, _LOG2E, tl, triton
-from ._scores import _load_bias, _load_targets, _scores, _slope
+from ._scores import _load_targets, _scores, _slope
 
 
 @triton.jit
@@ -40,7 +40,9 @@ def _bias_cross_entropy_grad_kernel(
     part = tl.program_id(0) % parts
     offs_v = tl.arange(0, CHUNKS)[:, None, None] * COLS + tl.arange(0, COLS)[None, None, :]
     logits_ptr += window * stride_lw
-    bias = _load_bias(bias_ptr, window * stride_bw + offs_v, offs_v < V)
+    bias = None  # not from a helper: one that returns None does not compile before Triton 3.7.1
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + window * stride_bw + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
     acc = tl.zeros((CHUNKS, ROWS, COLS), tl.float32)
     loss = tl.zeros((ROWS,), tl.float64)
     weight = tl.zeros((ROWS,), tl.float64)
@@ -65,7 +67,9 @@ def _bias_cross_entropy_grad_kernel(
         total = tl.sum(tl.sum(e, axis=0), axis=1)
 
         x_target = tl.load(row_ptr + target.to(tl.int64) * stride_lv, mask=used, other=0.0)
-        bias_target = _load_bias(bias_ptr, window * stride_bw + target, used)
+        bias_target = None
+        if bias_ptr is not None:
+            bias_target = tl.load(bias_ptr + window * stride_bw + target, mask=used, other=0.0).to(tl.float32)
         z_target = _scores(x_target, bias_target, softcap, CAP)
         nll = (tl.log2(total) - (z_target * _LOG2E - shift)) * _LN2
         if WHOLE:

@@ -141,7 +141,7 @@ def _int6_matmul_kernel(
         offs_k = k + tl.arange(0, BLOCK_K)
         mask = mask_m[None, :] & (offs_k < K)[:, None] if TAIL else mask_m[None, :]
         x = tl.load(x_rows + offs_k.to(tl.int64)[:, None] * stride_xk, mask=mask, other=0.0)  # (BLOCK_K, BLOCK_M)
-        w = _unpack(low_0, low_1, high, nibbles, sextets, X_T.is_bf16(), DOT_T)  # (BLOCK_N, BLOCK_K)
+        w = _unpack(low_0, low_1, high, nibbles, sextets, X_T == tl.bfloat16, DOT_T)  # (BLOCK_N, BLOCK_K)
         if GROUP:
             scale = tl.load(scale_ptr + rows * n_groups + k // GROUP).to(tl.float32)
             acc += tl.dot(w, x.to(DOT_T), input_precision="ieee") * scale[:, None]

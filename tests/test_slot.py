@@ -358,6 +358,30 @@ def test_arrays_and_lists_are_taken_for_tensors():
             slotfast.adapt(**{"logits": logits, "targets": targets, "context": context} | changed)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_biased_losses_are_as_exact_as_torch(dtype):
+    """Biases within a nat to far beyond what exp can hold, tokens that are certain, and tokens that are impossible."""
+    W, T, size = 8, 70, 300
+    generator = torch.Generator().manual_seed(2)
+    logits = (6 * torch.randn(W, T, size, generator=generator)).to(dtype)
+    logits[:, 0, 7] = 60.0  # certain
+    logits[:, 1, 5] = -math.inf
+    targets = torch.randint(0, size, (W, T), generator=generator)
+    targets[:, :2] = torch.tensor([7, 5])
+    spread = torch.tensor([0.0, 1e-3, 1.0, 10.0, 39.0, 41.0, 90.0, 1e4])
+    bias = spread[:, None] * torch.rand(W, size, generator=generator)
+    batch = WindowBatch(logits, targets, torch.zeros(W, dtype=torch.int64), torch.full((W,), T))
+    exact = -(logits.double() + bias[:, None].double()).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    wide = torch.promote_types(dtype, torch.float32)
+    torchs = -(logits.to(wide) + bias[:, None].to(wide)).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    got = Adjusted(batch, bias).nll().view(W, T)
+    assert got.dtype == wide and torch.equal(got.isinf(), exact.isinf()) and got.min() >= 0
+    for w in range(W):
+        bound = 2 * (torchs[w] - exact[w]).abs().nan_to_num().max() + (1e-6 if wide == torch.float32 else 1e-12)
+        assert (got[w] - exact[w]).abs().nan_to_num().max() <= bound, spread[w]
+    assert torch.equal(got[0], Adjusted(batch).nll().view(W, T)[0])  # a bias of 0
+
+
 class Largest(TorchDispatchMode):
     """The elements of the largest tensor that an operation made."""
 

@@ -45,6 +45,13 @@ class Tape:
         return rows.as_strided((count, length, *rows.shape[1:]), (self.step * down, down, *inner))
 
 
+def softmax(z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """softmax(z) [..., V], and log-sum-exp float64 [...], which costs no further exponentials."""
+    p = torch.softmax(z, -1, dtype=dtype)
+    # the largest p is 1 / sum exp(z - max z)
+    return p, z.amax(-1).double() - p.amax(-1).double().log()
+
+
 def probabilities(z: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, Tensor]:
     """softmax of windows z [W, T, V], each row of a tape once.
 
@@ -54,10 +61,7 @@ def probabilities(z: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, T
     """
     W, T, V = z.shape
     tape = Tape.of(z)
-    rows = z if tape is None else tape.rows
-    p = torch.softmax(rows, -1, dtype=dtype)
-    # the largest p is 1 / sum exp(z - max z): with it log-sum-exp costs no exponentials
-    lse = rows.amax(-1).double() - p.amax(-1).double().log()
+    p, lse = softmax(z if tape is None else tape.rows, dtype)
     broken = ~lse.isfinite()
     if p.device.type != "cpu" or bool(broken.any()):
         p.masked_fill_(broken[..., None], 1 / V)

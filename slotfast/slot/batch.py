@@ -1,5 +1,6 @@
 """What an adaptation is given, a batch of windows, and what it gives back, adjusted scores."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..lbfgs.tape import Tape
+from ..lbfgs.rows import BLOCK_ROWS
+from ..lbfgs.tape import Tape, WindowRows, probabilities, softmax
 from .repeats import Followers, mix, mix_rows
 from .rows import Adaptation
+
+_STEEPEST = 40.0  # nats between two tokens' biases beyond which a product with their exponentials may underflow
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,11 @@ class WindowBatch:
         real = self.scored_end > 0
         return int(self.context_end[real].min()) if bool(real.any()) else self.logits.size(1)
 
+    @cached_property
+    def charges(self) -> "Packed":
+        """The positions that are scored here."""
+        return Packed(self, self.context_end, self.scored_end)
+
     def focus(self, row: Adaptation) -> Tensor:
         """bool [W, T]: the positions whose losses a row is fitted to."""
         length = self.logits.size(1)
@@ -80,19 +89,80 @@ class WindowBatch:
         weights = seen.to(torch.float32)
         if not row.importance:
             return weights
-        surprise = -torch.expm1(-self.nll.float())
+        surprise = -torch.expm1(-self._losses.float())
         mass = torch.where(seen, surprise.clamp(min=0) ** row.importance, 0.0)
         share = mass * (weights.sum(1) / mass.sum(1).clamp(min=1e-30))[:, None]
         return (weights + share) / 2
 
     @cached_property
-    def nll(self) -> Tensor:
+    def _losses(self) -> Tensor:
         """[W, T] nats, without adaptation, of each row of a tape once; of anything where a position is not used."""
         tape, targets = Tape.of(self.logits), Tape.of(self.targets)
         if tape is None or targets is None or targets.step != tape.step:
             return ops.cross_entropy(self.logits, self.targets, backend="torch")
         nll = ops.cross_entropy(tape.rows[None], targets.rows[None], backend="torch")[0]
         return tape.windows(nll, *self.targets.shape)
+
+
+class Packed:
+    """Positions [begin, end) of each window, packed to the front, and the model's probabilities there, made once.
+
+    A window's sums then round alike whatever else is in the batch.
+
+    Args:
+        batch: the windows.
+        begin, end: int64 [W].
+    """
+
+    def __init__(self, batch: WindowBatch, begin: Tensor, end: Tensor):
+        windows = len(begin)
+        longest = max([1, *(end - begin).tolist()])
+        self.length = -(-longest // BLOCK_ROWS) * BLOCK_ROWS  # R
+        offset = torch.arange(self.length, device=begin.device)
+        index = (begin[:, None] + offset).clamp(max=batch.targets.size(1) - 1)
+        self.taken = offset < (end - begin)[:, None]  # [W, R]
+        self.targets = batch.targets.gather(1, index)  # [W, R]
+        first = int(begin.max()) if windows else 0
+        if bool(((begin == first) | (end <= begin)).all()):
+            logits = batch.logits[:, first : first + longest]
+        else:
+            logits = batch.logits[torch.arange(windows, device=begin.device)[:, None], index[:, :longest]]
+        self.logits = logits  # [W, up to R, V]
+        self.dtype = torch.promote_types(logits.dtype, torch.float32)
+        p, self.lse = probabilities(logits, self.dtype, self.length)
+        self.rows = WindowRows(p)
+
+    def mixture(self, weight: Tensor) -> Tensor:
+        """sum_t weight_t p_t of each window's positions, float64 [W, V], for weight [W, R], 0 where none is taken."""
+        mixture = self.rows.mixture(weight.to(self.dtype))[:, : self.logits.size(-1)].double()
+        broken = (self.taken[:, : self.lse.size(1)] & ~self.lse.isfinite()).any(1)
+        return mixture.masked_fill(broken[:, None], math.nan)
+
+    @cached_property
+    def _mass(self) -> Tensor:
+        """Sum of p [W, R]: 1 but for rounding, as a product rounds, so that a bias of 0 changes no loss."""
+        return self.rows.products(self.lse.new_ones(len(self.lse), self.logits.size(-1), dtype=self.dtype))
+
+    def nll(self, bias: Tensor | None = None) -> Tensor:
+        """Losses of the targets under the logits, or these and a bias [W, V]; of all windows in order, [n], nats."""
+        count = self.lse.size(1)
+        targets, taken = self.targets[:, :count], self.taken[:, :count]
+        nll = losses(self.logits, self.lse, targets)
+        if bias is not None:
+            # log sum exp(z + b) - log sum exp(z) = log(p . exp(b)): no exponential of each logit
+            bias = bias.to(self.dtype)
+            largest = bias.amax(1, keepdim=True)
+            s = (self.rows.products((bias - largest).exp()) / self._mass)[:, :count]
+            nll = nll + s.double().log() + (largest.double() - bias.gather(1, targets).double())
+            for window in (largest[:, 0] - bias.amin(1) > _STEEPEST).nonzero()[:, 0].tolist():
+                biased = self.logits[window].to(self.dtype) + bias[window]
+                nll[window] = losses(biased, softmax(biased, self.dtype)[1], targets[window])
+        return nll.clamp(min=0).to(self.dtype)[taken]
+
+
+def losses(logits: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
+    """float64 [...] of targets [...] under logits [..., V] and their log-sum-exp, float64 [...]."""
+    return lse - logits.gather(-1, targets[..., None])[..., 0].double()
 
 
 @dataclass(frozen=True)
@@ -119,12 +189,17 @@ class Adjusted:
 
     def _nll(self) -> Tensor:
         batch = self.batch
-        if self.logits is not None:
-            targets = batch.targets[batch.scored]
+        triton = ops.uses_triton(batch.backend, batch.logits.device)
+        if self.logits is None and not triton:
+            return batch.charges.nll(self.bias)
+        if self.logits is None:
+            scored = slice(batch.first_scored, None)
+            nll = ops.cross_entropy(batch.logits[:, scored], batch.targets[:, scored], self.bias, backend=batch.backend)
+            return nll[batch.scored[:, scored]]
+        targets, dtype = batch.targets[batch.scored], torch.promote_types(self.logits.dtype, torch.float32)
+        if triton:
             return ops.cross_entropy(self.logits[None], targets[None], backend=batch.backend)[0]
-        scored = slice(batch.first_scored, None)
-        nll = ops.cross_entropy(batch.logits[:, scored], batch.targets[:, scored], self.bias, backend=batch.backend)
-        return nll[batch.scored[:, scored]]
+        return losses(self.logits, softmax(self.logits, dtype)[1], targets).clamp(min=0).to(dtype)
 
     def logprobs(self) -> Tensor:
         """Log-probabilities [n, V] of every token at the scored positions; followers need all their rows."""

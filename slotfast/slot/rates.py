@@ -16,10 +16,8 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..kernels import rate_scan, rate_scan_ref
-from ..lbfgs.rows import BLOCK_ROWS
-from ..lbfgs.tape import WindowRows, probabilities
 from ..ops import uses_triton
-from .batch import Adjusted, WindowBatch
+from .batch import Adjusted, Packed, WindowBatch
 from .repeats import CAUTIOUS_GATES
 from .rows import Adaptation
 
@@ -94,14 +92,14 @@ class Rates:
 
     def stream(self, batch: WindowBatch) -> Tensor:
         """Biases [W, V] from all that came before each window; takes the windows' scored tokens in."""
-        left, *new = self._sums(batch, batch.context_end, batch.scored_end)
+        left, *new = self._sums(batch.charges)
         scan = rate_scan if uses_triton(batch.backend, left.device) else rate_scan_ref
         ratio, self.counts, self.expected = scan(left, *new, self.k, self.counts, self.expected)
         return self._bias(ratio)
 
     def windows(self, batch: WindowBatch) -> Tensor:
         """Biases [W, V] from each window's own context."""
-        _, counts, expected = self._sums(batch, torch.zeros_like(batch.context_end), batch.context_end)
+        _, counts, expected = self._sums(Packed(batch, torch.zeros_like(batch.context_end), batch.context_end))
         windows = zip(counts, expected, strict=True)  # one by one: a vector's last elements may round otherwise
         return self._bias(torch.stack([((c + self.k) / (e + self.k)).log() for c, e in windows]))
 
@@ -118,32 +116,14 @@ class Rates:
         weight = torch.where(taken, torch.cat([after[:, 1:], torch.ones_like(after[:, :1])], 1), 0.0)
         return after[:, 0], weight
 
-    def _sums(self, batch: WindowBatch, begin: Tensor, end: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Take in positions [begin, end) of each window, int64 [W] each.
-
-        Returns:
-            What they leave of an earlier state, [W], and what they add to its counts and expectations, [W, V].
-        """
-        longest = max(1, int((end - begin).max()))
-        length = -(-longest // BLOCK_ROWS) * BLOCK_ROWS
-        offset = torch.arange(length, device=begin.device)
-        # Packed to the front, so that a window's sums round alike whatever else is in the batch
-        index = (begin[:, None] + offset).clamp(max=batch.targets.size(1) - 1)
-        taken = offset < (end - begin)[:, None]
-        targets = batch.targets.gather(1, index)
-        left, weight = self.weights(targets, taken)
-        window = torch.arange(len(begin), device=begin.device)[:, None]
-        counts = weight.new_zeros(len(begin), len(self.k))
-        counts.index_put_((window, targets), weight, accumulate=True)  # in order, where scatter_add_ need not be
-        first = int(begin.max())
-        if bool(((begin == first) | (end <= begin)).all()):
-            logits = batch.logits[:, first : first + longest]
-        else:
-            logits = batch.logits[window, index[:, :longest]]
-        rows, lse = probabilities(logits, torch.promote_types(logits.dtype, torch.float32), length)
-        expected = WindowRows(rows).mixture(weight.to(rows.dtype))[:, : len(self.k)].double()
-        broken = (taken[:, : lse.size(1)] & ~lse.isfinite()).any(1)
-        return left, counts, expected.masked_fill(broken[:, None], math.nan)
+    def _sums(self, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
+        """What positions leave of an earlier state, [W], and what they add to its counts and expectations, [W, V]."""
+        left, weight = self.weights(packed.targets, packed.taken)
+        window = torch.arange(len(left), device=left.device)[:, None]
+        counts = weight.new_zeros(len(left), len(self.k))
+        # in order, where scatter_add_ need not be
+        counts.index_put_((window, packed.targets), weight, accumulate=True)
+        return left, counts, packed.mixture(weight)
 
 
 class BigramRates:

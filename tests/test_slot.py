@@ -382,6 +382,24 @@ def test_biased_losses_are_as_exact_as_torch(dtype):
     assert torch.equal(got[0], Adjusted(batch).nll().view(W, T)[0])  # a bias of 0
 
 
+def test_a_looser_tolerance_ends_sooner_at_the_same_loss():
+    windows, row = stream(13), "causal-lbfgs:ridge=0.3,clamp=none"
+    batch, evaluations = WindowBatch(*windows), []
+    for tolerance in ("1e-3", "1e-7", "1e-9"):
+        adapter = Adapter(parse_preset(f"{row},tolerance={tolerance}"))
+        adapter.step(batch)
+        work = adapter.work()["evaluations"]
+        assert work.total() == 12  # windows with a context
+        evaluations.append(sum(number * windows for number, windows in work.items()))
+    assert evaluations == sorted(evaluations) and len(set(evaluations)) == 3
+    assert PRESETS["causal-lbfgs"].tolerance == 1e-7 and PRESETS["pr1350"].tolerance == 1e-9
+    exact = Adapter(parse_preset(f"{row},phases=200x20,tolerance=1e-12")).step(
+        WindowBatch(windows[0].double(), *windows[1:])
+    )
+    loose = Adapter(parse_preset(f"{row},tolerance=1e-7")).step(batch)
+    assert (loose.nll() - exact.nll()).abs().max() < 0.01 and abs(loose.nll().mean() - exact.nll().mean()) < 1e-4
+
+
 class Largest(TorchDispatchMode):
     """The elements of the largest tensor that an operation made."""
 

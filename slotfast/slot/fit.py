@@ -95,10 +95,11 @@ class Fit:
             options = {"ridge": row.ridge, "clamp": row.clamp, "iterations": row.steps}
             x, _, *work = solve(logits, targets, weights, start, **options)
         elif triton:
-            options = {"ridge": row.ridge, "clamp": row.clamp, "phases": row.phases}
+            options = {"ridge": row.ridge, "clamp": row.clamp, "phases": row.phases, "tolerance_change": row.tolerance}
             x, _, *work = slot_solve(logits, targets, weights, start, **options)
         else:
-            solution = minimize(BiasObjective(logits, targets, weights, ridge=row.ridge), start, phases=row.phases)
+            objective = BiasObjective(logits, targets, weights, ridge=row.ridge)
+            solution = minimize(objective, start, phases=row.phases, tolerance_change=row.tolerance)
             x, work = solution.x, (solution.iterations, solution.evaluations, solution.status)
         self._count(problems, *work)
         return x
@@ -109,7 +110,8 @@ class Fit:
         problems = objective.weight > 0
         if row.optimizer == "adamw":
             return self._adamw(objective, start, problems)
-        solution = minimize(objective, start.reshape(len(problems), -1), phases=row.phases)
+        x = start.reshape(len(problems), -1)
+        solution = minimize(objective, x, phases=row.phases, tolerance_change=row.tolerance)
         self._count(problems, solution.iterations, solution.evaluations, solution.status)
         return solution.x.view_as(start)
 

@@ -37,6 +37,9 @@ class Adaptation(BaseModel):
     importance: float = Field(0.0, ge=0, le=4, description="a: half the weight goes as (1 - p_target)^a; 0: uniform")
     ridge: float = Field(0.0, ge=0, le=1e6, description="(ridge / 2) |parameter|^2 on top of the summed loss")
     phases: tuple[tuple[int, int], ...] = Field(((25, 20),), description="(iterations, history) of each L-BFGS run")
+    tolerance: float = Field(
+        1e-9, gt=0, le=1, description="an L-BFGS run ends where its mean loss, in nats, or a number changes less"
+    )
     steps: int = Field(8, ge=1, le=1000, description="of adamw or mm")
     lr: float = Field(0.005, gt=0, le=10, description="of the first AdamW step")
     lr_end: float | None = Field(None, ge=0, le=10, description="what a cosine takes it to; None: constant")
@@ -135,7 +138,7 @@ class Adaptation(BaseModel):
             own = {"bigram": ("k2",), "bias+repeats": ("gates",)}.get(self.parameter, ())
             return ("parameter", "positions", "scope", "clamp", "decay", "document_decay", "scale", "k", *own)
         numbers = {
-            "lbfgs": ("phases",),
+            "lbfgs": ("phases", "tolerance"),
             "adamw": ("steps", "lr", "lr_end", "betas", "eps", "weight_decay"),
             "mm": ("steps",),
         }

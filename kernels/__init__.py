@@ -1,6 +1,6 @@
 """Triton kernels for fitting and scoring logit biases; need torch and triton, nothing else (README.md beside this)."""
 
-from .attention import banded_attention_ref
+from .attention import banded_attention, banded_attention_ref
 from .bias_cross_entropy import (
     bias_cross_entropy,
     bias_cross_entropy_grad,
@@ -31,6 +31,7 @@ __all__ = [
     "PackedInt6",
     "SlotSolution",
     "Status",
+    "banded_attention",
     "banded_attention_ref",
     "bias_cross_entropy",
     "bias_cross_entropy_grad",

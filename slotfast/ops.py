@@ -23,6 +23,7 @@ from .kernels import (
     int6_matmul,
 )
 from .kernels._inputs import _scores_ref, _targets_ref
+from .kernels.attention import _banded_attention_bwd, _banded_attention_fwd, _check_banded_attention
 from .kernels.bias_cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd
 from .kernels.int6_matmul import int6_matmul_ref
 
@@ -281,4 +282,86 @@ def banded_attention(
     Returns:
         [B, T, heads, width] in q's dtype.
     """
-    return banded_attention_ref(q, k, v, window, position, sinks, exclude_own)
+    return _banded(q, k, v, position, *(sinks or (None, None, None)), window, exclude_own)[0]
+
+
+@torch.library.custom_op("slotfast::banded_attention", mutates_args=(), device_types="cpu")
+def _banded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor | None,
+    q_sink: Tensor | None,
+    k_sink: Tensor | None,
+    v_sink: Tensor | None,
+    window: int,
+    exclude_own: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The attention, and what the backward pass of the device needs."""
+    sinks = None if q_sink is None else (q_sink, k_sink, v_sink)
+    out = banded_attention_ref(q, k, v, window, position, sinks, exclude_own)
+    return out, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
+
+
+@_banded.register_kernel("cuda")
+def _(q, k, v, position, q_sink, k_sink, v_sink, window, exclude_own):
+    sinks = None if q_sink is None else (q_sink, k_sink, v_sink)
+    _check_banded_attention(q, k, v, window, position, sinks)
+    return _banded_attention_fwd(q, k, v, position, q_sink, k_sink, v_sink, window, exclude_own)
+
+
+@_banded.register_fake
+def _(q, k, v, position, q_sink, k_sink, v_sink, window, exclude_own):
+    rows = (q.size(0), k.size(2), q.size(1) * q.size(2) // k.size(2)) if q.device.type == "cuda" else (0,)
+    shapes = rows, rows if exclude_own else (0,)
+    return q.new_empty(q.shape), *(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@torch.library.custom_op("slotfast::banded_attention_backward", mutates_args=(), device_types="cpu")
+def _banded_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor | None,
+    q_sink: Tensor | None,
+    k_sink: Tensor | None,
+    v_sink: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    along: Tensor,
+    window: int,
+    exclude_own: bool,
+) -> list[Tensor]:
+    """Gradients of q, k and v, and of the sinks' three where there are any."""
+
+    def forward(q, k, v, *sinks):
+        return banded_attention_ref(q, k, v, window, position, sinks or None, exclude_own)
+
+    sinks = () if q_sink is None else (q_sink, k_sink, v_sink)
+    _, pull_back = torch.func.vjp(forward, q, k, v, *sinks)
+    return [gradient.contiguous() for gradient in pull_back(dout)]
+
+
+@_banded_backward.register_kernel("cuda")
+def _(dout, *given):
+    return [gradient for gradient in _banded_attention_bwd(dout, *given) if gradient is not None]
+
+
+@_banded_backward.register_fake
+def _(dout, q, k, v, position, q_sink, k_sink, v_sink, out, lse, along, window, exclude_own):
+    return [x.new_empty(x.shape) for x in (q, k, v, q_sink, k_sink, v_sink) if x is not None]
+
+
+def _banded_save(ctx, inputs, output):
+    *tensors, window, exclude_own = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.options = window, exclude_own
+
+
+def _banded_differentiate(ctx, dout, dlse, dalong):
+    dq, dk, dv, *sinks = _banded_backward(dout, *ctx.saved_tensors, *ctx.options)
+    return dq, dk, dv, None, *(sinks or (None, None, None)), None, None
+
+
+_banded.register_autograd(_banded_differentiate, setup_context=_banded_save)

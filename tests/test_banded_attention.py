@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from slotfast import ops
-from slotfast.kernels import banded_attention_ref
+from slotfast.kernels import banded_attention, banded_attention_ref
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def draw(B=2, T=5, C=3, H=2, Hkv=1, D=16, S=0, position=None, seed=0, dtype=torch.float64):
@@ -177,3 +179,94 @@ def test_reference_gradcheck():
         return banded_attention_ref(q, k, v, 4, position, sinks, True)
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 3])
+def test_operator_is_well_formed(count, dtype):
+    q, k, v, position, sinks = draw(T=5, C=6, S=count, position=[9, 3], dtype=dtype)
+    sinks = sinks or (None, None, None)
+    given = [x if x is None else x.requires_grad_() for x in (q, k, v, *sinks)]
+    arguments = (*given[:3], position, *given[3:], 4, True)
+    torch.library.opcheck(torch.ops.slotfast.banded_attention.default, arguments)
+
+
+def test_operator_traces_whole():
+    q, k, v, position, sinks = draw(T=5, C=6, S=2, position=[9, 3], dtype=torch.float32)
+    given = [q, k, v, *sinks]
+
+    def function(q, k, v, window, position, sinks, exclude_own):
+        return ops.banded_attention(2 * q, k, v, window, position, sinks, exclude_own)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    (out, found), (expected, wanted) = (gradients(f, given, 4, position, True) for f in (compiled, function))
+    assert torch.equal(out, expected) and all(map(torch.equal, found, wanted))
+
+
+# The kernels, in the interpreter where there is no GPU. tests/test_kernels.py runs the cases of their spec.
+
+
+def on_device(sizes):
+    q, k, v, position, sinks = draw(**sizes, dtype=torch.float32)
+    return [x.to(DEVICE) for x in (q, k, v, *sinks)], position.to(DEVICE)
+
+
+def test_kernels_are_the_dense_mask():
+    sizes = {"T": 70, "C": 75, "S": 2, "H": 2, "position": [60, 200]}
+    tensors, position = on_device(sizes)
+    out, found = gradients(banded_attention, tensors, 74, position, True)
+    wide = [x.double().cpu() for x in tensors]
+    expected, wanted = gradients(dense, wide, 74, position.cpu(), True)
+    # The weights of the combination are float64 on one side: the sums differ by their rounding
+    assert (out.cpu() - expected).abs().max() < 1e-5
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.cpu() - b).abs().max() < 1e-4 * max(1, b.abs().max())
+
+
+def test_a_sequence_has_the_same_bits_in_any_batch():
+    sizes = {"B": 3, "T": 40, "C": 30, "S": 2, "H": 2, "position": [3, 30, 100]}
+    tensors, position = on_device(sizes)
+    out, found = gradients(banded_attention, tensors, 31, position, True)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(out)
+    for order in ([2, 0, 1], [1]):
+        given = [x[order].clone().requires_grad_() for x in tensors]
+        other = banded_attention(*given[:3], 31, position[order], tuple(given[3:]), True)
+        assert torch.equal(other, out[order])
+        again = torch.autograd.grad(other, given, weight[order])
+        assert all(torch.equal(a, b[order]) for a, b in zip(again, found, strict=True))
+
+
+@pytest.mark.parametrize("name, change", [
+    ("q", {"q": torch.zeros(2, 5, 2, 129)}),
+    ("q", {"q": torch.zeros(2, 5, 2, 16, dtype=torch.float64)}),
+    ("k", {"k": torch.zeros(2, 4, 1, 16), "v": torch.zeros(2, 4, 1, 16)}),
+    ("k", {"k": torch.zeros(2, 8, 3, 16), "v": torch.zeros(2, 8, 3, 16)}),
+    ("k", {"k": torch.zeros(2, 8, 1, 8)}),
+    ("v", {"v": torch.zeros(2, 9, 1, 16)}),
+    ("v", {"v": torch.zeros(2, 8, 1, 16, dtype=torch.float16)}),
+    ("position", {"position": None}),
+    ("position", {"position": torch.zeros(2, dtype=torch.int32)}),
+    ("position", {"position": torch.zeros(3, dtype=torch.int64)}),
+    ("k_sink", {"sinks": (torch.zeros(2, 5, 2, 16), *[torch.zeros(2, 65, 1, 16)] * 2)}),
+    ("q_sink", {"sinks": (torch.zeros(2, 4, 2, 16), *[torch.zeros(2, 2, 1, 16)] * 2)}),
+    ("v_sink", {"sinks": (torch.zeros(2, 5, 2, 16), torch.zeros(2, 2, 1, 16), torch.zeros(2, 3, 1, 16))}),
+    ("window", {"window": 0}),
+    ("window", {"window": 2**31}),
+])  # fmt: skip
+def test_wrong_arguments_are_named(name, change):
+    q, k, v, position, sinks = draw(S=2, position=[9, 9], dtype=torch.float32)
+    given = {"q": q, "k": k, "v": v, "window": 4, "position": position, "sinks": sinks} | change
+    with pytest.raises(ValueError, match=f"^{name}: expected|^{name}: sinks need"):
+        banded_attention(**given)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_under_the_operator_do_not_synchronise():
+    tensors, position = on_device({"T": 40, "C": 30, "S": 2, "position": [3, 30]})
+    tensors = [x.requires_grad_() for x in tensors]
+    ops.banded_attention(*tensors[:3], 31, position, tuple(tensors[3:]), True).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.banded_attention(*tensors[:3], 31, position, tuple(tensors[3:]), True).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -264,7 +264,7 @@ def test_the_command_counts_every_byte(tmp_path, capsys):
         (["--script", "train_gpt.py", "--out", "./train_gpt.py"], "expected a file other than the script"),
         (["--script", "train_gpt.py", "--out", "x.py", "--kernels", "slot_sole"], "the nearest is 'slot_solve'"),
         (["--script", "train_gpt.py", "--out", "x.py", "--artifact", "no"], "no: cannot be read: No such file"),
-        (["--hub", "hub", "--kernels", "zzz"], "kernel 'zzz': no such file; expected one of bias_cross_entropy"),
+        (["--hub", "hub", "--kernels", "zzz"], "kernel 'zzz': no such file; expected one of attention"),
         (["--hub", "hub", "--name", "Upper_Case"], "--name 'Upper_Case': String should match pattern"),
     ],
 )

@@ -1,22 +1,4 @@
-"""Banded causal attention of a stream: each query sees itself, the `window - 1` keys before it, and the sinks.
-
-Query t of T stands behind C cached keys, so its own key is j = C + t. With the stream position P of the first query,
-
-    visible(t, j)     C + t - window < j <= C + t,  and  j >= C - P    (before that, the cache holds nothing)
-    visible(t, s)     s < P + t - (window - 1)      (sink s, the s-th token of the stream, is behind the band)
-    score(t, j) = q_t . k_j / sqrt(D),   score(t, s) = q_sink_t . k_sink_s / sqrt(D)
-    o_t = sum of softmax(scores of t over both)  times  v_j, v_sink_s
-    y_t = o_t,  or with `exclude_own`  o_t - (o_t . n) n,  n = v_(C+t) / max(|v_(C+t)|, 1e-12)
-
-| tensor         | shape            | type                                         |
-|----------------|------------------|----------------------------------------------|
-| q, q_sink, y   | [B, T, H, D]     | float32, bfloat16, float16                   |
-| k, v           | [B, C+T, Hkv, D] | the same; H is a multiple of Hkv             |
-| k_sink, v_sink | [B, S, Hkv, D]   | the same                                     |
-| position       | [B]              | int64                                        |
-
-Source: attention sinks of arXiv:2309.17453; XSA (`exclude_own`) of parameter-golf PR #1019.
-"""
+"""The executable specification in plain torch, and the path that CPUs take."""
 
 import torch
 import torch.nn.functional as F

@@ -26,9 +26,10 @@ from bench.common import elsewhere_seconds, folder_of, provenance, write_json
 from slotfast import corpus
 from slotfast.artifact import Artifact, read_artifact
 from slotfast.data import Tokenizer
-from slotfast.generate import Decoder, sample
+from slotfast.generate import sample
 from slotfast.model import GPT, GPTConfig
 from slotfast.quantize import Quantized, QuantizedMatrix, collect_hessians, output_costs, prune_to_size, quantize_model
+from slotfast.stream import CachedForward
 
 LENGTH = 512
 DEMO = Path(slotfast.__file__).parent / "demo"
@@ -148,9 +149,9 @@ def full_size(windows: int, length: int) -> dict:
     model.eval().requires_grad_(False)
     found = {"windows": windows, "length": length, "parameters": sum(p.numel() for p in model.parameters())}
     tokens = torch.randint(model.config.vocab_size, (windows, length))
-    decoder, steps = Decoder(model, windows, length), []
+    cached, steps = CachedForward(model, length, batch=windows), []
     for column in tokens.T:
-        steps.append(_seconds(decoder.step, column))
+        steps.append(_seconds(lambda column=column: model.head(cached(column[:, None]))))
     found |= {
         "sampling_s": sum(steps),
         "first_steps_ms": 1000 * float(np.median(steps[1:101])),

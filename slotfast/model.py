@@ -8,6 +8,7 @@ the hidden state go through `head` alone.
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -213,16 +214,19 @@ class ValueEmbedding(nn.Module):
         return self.proj(self.embed(tokens).to(dtype)) * self.scale.to(dtype)
 
 
-def rotary_table(length: int, config: GPTConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, each float64 [length, rope_dims / 2]; inputs beyond `rope_length` stretch the base."""
-    dims, base = config.rope_dims, config.rope_base
+def rotary_table(length: int, config: GPTConfig, position: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of int64 [T] positions, each float64 [T, rope_dims / 2]; `length` sets the base.
+
+    Inputs longer than `rope_length` stretch it.
+    """
+    dims, base, device = config.rope_dims, config.rope_base, position.device
     stretched = length > config.rope_length and dims > 2
     if stretched:
         base = base * (length / config.rope_length) ** (dims / (dims - 2))
     frequency = base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float64) / max(dims, 1))
     if config.rope_bf16 and not stretched:
         frequency = frequency.bfloat16().double()
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float64), frequency)
+    angle = torch.outer(position.double(), frequency)
     return angle.cos(), angle.sin()
 
 
@@ -234,6 +238,43 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
+class Attend(Protocol):
+    """How queries meet keys and values: within a window, or with those that a stream remembers."""
+
+    def __call__(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool) -> Tensor:
+        """What the last positions attend to.
+
+        Args:
+            run: number of the layer's run, in the order of runs.
+            q: [B, N, heads, head_width] of the last N positions, before rotation.
+            k, v: [B, T, kv_heads, head_width], k before rotation.
+            exclude_own: drop the direction of a position's own value from every head (XSA).
+
+        Returns:
+            [B, N, heads, head_width].
+        """
+        ...
+
+
+class WindowAttention:
+    """Every position sees those of its own window before it; positions count from 0.
+
+    Args:
+        length: positions of the window.
+        config: of the model.
+        device: of the tokens.
+    """
+
+    def __init__(self, length: int, config: GPTConfig, device: torch.device):
+        self.rope = rotary_table(length, config, torch.arange(length, device=device))
+
+    def __call__(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool) -> Tensor:
+        """See `Attend`."""
+        first = k.size(1) - q.size(1)
+        y = ops.attention(rotate(q, *(table[first:] for table in self.rope)), rotate(k, *self.rope), v)
+        return ops.without_own(y, v[:, first:]) if exclude_own else y
 
 
 class Attention(nn.Module):
@@ -249,21 +290,15 @@ class Attention(nn.Module):
         self.proj = Linear(config.width, config.width, zero=True)
         self.q_gain = nn.Parameter(torch.full((config.heads,), config.qk_gain))
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, value: Tensor | None, attend: Attend, run: int, first: int = 0) -> Tensor:
+        """Attention of positions from `first` on: x [B, T, width] to [B, T - first, width]."""
         batch, length, _ = x.shape
-        q = self.c_q(x).view(batch, length, self.heads, self.head_width)
+        q = self.c_q(x[:, first:]).view(batch, length - first, self.heads, self.head_width)
         k = self.c_k(x).view(batch, length, self.kv_heads, self.head_width)
         v = self.c_v(x)
         v = (v if value is None else v + value).view(batch, length, self.kv_heads, self.head_width)
-        q = rotate(rms_norm(q), *rope) * self.q_gain.to(x.dtype)[:, None]
-        k = rotate(rms_norm(k), *rope)
-        y = ops.attention(q, k, v)
-        if self.xsa:
-            # What a position attends to beyond itself: drop the direction of its own value from every head.
-            own = F.normalize(v, dim=-1)[:, :, :, None, :]  # (batch, length, kv_heads, 1, head_width)
-            y = y.reshape(batch, length, self.kv_heads, -1, self.head_width)
-            y = y - (y * own).sum(-1, keepdim=True) * own
-        return self.proj(y.reshape(batch, length, -1))
+        y = attend(run, rms_norm(q) * self.q_gain.to(x.dtype)[:, None], rms_norm(k), v, self.xsa)
+        return self.proj(y.reshape(batch, length - first, -1))
 
 
 class MLP(nn.Module):
@@ -292,10 +327,13 @@ class Block(nn.Module):
         self.norm_scale = 1 / math.sqrt(layer + 1) if config.ln_scale else 1.0
         self.parallel = config.parallel_from is not None and layer >= config.parallel_from
 
-    def forward(self, x: Tensor, x0: Tensor, rope: tuple[Tensor, Tensor], value: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, value: Tensor | None, attend: Attend, run: int, first: int = 0) -> Tensor:
+        """States of positions from `first` on: x, x0 [B, T, width] to [B, T - first, width]."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        attended = x + self.attn_scale.to(x.dtype) * self.attn(rms_norm(x) * self.norm_scale, rope, value)
+        seen = self.attn(rms_norm(x) * self.norm_scale, value, attend, run, first)
+        x = x[:, first:]
+        attended = x + self.attn_scale.to(x.dtype) * seen
         mlp_input = x if self.parallel else attended
         return attended + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(mlp_input) * self.norm_scale)
 
@@ -327,36 +365,57 @@ class GPT(nn.Module):
         self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in scales)
         self.lm_head = None if config.tied else Linear(config.width, config.vocab_size)
 
-    def hidden(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Normalised states before the output matrix.
+    def hidden(self, tokens: Tensor, dtype: torch.dtype | None = None, first: int = 0) -> Tensor:
+        """Normalised states before the output matrix, of windows.
 
         Args:
             tokens: int [B, T].
             dtype: of the computation; the embedding's where None.
+            first: position from which on states are wanted; the last layer leaves out what those before it alone need.
 
         Returns:
-            [B, T, width] in that dtype.
+            [B, T - first, width] in that dtype.
         """
-        dtype = dtype or self.tok_emb.weight.dtype
+        attend = WindowAttention(tokens.size(1), self.config, tokens.device)
+        return self.states(tokens, attend, dtype or self.tok_emb.weight.dtype, first=first)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Layers in the order in which they run."""
+        return self.config.order if self.looping else tuple(range(self.config.layers))
+
+    def states(self, tokens: Tensor, attend: Attend, dtype: torch.dtype, before: int = 0, first: int = 0) -> Tensor:
+        """Normalised states before the output matrix, of tokens that attend as `attend` says.
+
+        Args:
+            tokens: int [B, before + T].
+            attend: called once for each layer's run, with the queries, keys and values of the last T tokens.
+            dtype: of the computation.
+            before: leading tokens that only smear gate and bigram hash look at.
+            first: of the T positions, the first whose state is wanted.
+
+        Returns:
+            [B, T - first, width] in that dtype.
+        """
         x = self.tok_emb(tokens).to(dtype)
         if self.bigram is not None:
             x = x + self.bigram(tokens, dtype)
         x = rms_norm(x)
         if self.smear is not None:
             x = self.smear(x, tokens)
+        x, tokens = x[:, before:], tokens[:, before:]
         x0, skips = x, []
-        rope = rotary_table(tokens.size(1), self.config, x.device)
         value = self.ve_shared(tokens, dtype) if self.ve_shared is not None else None
-        order = self.config.order if self.looping else range(self.config.layers)
+        order = self.order
         half = len(order) // 2
-        for step, layer in enumerate(order):
-            if skips and step >= half:
-                x = self.add_skip(x, skips.pop(), step - half)
+        for run, layer in enumerate(order):
+            if skips and run >= half:
+                x = self.add_skip(x, skips.pop(), run - half)
             own_value = None
             if value is not None and layer in self.config.value_layers:
                 own_value = value * self.ve_layer_scales[self.config.value_layers.index(layer)].to(dtype)
-            x = self.blocks[layer](x, x0, rope, own_value)
-            if self.config.unet and step < half:
+            x = self.blocks[layer](x, x0, own_value, attend, run, first if run == len(order) - 1 else 0)
+            if self.config.unet and run < half:
                 skips.append(x)
         return rms_norm(x)
 

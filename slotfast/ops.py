@@ -197,14 +197,14 @@ _FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, grouped where there are fewer key heads than query heads.
+    """Causal attention of the last positions, grouped where there are fewer key heads than query heads.
 
     Args:
-        q: [B, T, heads, width].
+        q: [B, N, heads, width], of the last N of T positions.
         k, v: [B, T, kv_heads, width]; heads is a multiple of kv_heads.
 
     Returns:
-        [B, T, heads, width]: FlashAttention's where the machine has one that works, else torch's own.
+        [B, N, heads, width]: FlashAttention's where the machine has one that works, else torch's own.
     """
     flash = flash_attention(q.device) if q.dtype in (torch.bfloat16, torch.float16) else None
     if flash is not None:
@@ -213,11 +213,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    group = q.size(2) // k.size(2)
+    n, length, group = q.size(1), k.size(1), q.size(2) // k.size(2)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    mask = None
+    if n < length:  # torch's own causal mask is that of the first positions
+        mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
+    options = {"attn_mask": mask, "is_causal": n == length, "enable_gqa": group > 1}
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+
+
+def without_own(y: Tensor, v: Tensor) -> Tensor:
+    """What each position attends to beyond itself: every head's output less its part along the position's own value.
+
+    Args:
+        y: [B, T, heads, width].
+        v: [B, T, kv_heads, width]; heads is a multiple of kv_heads.
+
+    Returns:
+        [B, T, heads, width]. Source: XSA of PR #1019.
+    """
+    own = F.normalize(v, dim=-1)[:, :, :, None, :]  # (B, T, kv_heads, 1, width)
+    grouped = y.reshape(*v.shape[:3], -1, v.size(-1))
+    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).reshape(y.shape)
 
 
 # By type of device. A dictionary, not a cache decorator: a compiler that traces `attention` reads it, whereas it would

@@ -39,6 +39,30 @@ PLAIN = {
 }
 
 
+# over SMALL
+VARIANTS = {
+    "every part": {},
+    "plain GPT": PLAIN,
+    "untied, no groups, even depth": {"tied": False, "kv_heads": 4, "layers": 4, "value_layers": (0,)},
+    "documents apart": {"bos_id": 5},
+    "gated skips": {"skip_gates": True},
+    "a repeated segment": {"loops": 2, "loop_start": 1, "loop_end": 3},
+    "parallel residuals": {"parallel_from": 2},
+    "all at once": {"bos_id": 5, "skip_gates": True, "loops": 1, "loop_start": 2, "loop_end": 3, "parallel_from": 3},
+    "one layer, short of the rope length": {"rope_length": 64, "layers": 1, "value_layers": (0,)},
+}
+
+
+def random_model(**changes):
+    """A float64 model of `SMALL` with the changes, every weight of it random."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(**{**SMALL, **changes})).double()
+    with torch.no_grad():
+        for parameter in model.parameters():  # zero-initialised parts would hide their mistakes
+            parameter.normal_(0, 0.4)
+    return model.eval().requires_grad_(False)
+
+
 def write_tiny(path, seed=0):
     """Write a tiny random model of the demo tokenizer, of length 64."""
     torch.manual_seed(seed)

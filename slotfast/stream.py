@@ -1,0 +1,185 @@
+"""A model that reads a stream block by block and forwards every token once.
+
+A token attends to itself, to the `window - 1` tokens before it and to the stream's first `sinks`, through keys and
+values as they were when those were forwarded. Sliding windows forward every token seq_len / stride times instead.
+
+Positions count along the stream. A sink that has left the window stands just before the window's oldest token, so that
+no distance exceeds window + sinks. With the sinks' keys rotated once, at their places 0, 1, ... in the stream, that is
+the same as a query rotated at min(position, window - 1 + sinks): distances are all that rotation shows.
+
+Source: Transformer-XL (arXiv 1901.02860) for the memory, StreamingLLM (arXiv 2309.17453) for the sinks.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .model import GPT, rotary_table, rotate
+
+_LOOK_BACK = 2  # tokens that smear gate and bigram hash reach back together
+
+
+class CachedForward:
+    """A model over consecutive blocks of a stream, or of several side by side, with what later tokens need of it.
+
+    Under `torch.enable_grad` gradients reach the weights through the block that is read, not through earlier ones.
+
+    Args:
+        model: in evaluation mode.
+        window: tokens that one attends to, itself among them, >= 1; the rotary base is that of this length.
+        sinks: first tokens of the stream that stay visible, >= 0.
+        batch: streams side by side.
+        dtype: of the computation and of what is kept; the embedding's where None.
+
+    Attributes:
+        position: tokens read so far.
+    """
+
+    def __init__(self, model: GPT, window: int, sinks: int = 0, batch: int = 1, dtype: torch.dtype | None = None):
+        embedding = model.tok_emb.weight
+        self.model, self.window, self.sinks = model, window, sinks
+        self.dtype = dtype or embedding.dtype
+        self.position = 0
+        self._tokens = torch.empty(batch, 0, dtype=torch.int64, device=embedding.device)
+        # A layer that runs repeatedly reads other inputs each time, so each of its runs has keys and values of its own.
+        self._memory = [_Memory(window - 1, sinks) for _ in model.order]
+
+    @property
+    def reach(self) -> int:
+        """Earlier tokens that the state of one can depend on, sinks apart."""
+        return len(self._memory) * (self.window - 1) + _LOOK_BACK
+
+    def __call__(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """Read the next tokens.
+
+        Args:
+            tokens: int [batch, T] on the model's device.
+            first: of the T tokens, the first whose state is wanted.
+
+        Returns:
+            [batch, T - first, width], normalised states before the output matrix.
+        """
+        known = torch.cat([self._tokens, tokens.to(torch.int64)], 1)
+        attend = _StreamAttention(self, tokens.size(1))
+        states = self.model.states(known, attend, self.dtype, self._tokens.size(1), first)
+        self._tokens = known[:, -_LOOK_BACK:]
+        self.position += tokens.size(1)
+        return states
+
+    def skip(self, position: int) -> None:
+        """Go on at a later position of the stream, as if all but the sinks before it did not exist."""
+        self.position, self._tokens = position, self._tokens[:, :0]
+        for memory in self._memory:
+            memory.forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next block depends on, the model apart."""
+        memory = [part.state_dict() for part in self._memory]
+        return {"position": self.position, "tokens": self._tokens, "memory": memory}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        device = self._tokens.device
+        self.position, self._tokens = state["position"], state["tokens"].to(device)
+        for memory, saved in zip(self._memory, state["memory"], strict=True):
+            memory.load_state_dict(saved, device)
+
+
+class _StreamAttention:
+    """One block's attention; see `slotfast.model.Attend`."""
+
+    def __init__(self, stream: CachedForward, length: int):
+        self.stream = stream
+        device = stream._tokens.device
+        position = torch.arange(stream.position, stream.position + length, device=device)
+        config, window = stream.model.config, stream.window
+        self.rope = rotary_table(window, config, position)
+        # Only where the last query has a sink behind its window
+        self.sinks = stream.sinks > 0 and stream.position + length > window
+        if self.sinks:
+            self.sink_rope = rotary_table(window, config, position.clamp(max=window - 1 + stream.sinks))
+        self.position = position[:1].expand(stream._tokens.size(0))
+
+    def __call__(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool) -> Tensor:
+        first = k.size(1) - q.size(1)
+        k = rotate(k, *self.rope)
+        memory = self.stream._memory[run]
+        keys, values, *sinks = memory.take(k, v, self.stream.position)
+        turned = rotate(q, *(table[first:] for table in self.rope))
+        q_sink = rotate(q, *(table[first:] for table in self.sink_rope)) if self.sinks else None
+        return ops.banded_attention(
+            turned,
+            keys,
+            values,
+            self.stream.window,
+            self.position + first,
+            (q_sink, *sinks) if self.sinks else None,
+            exclude_own,
+        )
+
+
+class _Memory:
+    """Keys and values of one run of a layer: of the last `keep` tokens and of the stream's first `sinks`."""
+
+    def __init__(self, keep: int, sinks: int):
+        self.keep, self.sinks = keep, sinks
+        self.recent = _Recent(keep), _Recent(keep)
+        self.first: tuple[Tensor, Tensor] | None = None
+
+    def take(self, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keys and values that a block's queries see, then the sinks' keys and values; the block is taken in.
+
+        Args:
+            k, v: [batch, T, kv_heads, head_width], k rotated.
+            position: of the first of them.
+        """
+        first = (k[:, :0], v[:, :0]) if self.first is None else self.first
+        if position < self.sinks:
+            first = tuple(
+                torch.cat([old, new[:, : self.sinks - position]], 1) for old, new in zip(first, (k, v), strict=True)
+            )
+            self.first = tuple(x.detach().clone() for x in first)
+        return *(recent.extend(new) for recent, new in zip(self.recent, (k, v), strict=True)), *first
+
+    def forget(self) -> None:
+        self.recent = _Recent(self.keep), _Recent(self.keep)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"recent": [recent.last() for recent in self.recent], "first": self.first}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self.forget()
+        for recent, saved in zip(self.recent, state["recent"], strict=True):
+            if saved is not None:
+                recent.extend(saved.to(device))
+        self.first = state["first"] and tuple(x.to(device) for x in state["first"])
+
+
+class _Recent:
+    """The last `keep` places of a growing tensor, in a buffer with room for more, so that a step copies little."""
+
+    def __init__(self, keep: int):
+        self.keep, self.end = keep, 0
+        self.buffer: Tensor | None = None
+
+    def last(self) -> Tensor | None:
+        """What is kept, [batch, up to keep, ...]; None before anything came."""
+        return None if self.buffer is None else self.buffer[:, max(0, self.end - self.keep) : self.end]
+
+    def extend(self, new: Tensor) -> Tensor:
+        """What was kept, and behind it the new [batch, T, ...], which carries its gradient."""
+        past, count = self.last(), new.size(1)
+        if past is None:
+            past = new[:, :0].detach()
+        grown = torch.cat([past, new], 1) if new.requires_grad else None
+        if self.buffer is None or self.end + count > self.buffer.size(1):
+            room = self.keep + max(count, self.keep)
+            self.buffer = new.new_empty(new.size(0), room, *new.shape[2:])
+            self.buffer[:, : past.size(1)] = past
+            self.end = past.size(1)
+        begin, self.end = self.end, self.end + count
+        self.buffer[:, begin : self.end] = new.detach()
+        return self.buffer[:, begin - past.size(1) : self.end] if grown is None else grown

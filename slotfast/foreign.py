@@ -68,8 +68,11 @@ class LanguageModel(nn.Module):
     def head_apart(self) -> bool:
         return self._head is not None
 
-    def hidden(self, tokens: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Hidden states of tokens int64 [B, T], in `dtype` where that is a narrow one; without a head apart, logits."""
+    def hidden(self, tokens: Tensor, dtype: torch.dtype | None = None, first: int = 0) -> Tensor:
+        """Hidden states, from position `first` on, of tokens int64 [B, T]; without a head apart, logits.
+
+        In `dtype` where that is a narrow one.
+        """
         with _autocast(tokens.device, dtype):
             try:
                 states = (self._hidden or self.module)(tokens)
@@ -79,8 +82,8 @@ class LanguageModel(nn.Module):
                 shape = list(tokens.shape)
                 raise InputError(f"--model: fails on tokens int64 {shape}: {_first_line(error)}") from error
             if self._hidden is None:
-                return _at_least_float32(getattr(states, "logits", states))
-            return states.to(dtype) if dtype in _NARROW else states
+                return _at_least_float32(getattr(states, "logits", states))[:, first:]
+            return (states.to(dtype) if dtype in _NARROW else states)[:, first:]
 
     def head(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of hidden states, float32 (float64 for float64) [..., V]; a bias is added last: no cap is known of."""

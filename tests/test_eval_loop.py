@@ -7,12 +7,17 @@ import torch.nn.functional as F
 
 from slotfast.data import ByteTable, TokenStream
 from slotfast.errors import InputError
-from slotfast.eval import SlidingPass
+from slotfast.eval import SlidingPass, Streaming
 from slotfast.slot import PRESETS, Adapter, parse_preset
+from slotfast.stream import CachedForward
 from slotfast.windows import Plan
 
 V, L, STRIDE, BOS = 64, 32, 8, 1
 BYTES = ByteTable(np.arange(V) % 5, np.arange(V) % 3 == 0, np.arange(V) < 4)
+
+
+WAYS = {"windows": None, "stream": Streaming(block_tokens=24), "stream with sinks": Streaming(3, 40)}
+both_ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 
 
 def _tokens(n=400, seed=0):
@@ -23,7 +28,7 @@ def _tokens(n=400, seed=0):
     return tokens
 
 
-def _run(model, tokens, presets, batch=8, rank=0, world=1, parts=1, together=None):
+def _run(model, tokens, presets, batch=8, rank=0, world=1, parts=1, together=None, way=None):
     stream = TokenStream(np.array_split(np.asarray(tokens), parts))
     adapters = [Adapter(parse_preset(name), bos_id=BOS) for name in presets]
     scored = []
@@ -37,6 +42,7 @@ def _run(model, tokens, presets, batch=8, rank=0, world=1, parts=1, together=Non
         BOS,
         batch_windows=batch,
         adapt_windows=together,
+        streaming=way,
         rank=rank,
         world=world,
     ).run(on_scored=scored.append)
@@ -68,11 +74,26 @@ def test_every_token_is_scored_once_with_all_its_context(tiny_model):
     assert result.meter.score(0).nats == pytest.approx(float(nll[0].astype(np.float64).sum()), rel=1e-12)
 
 
-@pytest.mark.parametrize("name", sorted(PRESETS))
-def test_a_changed_token_moves_no_earlier_score_of_a_causal_preset(tiny_model, name):
-    """The future flip through the real loop, at borders of windows, batches and documents, and in the tail."""
+@pytest.mark.parametrize("sinks", [0, 3])
+@pytest.mark.parametrize("block", [1, 7, 24, 400])
+def test_a_stream_scores_with_one_dense_forwards_states(tiny_model, sinks, block):
     tokens = _tokens()
-    *_, before = _run(tiny_model, tokens, [_quick(name)], batch=32)
+    ids = torch.from_numpy(tokens)
+    logits = tiny_model.head(CachedForward(tiny_model, L, sinks)(ids[None, :-1])[0])
+    expected = F.cross_entropy(logits, ids[1:], reduction="none")
+    result, position, token, _, nll = _run(tiny_model, tokens, [], parts=3, way=Streaming(sinks, block))
+    np.testing.assert_array_equal(position, np.arange(1, 400))
+    np.testing.assert_array_equal(token, tokens[1:])
+    np.testing.assert_allclose(nll[0], expected.numpy(), atol=2e-5)
+    assert result.windows == len(result.plan)
+
+
+@both_ways
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_a_changed_token_moves_no_earlier_score_of_a_causal_preset(tiny_model, name, way):
+    """The future flip through the real loop, at borders of windows, blocks, batches and documents, and in the tail."""
+    tokens = _tokens()
+    *_, before = _run(tiny_model, tokens, [_quick(name)], batch=32, way=way)
     row = int(name != "none")
     leaks = 0
     for flipped in (
@@ -82,6 +103,8 @@ def test_a_changed_token_moves_no_earlier_score_of_a_causal_preset(tiny_model, n
         L + 1,
         L + STRIDE,
         8 * STRIDE + L,
+        120,
+        121,
         233,
         int(np.flatnonzero(tokens == BOS)[3]),
         390,
@@ -89,7 +112,7 @@ def test_a_changed_token_moves_no_earlier_score_of_a_causal_preset(tiny_model, n
     ):
         other = tokens.copy()
         other[flipped] = 4 + (other[flipped] + 1) % (V - 4)
-        *_, after = _run(tiny_model, other, [_quick(name)], batch=32)
+        *_, after = _run(tiny_model, other, [_quick(name)], batch=32, way=way)
         # prediction p is charged for token p + 1: scores of tokens before the flipped one
         assert np.array_equal(before[0, : flipped - 1], after[0, : flipped - 1])
         assert not np.array_equal(before[row, flipped - 1 :], after[row, flipped - 1 :])
@@ -97,11 +120,12 @@ def test_a_changed_token_moves_no_earlier_score_of_a_causal_preset(tiny_model, n
     assert (leaks == 0) == PRESETS[name].compliance.causal
 
 
+@both_ways
 @pytest.mark.parametrize("batch", [1, 3, 64])
-def test_batch_size_does_not_move_the_scores_of_causal_presets(tiny_model, batch):
+def test_batch_size_does_not_move_the_scores_of_causal_presets(tiny_model, batch, way):
     names = [_quick(name) for name, row in PRESETS.items() if row.compliance.causal and name != "none"]
-    reference, *_, expected = _run(tiny_model, _tokens(), names, batch=8)
-    result, *_, nll = _run(tiny_model, _tokens(), names, batch=batch)
+    reference, *_, expected = _run(tiny_model, _tokens(), names, batch=8, way=way)
+    result, *_, nll = _run(tiny_model, _tokens(), names, batch=batch, way=way)
     # the forward may round differently in another batch shape, and an unregularised fit amplifies that
     unsteady = (
         "pr1350-window",
@@ -113,14 +137,15 @@ def test_batch_size_does_not_move_the_scores_of_causal_presets(tiny_model, batch
     assert result.meter.rows == ["none", *(n.partition(":")[0] for n in names)] == reference.meter.rows
 
 
+@both_ways
 @pytest.mark.parametrize("together", [16, 1024])
-def test_windows_adapted_at_once_do_not_move_a_bit(tiny_model, together):
+def test_windows_adapted_at_once_do_not_move_a_bit(tiny_model, together, way):
     names = [_quick(name) for name in PRESETS if name != "none"]
     names = [
         name + (":" if name in PRESETS else ",") + "batch=8" * ("batch" in parse_preset(name).options) for name in names
     ]
-    *_, expected = _run(tiny_model, _tokens(), names)
-    *_, nll = _run(tiny_model, _tokens(), names, together=together)
+    *_, expected = _run(tiny_model, _tokens(), names, way=way)
+    *_, nll = _run(tiny_model, _tokens(), names, together=together, way=way)
     for name, mine, other in zip(["none", *names], nll, expected, strict=True):
         assert np.array_equal(mine, other), name
 
@@ -138,16 +163,17 @@ def test_distributions_are_given_on_request(tiny_model):
     np.testing.assert_allclose(charged.numpy(), np.concatenate([part.nll for part in scored], 1), atol=1e-5)
 
 
-@pytest.mark.parametrize("world", [2, 3, 60])
-def test_ranks_score_what_one_process_scores(tiny_model, world):
-    names = ["causal", "causal-window", "causal-lbfgs"]
+@both_ways
+@pytest.mark.parametrize("world", [2, 3, 8, 60])
+def test_ranks_score_what_one_process_scores(tiny_model, world, way):
+    names = ["causal-window", "causal-lbfgs", "causal"]
     tokens = _tokens()
-    whole, *_, expected = _run(tiny_model, tokens, names)
+    whole, *_, expected = _run(tiny_model, tokens, names, way=way)
     nll, sums = [], np.zeros_like(whole.meter.nats)
     for rank in range(world):
         if not Plan(len(tokens) - 1, L, STRIDE).owned(rank, world):
             continue
-        result, *_, part = _run(tiny_model, tokens, names, rank=rank, world=world)
+        result, *_, part = _run(tiny_model, tokens, names, rank=rank, world=world, way=way)
         nll.append(part)
         sums += result.meter.nats
     np.testing.assert_allclose(np.concatenate(nll, 1), expected, atol=2e-4)

@@ -1,4 +1,4 @@
-"""One sliding-window pass: every token scored once, plain and adapted, out of the same forward."""
+"""One pass over a stream's windows: every token scored once, plain and adapted, out of the same forward."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,9 +13,10 @@ from ..data import ByteTable, TokenStream
 from ..errors import InputError
 from ..ops import Backend
 from ..score import Meter
-from ..slot import Adapter, Adjusted, WindowBatch, first_position
+from ..slot import Adapter, Adjusted
 from ..ttt import ScoreFirst
-from ..windows import Plan, Window
+from ..windows import Plan
+from .forward import Forward, StreamForward, Streaming, WindowForward
 
 PIECES = 200
 
@@ -49,7 +50,9 @@ class SlidingPass:
         adapters: fresh, in the order of the result's rows 1, 2, ...; row 0 is the unadapted model.
         byte_table: bytes of each token.
         bos_id: the token that starts a document.
-        batch_windows: windows of one forward; short batches are padded to it, so that shapes never change.
+        streaming: every token is forwarded once; None: every window is forwarded for itself.
+        batch_windows: windows of one forward; short batches are padded to it, so that shapes never change. In a stream,
+            windows of one batch.
         adapt_windows: windows that are adapted at once, a multiple of batch_windows, which is the default.
         dtype, device: of the forward.
         rank, world: this process among all; adapters that carry state replay the windows before their first.
@@ -75,6 +78,7 @@ class SlidingPass:
         *,
         batch_windows: int,
         adapt_windows: int | None = None,
+        streaming: Streaming | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         rank: int = 0,
@@ -95,10 +99,13 @@ class SlidingPass:
         self.along = Meter(rows, PIECES)
         self.windows = 0
         self.seconds = {"forward": 0.0, "adapt": 0.0, "score": 0.0}
-        self._forward = _Forward(model, stream, plan, adapters, batch_windows, dtype, device, backend)
         self._owned = plan.owned(rank, world)
         burn_in = max((adapter.burn_in(plan.stride) for adapter in adapters), default=0)
         self._first = max(0, self._owned.start - burn_in)  # what the adapters carry begins with this window
+        where = (model, stream, plan, adapters, dtype, device, backend)
+        self._forward: Forward = (
+            StreamForward(*where, self._first, streaming) if streaming else WindowForward(*where, batch_windows)
+        )
         self._done: int | None = None  # windows before this one are scored; None before any is
 
     @torch.no_grad()
@@ -130,6 +137,8 @@ class SlidingPass:
         for chunk, windows in enumerate(self.training.chunks(self.plan)):
             if windows.stop < (self._done or 0):  # scored and trained on
                 continue
+            last = self.plan[windows[-1]]
+            self._forward.end_at(last.start + last.scored_end)
             mine = windows[self.rank * len(windows) // self.world : (self.rank + 1) * len(windows) // self.world]
             self._score(mine, clock, on_scored, on_windows, on_piece)
             where = {"rank": self.rank, "world": self.world, "dtype": self.dtype, "device": self.device}
@@ -145,6 +154,7 @@ class SlidingPass:
             "seconds": dict(self.seconds),
             "meter": self.meter.state_dict(),
             "along": self.along.state_dict(),
+            "forward": self._forward.state_dict(),
             "adapters": [adapter.state_dict() for adapter in self.adapters],
             "training": self.training.state_dict(self.model) if self.training else None,
         }
@@ -162,6 +172,7 @@ class SlidingPass:
         self.seconds.update(state["seconds"])
         self.meter.load_state_dict(state["meter"])
         self.along.load_state_dict(state["along"])
+        self._forward.load_state_dict(state["forward"])
         begin, end = self.plan[self._first], self.plan[done - 1]
         past = self.stream.read(begin.start + begin.context_end + 1, end.start + end.scored_end + 1)
         for adapter, saved in zip(self.adapters, state["adapters"], strict=True):
@@ -234,57 +245,6 @@ class SlidingPass:
         tokens = self.stream.read(start, start + values.shape[1] + 1)
         position = np.arange(start + 1, start + len(tokens))
         return Scored(position, tokens[1:], self.byte_table.count(tokens[1:], tokens[:-1]), values, logprobs)
-
-
-class _Forward:
-    """The model over consecutive windows: from their numbers to a batch that holds what the adapters need."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        stream: TokenStream,
-        plan: Plan,
-        adapters: Sequence[Adapter],
-        rows: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        backend: Backend,
-    ):
-        self.model, self.stream, self.plan, self.rows = model, stream, plan, rows
-        self.dtype, self.device, self.backend = dtype, device, backend
-        self.keep_hidden = any(adapter.row.needs_hidden for adapter in adapters)
-        self.first_needed = min(
-            (first_position(adapter.row, plan.seq_len, plan.stride) for adapter in adapters),
-            default=plan.seq_len - plan.stride,
-        )
-
-    def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
-        cut = self.first_needed if indices.start else 0  # the stream's first window scores all of its positions
-        parts: list[tuple[torch.Tensor, ...]] = []
-        for first in range(0, len(indices), self.rows):
-            windows = [self.plan[index] for index in indices[first : first + self.rows]]
-            tokens = _gather(self.stream, self.plan, windows, self.rows)
-            hidden = self.model.hidden(tokens[:, :-1].to(self.device), self.dtype)[:, cut:]
-            ends = [[end - cut for end in (w.context_end, w.scored_end)] for w in windows]
-            ends = torch.tensor(ends + [[0, 0]] * (self.rows - len(ends)), dtype=torch.int64)
-            kept = (hidden,) if self.keep_hidden else ()
-            parts.append((self.model.head(hidden), *(t.to(self.device) for t in (tokens[:, 1 + cut :], ends)), *kept))
-            if on_windows:
-                on_windows(len(windows))
-        columns = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
-        logits, targets, ends, *hidden = columns
-        return WindowBatch(logits, targets, ends[:, 0], ends[:, 1], self.backend, *hidden, head=self.model.head)
-
-
-def _gather(stream: TokenStream, plan: Plan, windows: Sequence[Window], rows: int) -> torch.Tensor:
-    """Tokens int64 [rows, seq_len + 1] of consecutive windows, zero behind the stream's end and in unused rows."""
-    tokens = np.zeros((rows, plan.seq_len + 1), np.int64)
-    first = windows[0].start
-    span = stream.read(first, windows[-1].start + plan.seq_len + 1)
-    for row, window in zip(tokens, windows, strict=False):
-        piece = span[window.start - first :][: plan.seq_len + 1]
-        row[: len(piece)] = piece
-    return torch.from_numpy(tokens)
 
 
 class _Clock:

@@ -1,0 +1,279 @@
+"""From the numbers of consecutive windows to a batch that holds what adaptations need.
+
+Two ways: every window forwarded for itself, or every token of the stream forwarded once, the windows being overlapping
+views of one tape of logits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..data import TokenStream
+from ..ops import Backend
+from ..slot import Adapter, WindowBatch, first_position
+from ..stream import CachedForward
+from ..windows import Plan, Window
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """How a stream is forwarded.
+
+    Args:
+        sinks: first tokens that stay visible for good, >= 0.
+        block_tokens: tokens of one forward, >= 1; blocks start at its multiples.
+    """
+
+    sinks: int = 0
+    block_tokens: int = 1024
+
+
+class Forward(Protocol):
+    """The model over a rank's windows, in order."""
+
+    def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
+        """Consecutive windows; `on_windows` is called with the number of windows that are done."""
+        ...
+
+    def end_at(self, predictions: int) -> None:
+        """Forward nothing behind this many predictions of the stream, until the next call."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next batch needs of the earlier ones."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+
+
+class WindowForward:
+    """Every window forwarded for itself.
+
+    Args:
+        model, stream, plan, adapters, dtype, device, backend: of the pass.
+        batch_windows: windows of one forward; short batches are padded to it, so that shapes never change.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: TokenStream,
+        plan: Plan,
+        adapters: Sequence[Adapter],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        backend: Backend,
+        batch_windows: int,
+    ):
+        self.model, self.stream, self.plan, self.batch_windows = model, stream, plan, batch_windows
+        self.dtype, self.device, self.backend = dtype, device, backend
+        self.keep_hidden, self.first_needed = _needs(adapters, plan)
+
+    def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
+        """See `Forward`."""
+        cut = self.first_needed if indices.start else 0  # the stream's first window scores all of its positions
+        parts: list[tuple[Tensor, ...]] = []
+        for first in range(0, len(indices), self.batch_windows):
+            windows = [self.plan[index] for index in indices[first : first + self.batch_windows]]
+            tokens = self._gather(windows)
+            hidden = self.model.hidden(tokens[:, :-1].to(self.device), self.dtype, cut)
+            ends = _ends(windows, cut)
+            ends = torch.cat([ends, ends.new_zeros(self.batch_windows - len(ends), 2)])
+            kept = (hidden,) if self.keep_hidden else ()
+            parts.append((self.model.head(hidden), *(t.to(self.device) for t in (tokens[:, 1 + cut :], ends)), *kept))
+            if on_windows:
+                on_windows(len(windows))
+        columns = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
+        logits, targets, ends, *hidden = columns
+        return WindowBatch(logits, targets, ends[:, 0], ends[:, 1], self.backend, *hidden, head=self.model.head)
+
+    def end_at(self, predictions: int) -> None:
+        """Nothing is forwarded ahead."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing is kept."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to go on from."""
+
+    def _gather(self, windows: Sequence[Window]) -> Tensor:
+        """Tokens int64 [batch_windows, seq_len + 1], zero behind the stream's end and in unused places."""
+        length, first = self.plan.seq_len + 1, windows[0].start
+        tokens = np.zeros((self.batch_windows, length), np.int64)
+        span = self.stream.read(first, windows[-1].start + length)
+        for place, window in zip(tokens, windows, strict=False):
+            piece = span[window.start - first :][:length]
+            place[: len(piece)] = piece
+        return torch.from_numpy(tokens)
+
+
+class StreamForward:
+    """Every token forwarded once, block by block; windows are views of the tape of their logits.
+
+    Args:
+        model, stream, plan, adapters, dtype, device, backend: of the pass.
+        first_window: where the windows begin; the stream before it is forwarded as far as the windows depend on it.
+        streaming: sinks and blocks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stream: TokenStream,
+        plan: Plan,
+        adapters: Sequence[Adapter],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        backend: Backend,
+        first_window: int,
+        streaming: Streaming,
+    ):
+        self.model, self.stream, self.plan, self.block = model, stream, plan, streaming.block_tokens
+        self.device, self.backend = device, backend
+        self.keep_hidden, self.first_needed = _needs(adapters, plan)
+        self.end = plan.predictions
+        make = getattr(model, "cached_forward", None)  # models of other projects bring their own
+        self.cached = (make or _of_ours(model))(plan.seq_len, streaming.sinks, dtype)
+        self.logits, self.hidden = Tape(), Tape()
+
+    def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
+        """See `Forward`. The batch is good until the next call."""
+        windows = [self.plan[index] for index in indices]
+        cut = self.first_needed if indices.start else 0
+        begin, length = windows[0].start + cut, self.plan.seq_len - cut
+        if self.logits.end == 0:
+            self._start(begin)
+        for tape in (self.logits, self.hidden):
+            tape.drop(begin)
+        end = windows[-1].start + self.plan.seq_len
+        while self.cached.position < min(end, self.end):
+            self._read(begin)
+        options = {"begin": begin, "step": self.plan.stride, "count": len(windows), "length": length}
+        logits = self.logits.windows(**options)
+        tokens = np.zeros(end - begin, np.int64)
+        known = self.stream.read(begin + 1, end + 1)
+        tokens[: len(known)] = known
+        targets = overlapping(torch.from_numpy(tokens).to(self.device), self.plan.stride, len(windows), length)
+        hidden = (self.hidden.windows(**options),) if self.keep_hidden else ()
+        ends = _ends(windows, cut).to(self.device)
+        if on_windows:
+            on_windows(len(windows))
+        return WindowBatch(logits, targets, ends[:, 0], ends[:, 1], self.backend, *hidden, head=self.model.head)
+
+    def _start(self, begin: int) -> None:
+        """Bring the cache to where prediction `begin` has all that it depends on."""
+        start = max(0, begin - self.cached.reach) // self.block * self.block
+        if start and self.cached.sinks:
+            self._read(self.plan.predictions)
+        if start > self.cached.position:
+            self.cached.skip(start)
+
+    def _read(self, wanted: int) -> None:
+        """Forward up to the next multiple of the block's size; predictions from `wanted` on go to the tape."""
+        start = self.cached.position
+        stop = min((start // self.block + 1) * self.block, self.end)
+        tokens = torch.from_numpy(self.stream.read(start, stop).astype(np.int64))[None].to(self.device)
+        first = min(max(0, wanted - start), stop - start)
+        hidden = self.cached(tokens, first)[0]
+        if first < stop - start:
+            self.logits.append(start + first, self.model.head(hidden))
+            if self.keep_hidden:
+                self.hidden.append(start + first, hidden)
+
+    def end_at(self, predictions: int) -> None:
+        """See `Forward`."""
+        self.end = min(predictions, self.plan.predictions)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Forward`."""
+        parts = {"cached": self.cached, "logits": self.logits, "hidden": self.hidden}
+        return {name: part.state_dict() for name, part in parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Forward`."""
+        self.cached.load_state_dict(state["cached"])
+        self.logits.load_state_dict(state["logits"], self.device)
+        self.hidden.load_state_dict(state["hidden"], self.device)
+
+
+class Tape:
+    """Rows of consecutive predictions, in a buffer that what is no longer needed drops out of."""
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+        self.origin = 0  # prediction of the buffer's first row
+        self.begin = self.end = 0  # predictions that are kept
+
+    def drop(self, before: int) -> None:
+        """Forget the predictions before this one."""
+        self.begin = max(self.begin, before)
+
+    def append(self, begin: int, rows: Tensor) -> None:
+        """Rows [n, ...] of the predictions from `begin` on, which follow those that are kept."""
+        if self.buffer is None or self.end <= self.begin:
+            self.begin = self.end = begin
+        room = self._room(len(rows), rows)
+        room[:] = rows
+
+    def windows(self, begin: int, step: int, count: int, length: int) -> Tensor:
+        """Overlapping views [count, length, ...]: of `length` rows from begin, begin + step, ... on.
+
+        Behind the last row that came they show zeros.
+        """
+        missing = begin + (count - 1) * step + length - self.end
+        if missing > 0:
+            end = self.end
+            self._room(missing, self.buffer).zero_()
+            self.end = end  # rows that are still to come replace them
+        return overlapping(self.buffer[begin - self.origin :], step, count, length)
+
+    def _room(self, count: int, like: Tensor) -> Tensor:
+        kept = self.end - self.begin
+        if self.buffer is None or self.end - self.origin + count > len(self.buffer):
+            old, first = self.buffer, self.begin - self.origin
+            if old is None or 2 * (kept + count) > len(old):
+                self.buffer = like.new_empty(2 * (kept + count), *like.shape[1:])
+            if old is not None:
+                # within one buffer the two do not overlap: it is twice as long as what is kept
+                self.buffer[:kept] = old[first : first + kept]
+            self.origin = self.begin
+        begin = self.end - self.origin
+        self.end += count
+        return self.buffer[begin : begin + count]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows that are kept."""
+        rows = None if self.buffer is None else self.buffer[self.begin - self.origin : self.end - self.origin]
+        return {"begin": self.begin, "rows": rows}
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
+        """Go on from what `state_dict` gave."""
+        self.__init__()
+        if state["rows"] is not None:
+            self.append(state["begin"], state["rows"].to(device))
+
+
+def overlapping(rows: Tensor, step: int, count: int, length: int) -> Tensor:
+    """Views [count, length, ...] of contiguous rows [n, ...]: `length` rows from 0, step, 2 * step, ... on."""
+    return rows.as_strided((count, length, *rows.shape[1:]), (step * rows.stride(0), *rows.stride()))
+
+
+def _needs(adapters: Sequence[Adapter], plan: Plan) -> tuple[bool, int]:
+    """Whether hidden states are needed, and a window's first position, other than the stream's first, that is."""
+    positions = (first_position(adapter.row, plan.seq_len, plan.stride) for adapter in adapters)
+    keep_hidden = any(adapter.row.needs_hidden for adapter in adapters)
+    return keep_hidden, min(positions, default=plan.seq_len - plan.stride)
+
+
+def _ends(windows: Sequence[Window], cut: int) -> Tensor:
+    """int64 [W, 2]: context_end and scored_end, counted from position `cut`."""
+    return torch.tensor([[window.context_end - cut, window.scored_end - cut] for window in windows], dtype=torch.int64)
+
+
+def _of_ours(model: nn.Module) -> Callable[[int, int, torch.dtype], CachedForward]:
+    return lambda window, sinks, dtype: CachedForward(model, window, sinks, dtype=dtype)

@@ -270,3 +270,21 @@ def test_kernels_under_the_operator_do_not_synchronise():
         ops.banded_attention(*tensors[:3], 31, position, tuple(tensors[3:]), True).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("S", [0, 3])
+@pytest.mark.parametrize("window", [1, 17, 130, 1000])
+@pytest.mark.parametrize("T", [1, 5, 64, 65, 150])
+def test_what_a_cpu_runs_is_the_reference(T, window, S):
+    """Blocks of 64 queries, any cache, one group or more, gradients too."""
+    for past, heads in product((0, 3, 70, 300), (2, 6)):
+        position = [past + 7, past + 1] if S else None
+        q, k, v, place, sinks = draw(T=T, C=past, H=heads, Hkv=2, D=8, S=S, position=position)
+        inputs = [x.requires_grad_() for x in (q, k, v, *(sinks or ()))]
+        weight = torch.randn_like(q)
+        for exclude_own in (False, True):
+            got = ops.banded_attention(q, k, v, window, place, sinks, exclude_own)
+            expected = banded_attention_ref(q, k, v, window, place, sinks, exclude_own)
+            assert (got - expected).abs().max() < 1e-12
+        pairs = zip(*(torch.autograd.grad((y * weight).sum(), inputs) for y in (got, expected)), strict=True)
+        assert all((mine - other).abs().max() < 1e-11 for mine, other in pairs)

@@ -54,18 +54,6 @@ def liger_cross_entropy_grad(logits, targets, bias=None, **options):
     return loss.detach(), dbias
 
 
-def p_form_evaluate(form, bias, *, reduction="mean"):
-    """(loss, dbias) by batched products, which round differently in another batch."""
-    probs, weights, counts, total, _ = form
-    shift = bias.amax(-1, keepdim=True)
-    u = torch.exp(bias - shift)
-    s = torch.bmm(probs, u.to(probs.dtype)[..., None])[..., 0].float()
-    ratio_sums = torch.bmm((weights / s).to(probs.dtype)[:, None], probs)[:, 0].float()
-    scale = 1 / total if reduction == "mean" else torch.ones_like(total)
-    loss = (weights * s.log()).sum(-1) + total * shift[:, 0] - (counts * bias).sum(-1)
-    return loss * scale, (u * ratio_sums - counts) * scale[:, None]
-
-
 class Dense:
     """The library's product with weights that were dequantised before: what 6 bits are measured against."""
 
@@ -75,7 +63,7 @@ class Dense:
     def of(self, x, weight):
         key = weight.low.data_ptr(), x.dtype
         if key not in self.kept:
-            from slotfast.kernels.int6_matmul import dequantize_int6_ref
+            from slotfast.kernels import dequantize_int6_ref
 
             self.kept[key] = (dequantize_int6 if x.is_cuda else dequantize_int6_ref)(weight, x.dtype)
         return self.kept[key]
@@ -100,12 +88,11 @@ def contenders(spec, device) -> dict:
     eager = {
         "bias_cross_entropy": cross_entropy,
         "bias_cross_entropy_grad": cross_entropy_grad,
-        "p_form_evaluate": p_form_evaluate,
         "int6_matmul": dense,
     }.get(spec.name, spec.reference)
     found = {"ours": spec.fn if on_gpu else spec.reference}
     found["eager"] = eager if eager is not found["ours"] else "on the CPU, ours is this very function"
-    if eager in (cross_entropy, cross_entropy_grad, p_form_evaluate):
+    if eager in (cross_entropy, cross_entropy_grad):
         found["compile"] = _without_compiler(device) or torch.compile(eager, dynamic=False)
     if on_gpu and spec.name == "int6_matmul":
         found["ours, dense kept"] = lambda x, weight: int6_matmul(x, weight, dense.of(x, weight))

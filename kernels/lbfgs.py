@@ -31,15 +31,16 @@ to the one-launch solver, which can keep them on chip.
 Source: Nocedal & Wright, Numerical Optimization, algorithm 7.4.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .spec import Case, Compilation, KernelSpec
-
-SMALLEST_CURVATURE = 1e-10
+from ._rules import SMALLEST_CURVATURE
+from ._triton import _launch, tl, triton
+from .cases.lbfgs import DIRECTION_CASES, PUSH_CASES, direction_inputs, push_inputs
+from .spec import Compilation, KernelSpec
 
 
 class History(NamedTuple):
@@ -114,11 +115,14 @@ def _config(V: int) -> tuple[int, int]:
     spills, and a pair 118 to 140 instructions and 2 barriers in each loop; a push takes 48 to 64 registers, 4 barriers.
     Fewer warps would wait less at barriers, more would hide more latency; no GPU was asked yet.
     """
-    block_v = max(triton.next_power_of_2(V), 32)
+    block_v = max(triton.next_power_of_2(V), 64)  # two elements a lane: then all lanes round a fused sum alike
     return block_v, min(max(block_v // 512, 1), 16)  # unmeasured
 
 
-_OPTIONS = {"enable_fp_fusion": True}  # q - a y in one rounding
+# A push decides by y.s whether to store. Fused, a sum over lanes that hold one element each starts with
+# fma(y, s, product of the next lane): two lanes of a pair would round it differently, and could decide differently.
+_PUSH_OPTIONS = {"enable_fp_fusion": False}
+_DIRECTION_OPTIONS = {"enable_fp_fusion": True}  # q - a y in one rounding
 
 
 @triton.jit
@@ -238,6 +242,11 @@ def _check(history: History, **vectors: Tensor) -> tuple[int, int, int]:
     return W, H, V
 
 
+def _history_arguments(history: History) -> dict[str, Tensor]:
+    rings = {"s_history_ptr": history.s, "y_history_ptr": history.y}
+    return rings | {f"{name}_ptr": getattr(history, name) for name in ("rho", "gamma", "head", "count")}
+
+
 def lbfgs_push_(history: History, s: Tensor, y: Tensor) -> History:
     """Adds a curvature pair to each problem's memory, in place; pairs with y.s <= 1e-10, or NaN, change nothing.
 
@@ -259,18 +268,20 @@ def lbfgs_push_(history: History, s: Tensor, y: Tensor) -> History:
     W, H, V = _check(history, s=s, y=y)
     block_v, num_warps = _config(V)
     if W:
-        with torch.cuda.device_of(s):
-            _lbfgs_push_kernel[(W,)](
-                *history,
-                s.contiguous(),
-                y.contiguous(),
-                V,
-                H=H,
-                SMALLEST=SMALLEST_CURVATURE,
-                BLOCK_V=block_v,
-                num_warps=num_warps,
-                **_OPTIONS,
-            )
+        _launch(
+            _lbfgs_push_kernel,
+            (W,),
+            "lbfgs_push",
+            **_history_arguments(history),
+            s_ptr=s.contiguous(),
+            y_ptr=y.contiguous(),
+            V=V,
+            H=H,
+            SMALLEST=SMALLEST_CURVATURE,
+            BLOCK_V=block_v,
+            num_warps=num_warps,
+            **_PUSH_OPTIONS,
+        )
     return history
 
 
@@ -299,86 +310,27 @@ def lbfgs_direction(history: History, gradient: Tensor) -> Tensor:
     block_v, num_warps = _config(V)
     direction = torch.empty((W, V), dtype=torch.float32, device=gradient.device)
     if W:
-        with torch.cuda.device_of(gradient):
-            _lbfgs_direction_kernel[(W,)](
-                *history,
-                gradient.contiguous(),
-                direction,
-                V,
-                H=H,
-                BLOCK_H=triton.next_power_of_2(H),
-                BLOCK_V=block_v,
-                num_warps=num_warps,
-                **_OPTIONS,
-            )
+        _launch(
+            _lbfgs_direction_kernel,
+            (W,),
+            "lbfgs_direction",
+            **_history_arguments(history),
+            gradient_ptr=gradient.contiguous(),
+            direction_ptr=direction,
+            V=V,
+            H=H,
+            BLOCK_H=triton.next_power_of_2(H),
+            BLOCK_V=block_v,
+            num_warps=num_warps,
+            **_DIRECTION_OPTIONS,
+        )
     return direction
 
 
 # The contract
 
 
-def _memory(generator: torch.Generator, W: int, H: int, V: int, counts: list[int] | None) -> History:
-    """Pairs y = A s + noise with A diagonal in [0.5, 2]; problem w holds counts[w % len] of them, at any turn of the
-    ring; NaN where there is none."""
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    scale = torch.exp2(2 * torch.rand(V, generator=generator) - 1)
-    s = normal(W, H, V)
-    y = scale * s
-    count = torch.tensor([(counts or [H])[w % len(counts or [H])] for w in range(W)], dtype=torch.int32)
-    head = torch.randint(H, (W,), generator=generator, dtype=torch.int32)
-    ys, newest = (s * y).sum(-1), (head.long() - 1) % H
-    gamma = (ys / (y * y).sum(-1)).gather(1, newest[:, None])[:, 0]
-    empty = (head.long()[:, None] - 1 - torch.arange(H)) % H  # by age
-    empty = torch.zeros(W, H, dtype=torch.bool).scatter_(1, empty, torch.arange(H) >= count[:, None])
-    s[empty], y[empty] = torch.nan, torch.nan
-    rho = torch.where(empty, torch.nan, 1 / ys)
-    return History(s, y, rho, torch.where(count > 0, gamma, 1.0), head, count)
-
-
-def _push_inputs(generator, device, dtype, *, W, H, V, counts=None, edit=None):
-    history = _memory(generator, W, H, V, counts)
-    s = torch.randn(W, V, generator=generator)
-    y = s * torch.rand(W, V, generator=generator)
-    if edit == "refused":  # a zero step, negative curvature, NaN, curvature below the threshold; and one that is kept
-        s[0], y[1], y[2, V // 2] = 0, -y[1], torch.nan
-        s[3], y[3] = 1e-6, 1e-6 / V
-    elif edit == "strided":
-        s, y = torch.stack((s, y), -1).unbind(-1)
-    return {"history": History(*(tensor.to(device) for tensor in history)), "s": s.to(device), "y": y.to(device)}
-
-
-def _direction_inputs(generator, device, dtype, *, W, H, V, counts=None, edit=None):
-    history = _memory(generator, W, H, V, counts)
-    gradient = torch.randn(W, V, generator=generator)
-    if edit == "poor":
-        gradient[0, 0], gradient[1] = torch.nan, 0
-        history.s[2, (int(history.head[2]) - 1) % H, 0] = torch.inf
-    elif edit == "strided":
-        gradient = torch.stack((gradient, gradient), -1)[..., 0]
-    return {"history": History(*(tensor.to(device) for tensor in history)), "gradient": gradient.to(device)}
-
-
-_CASES = (
-    Case("no problem", {"W": 0, "H": 3, "V": 8}),
-    Case("one variable, one pair", {"W": 2, "H": 1, "V": 1}),
-    Case("memories of different ages and fillings", {"W": 7, "H": 5, "V": 33, "counts": [0, 1, 4, 5]}),
-    Case("BLOCK - 1", {"W": 2, "H": 4, "V": 63, "counts": [3, 4]}),
-    Case("BLOCK + 1", {"W": 2, "H": 4, "V": 65, "counts": [4, 2]}),
-    Case("prime, history not a power of two", {"W": 2, "H": 7, "V": 509}),
-    Case("longest history asked for", {"W": 1, "H": 32, "V": 100}),
-    Case("the contest's smallest vocabulary", {"W": 2, "H": 20, "V": 1024, "counts": [20, 11]}),
-    Case("largest V", {"W": 1, "H": 2, "V": LARGEST_V}),
-    Case("strided", {"W": 3, "H": 2, "V": 40, "edit": "strided"}),
-    Case("production", {"W": 1024, "H": 20, "V": 1024}, production=True),
-    Case("production, V 4096", {"W": 512, "H": 20, "V": 4096}, production=True),
-    Case("production, V 8192", {"W": 256, "H": 20, "V": LARGEST_V}, production=True),
-)
-
-
-def _compilation(kernel, V: int, **constexprs) -> Compilation:
+def _compilation(kernel, V: int, options: dict[str, bool], **constexprs) -> Compilation:
     block_v, num_warps = _config(V)
     names = [name for name in kernel.arg_names if name.endswith("_ptr")]
     types = {name: "*i32" if name in ("head_ptr", "count_ptr") else "*fp32" for name in names}
@@ -388,7 +340,7 @@ def _compilation(kernel, V: int, **constexprs) -> Compilation:
         constexprs={**constexprs, "BLOCK_V": block_v},
         num_warps=num_warps,
         elements=block_v,
-        options=_OPTIONS,
+        options=options,
     )
 
 
@@ -397,9 +349,11 @@ SPECS = (
         name="lbfgs_push",
         fn=lbfgs_push,
         reference=lbfgs_push_ref,
-        inputs=_push_inputs,
-        cases=(*_CASES, Case("refused pairs", {"W": 5, "H": 3, "V": 48, "counts": [3, 1], "edit": "refused"})),
-        compilations=lambda *, V, H, **_: [_compilation(_lbfgs_push_kernel, V, H=H, SMALLEST=SMALLEST_CURVATURE)],
+        inputs=partial(push_inputs, History),
+        cases=PUSH_CASES,
+        compilations=lambda *, V, H, **_: [
+            _compilation(_lbfgs_push_kernel, V, _PUSH_OPTIONS, H=H, SMALLEST=SMALLEST_CURVATURE)
+        ],
         bytes_moved=lambda *, W, V, itemsize, **_: 16 * W * V,
         flops=lambda *, W, V, **_: 4 * W * V,
     ),
@@ -407,10 +361,10 @@ SPECS = (
         name="lbfgs_direction",
         fn=lbfgs_direction,
         reference=lbfgs_direction_ref,
-        inputs=_direction_inputs,
-        cases=(*_CASES, Case("poor problems", {"W": 4, "H": 3, "V": 48, "edit": "poor"})),
+        inputs=partial(direction_inputs, History),
+        cases=DIRECTION_CASES,
         compilations=lambda *, V, H, **_: [
-            _compilation(_lbfgs_direction_kernel, V, H=H, BLOCK_H=triton.next_power_of_2(H))
+            _compilation(_lbfgs_direction_kernel, V, _DIRECTION_OPTIONS, H=H, BLOCK_H=triton.next_power_of_2(H))
         ],
         bytes_moved=lambda *, W, H, V, itemsize, **_: (8 * H + 8) * W * V,
         flops=lambda *, W, H, V, **_: 8 * H * W * V,

@@ -22,11 +22,11 @@ from .kernels import (
     bias_cross_entropy,
     bias_cross_entropy_ref,
     int6_matmul,
+    int6_matmul_ref,
 )
 from .kernels._inputs import _scores_ref, _targets_ref
 from .kernels.attention import _banded_attention_bwd, _banded_attention_fwd, _check_banded_attention
-from .kernels.bias_cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd
-from .kernels.int6_matmul import int6_matmul_ref
+from .kernels.cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd
 
 Backend = Literal["auto", "triton", "torch"]
 

@@ -1,4 +1,4 @@
-"""What is specific to bias_cross_entropy and p_form: peers in torch, independence of the batch, refusals."""
+"""What is specific to the cross-entropies: peers in torch, independence of the batch, refusals."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from slotfast import kernels as K
 from slotfast.kernels import _triton
-from slotfast.kernels.bias_cross_entropy import _config
+from slotfast.kernels._rows import _config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPTIONS = [{}, {"softcap": 5.0}, {"softcap": 5.0, "cap_after_bias": True}]
@@ -81,29 +81,16 @@ def test_expected_counts_from_the_unnormalised_gradient():
     logits, targets, _, weights = draw(2, 9, 30)
     _, minus = K.bias_cross_entropy_grad(logits, targets, None, weights, reduction="sum")
     expected = (weights[..., None] * torch.softmax(logits, -1)).sum(1)
-    torch.testing.assert_close(minus + K.target_counts(targets, 30, weights), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("T", [9, 140])
-def test_p_form_is_the_direct_form(softcap, T):
-    logits, targets, bias, weights = draw(2, T, 50)
-    targets[0, 1] = -100
-    form = K.p_form_prepare(logits, targets, weights, softcap=softcap)
-    for reduction, base in (("sum", form.base_loss), ("mean", form.base_loss / form.total)):
-        loss, dbias = K.bias_cross_entropy_grad(logits, targets, bias, weights, softcap=softcap, reduction=reduction)
-        got, got_dbias = K.p_form_evaluate(form, bias, reduction=reduction)
-        torch.testing.assert_close(got + base, loss, atol=2e-6, rtol=2e-6)
-        torch.testing.assert_close(got_dbias, dbias, atol=1e-5, rtol=1e-5)
+    came = torch.zeros(2, 30, device=DEVICE).scatter_add_(1, targets, weights)
+    torch.testing.assert_close(minus + came, expected, atol=1e-5, rtol=1e-5)
 
 
 def outputs_of_windows(functions, chosen, logits, targets, bias, weights):
     """Every output of every function on the chosen windows."""
     logits, targets, bias, weights = logits[chosen], targets[chosen], bias[chosen], weights[chosen]
-    tokens, grad, prepare, evaluate = functions
-    form = prepare(logits, targets, weights, softcap=7.0)
+    tokens, grad = functions
     direct = grad(logits, targets, bias, weights, softcap=7.0, cap_after_bias=True)
-    return [*tokens(logits, targets, bias), *direct, *form, *evaluate(form, bias)]
+    return [*tokens(logits, targets, bias), *direct]
 
 
 def check_independence(functions, W, *tensors):
@@ -131,9 +118,7 @@ def threads(request):
 @pytest.mark.parametrize("V", [2, 5, 64, 1000, 1024])
 @pytest.mark.parametrize("T", [1, 7, 64, 448])
 def test_reference_does_not_depend_on_the_batch(T, V, threads):
-    references = (
-        K.bias_cross_entropy_ref, K.bias_cross_entropy_grad_ref, K.p_form_prepare_ref, K.p_form_evaluate_ref,
-    )  # fmt: skip
+    references = K.bias_cross_entropy_ref, K.bias_cross_entropy_grad_ref
     tensors = draw(5, T, V, device="cpu")
     check_independence(references, 5, *tensors)
     # A slice of a batch has other alignment than a copy of it.
@@ -145,7 +130,7 @@ def test_reference_does_not_depend_on_the_batch(T, V, threads):
 
 @pytest.mark.parametrize("T, V", [(1, 2), (7, 61), (5, 1000), (130, 16)])
 def test_kernel_does_not_depend_on_the_batch(T, V):
-    functions = (K.bias_cross_entropy, K.bias_cross_entropy_grad, K.p_form_prepare, K.p_form_evaluate)
+    functions = K.bias_cross_entropy, K.bias_cross_entropy_grad
     check_independence(functions, 4, *draw(4, T, V))
 
 
@@ -208,7 +193,6 @@ import torch
 from slotfast import kernels as K
 logits, targets = torch.randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.long)
 K.bias_cross_entropy_grad_ref(logits, targets)
-K.p_form_evaluate_ref(K.p_form_prepare_ref(logits, targets), torch.zeros(2, 4))
 try:
     K.bias_cross_entropy(logits, targets)
 except ImportError as error:

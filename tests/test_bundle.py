@@ -72,7 +72,7 @@ import sys, torch
 from kernels import (  # names
     {names},
 )
-from kernels import PForm, History, PackedInt6
+from kernels import History, PackedInt6
 def named(value):
     return globals()[value[1]](*map(named, value[2])) if isinstance(value, list) and value[:1] == ["named"] else value
 def tensors(result):
@@ -97,7 +97,7 @@ def test_every_kernel_alone_computes_what_the_package_computes(tmp_path):
     script = EVERYTHING.format(names=",\n    ".join(sorted({name for name, _ in calls})))
     run_alone(tmp_path, self_extracting(inline(_script(tmp_path, script))), tmp_path / "calls.pt")
     results = torch.load(tmp_path / "alone" / "results.pt")
-    assert len(results) == len(calls) > 8
+    assert len(results) == len(calls) > 7
     for (name, arguments), got in zip(calls, results, strict=True):
         expected = [
             t for t in torch.utils._pytree.tree_leaves(PUBLIC[name](**arguments)) if isinstance(t, torch.Tensor)
@@ -115,7 +115,7 @@ import torch.nn.functional as F
 tl = History = "theirs"
 def _config(*arguments): return "theirs"
 class _Tile: pass
-from slotfast.kernels import bias_cross_entropy as nats; from kernels.bias_cross_entropy import bias_cross_entropy_ref
+from slotfast.kernels import bias_cross_entropy as nats; from kernels.cross_entropy import bias_cross_entropy_ref
 try:
     from kernels import (slot_solve,  # a comment
                          int6_matmul)
@@ -183,13 +183,15 @@ def test_what_is_taken_along(tmp_path, folder):
     text = inline(_script(tmp_path, "from kernels import bias_cross_entropy\n"))
     assert "_ref(" not in text and "KernelSpec" not in text and "#" not in text
     assert not any(ast.get_docstring(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef))
-    whole = inline(_script(tmp_path, "print(1)\n"), ["slot_solve", "int6_matmul"])
+    whole = inline(_script(tmp_path, "print(1)\n"), ["solver", "int6", "int6_product"])
     defined = {node.name for node in ast.parse(whole).body if isinstance(node, ast.FunctionDef)}
     assert {"slot_solve", "slot_solve_mm", "int6_matmul", "pack_int6"} <= defined
     assert "slot_solve_ref" not in defined and "bias_cross_entropy" not in defined
     assert whole.endswith("\nprint(1)\n")
     source = sum(path.stat().st_size for path in folder.files.values())
-    everything = inline(_script(tmp_path, "print(1)\n"), ["bias_cross_entropy", "int6_matmul", "lbfgs", "p_form"])
+    everything = inline(
+        _script(tmp_path, "print(1)\n"), ["cross_entropy", "cross_entropy_grad", "int6_product", "lbfgs"]
+    )
     assert len(self_extracting(everything)) < 0.15 * source
     assert len(self_extracting(text)) < 0.5 * len(text)
 
@@ -262,7 +264,7 @@ def test_the_command_counts_every_byte(tmp_path, capsys):
         (["--script", "no.py", "--out", "x.py"], "no.py: cannot be read: No such file"),
         (["--script", "train_gpt.py"], "--out: needed with --script"),
         (["--script", "train_gpt.py", "--out", "./train_gpt.py"], "expected a file other than the script"),
-        (["--script", "train_gpt.py", "--out", "x.py", "--kernels", "slot_sole"], "the nearest is 'slot_solve'"),
+        (["--script", "train_gpt.py", "--out", "x.py", "--kernels", "solverr"], "the nearest is 'solver'"),
         (["--script", "train_gpt.py", "--out", "x.py", "--artifact", "no"], "no: cannot be read: No such file"),
         (["--hub", "hub", "--kernels", "zzz"], "kernel 'zzz': no such file; expected one of attention"),
         (["--hub", "hub", "--name", "Upper_Case"], "--name 'Upper_Case': String should match pattern"),
@@ -303,7 +305,7 @@ def test_the_public_kernels_library_loads_the_hub_folder(tmp_path):
         pytest.skip("the public kernels library is not installed")
     pytest.importorskip("triton", reason="interpreter launches need triton")
     write_hub(tmp_path / "whole", "slotfast-kernels")
-    write_hub(tmp_path / "part", "slotfast-slot-solve", ["slot_solve"])
+    write_hub(tmp_path / "part", "slotfast-slot-solve", ["solver"])
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-P", "-c", HUB],

@@ -3,17 +3,23 @@
 Accuracy on odd shapes, memory fences and reruns of every case in its SPEC are the business of test_kernels.py.
 """
 
-import importlib
 import json
 import re
 
 import pytest
 import torch
 
-from slotfast.kernels import dequantize_int6, int6_matmul, pack_int6, unpack_int6
-from slotfast.kernels.int6_matmul import SPEC, _config, dequantize_int6_ref, int6_matmul_ref
+from slotfast.kernels import (
+    dequantize_int6,
+    dequantize_int6_ref,
+    int6_matmul,
+    int6_matmul_ref,
+    int6_product,
+    pack_int6,
+    unpack_int6,
+)
+from slotfast.kernels.int6_product import SPEC, _config
 
-MODULE = importlib.import_module("slotfast.kernels.int6_matmul")  # the package's attribute is the function
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -185,7 +191,7 @@ def test_the_three_ways(monkeypatch):
     ways = [launch._replace(SPLIT_K=split) for split in (1, 2, 3, 8, 32)] + [None]
     results = []
     for way in ways:
-        monkeypatch.setattr(MODULE, "_config", lambda *args, way=way, **kwargs: way)
+        monkeypatch.setattr(int6_product, "_config", lambda *args, way=way, **kwargs: way)
         results.append(check_product(x, weight))
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=1e-5, atol=1e-4)

@@ -157,3 +157,60 @@ def test_readme_names_every_kernel_file():
     for path in {FOLDER / file.relative_to(FOLDER).parts[0] for file in FILES}:
         if not path.name.startswith("_"):
             assert f"| `{path.name}{'/' * path.is_dir()}` |" in readme
+
+
+def test_no_module_has_the_name_of_something_public():
+    """`kernels.x` would be the module or the function, by the order of imports."""
+    public = next(
+        node.value for node in ast.parse((FOLDER / "__init__.py").read_text()).body if isinstance(node, ast.Assign)
+    )
+    assert not {file.relative_to(FOLDER).parts[0].removesuffix(".py") for file in FILES} & set(ast.literal_eval(public))
+
+
+def test_every_reference_is_offered(tmp_path):
+    body = "for spec in specs:\n    assert getattr(kernels, spec.reference.__name__) is spec.reference, spec.name\n"
+    assert run_copy(tmp_path, body + "    print('ran', spec.name)\n", ["slotfast", "kernels"]) == kernel_names()
+
+
+ON_A_CPU = """
+for spec in specs:
+    for reason, arguments in cases(spec):
+        try:
+            spec.fn(**arguments)
+        except ValueError as error:
+            reference = spec.reference.__name__
+            assert f"{reference.removesuffix('_ref')}: expected CUDA tensors, got tensors on cpu; " in str(error), error
+            assert f"on a CPU call {reference}, or set TRITON_INTERPRET=1 before the first import" in str(error), error
+            assert error.__suppress_context__ and "\\n" not in str(error)
+        else:
+            raise AssertionError(f"{spec.name}: {reason}: launched on a CPU")
+        print("ran", spec.name)
+"""
+
+
+def test_cpu_tensors_are_refused_by_name(tmp_path):
+    pytest.importorskip("triton", reason="with kernels, not stand-ins")
+    assert run_copy(tmp_path, ON_A_CPU, ["slotfast", "kernels"]) == kernel_names() != set()
+
+
+OLD_INTERPRETER = """
+from borrowed._triton import _launch, triton
+class Interpreted:
+    def __getitem__(self, grid):
+        def launch(**arguments):
+            raise Exception("TypeError('only 0-dimensional arrays can be converted to Python scalars')")
+        return launch
+try:
+    _launch(Interpreted(), (1,), "rate_scan", x_ptr=torch.zeros(1))
+except RuntimeError as error:
+    assert str(error) == (
+        f"rate_scan: the interpreter of Triton {triton.__version__} does not work with numpy 2.4 or newer; "
+        "install numpy < 2.4, or Triton 3.7 or newer"
+    )
+    print("ran", "it")
+"""
+
+
+def test_an_interpreter_that_numpy_breaks_says_so(tmp_path):
+    pytest.importorskip("triton", reason="with kernels, not stand-ins")
+    assert run_copy(tmp_path, OLD_INTERPRETER, ["slotfast", "kernels"]) == {"it"}

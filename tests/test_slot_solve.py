@@ -12,10 +12,9 @@ import torch
 import torch.optim.lbfgs as torch_lbfgs
 from torch import Tensor
 
-from slotfast.kernels import slot_solve, slot_solve_mm, slot_solve_mm_ref, slot_solve_ref
+from slotfast.kernels import SlotSolution, Status, slot_solve, slot_solve_mm, slot_solve_mm_ref, slot_solve_ref
 from slotfast.kernels._triton import tl, triton
-from slotfast.kernels.slot_solve import SlotSolution, Status
-from slotfast.kernels.slot_solve._search import _advance
+from slotfast.kernels.solver._search import _advance
 from slotfast.lbfgs import BiasObjective, minimize
 from slotfast.lbfgs.search import Search
 

@@ -20,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels._rules import SMALLEST_CURVATURE
 from .rows import BLOCK_ROWS, Columns, column, index_of, padded, row_mixture, row_products, to_host
-
-SMALLEST_CURVATURE = 1e-10
 
 
 @dataclass

@@ -8,10 +8,8 @@ from typing import Self
 
 import numpy as np
 
+from ..kernels._rules import ARMIJO, CURVATURE, SMALLEST_BRACKET
 from .rows import Columns
-
-ARMIJO, CURVATURE = 1e-4, 0.9
-SMALLEST_BRACKET = 1e-9  # times max |d|; torch never passes the optimiser's tolerance_change on to the line search
 
 
 @dataclass

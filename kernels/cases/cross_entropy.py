@@ -1,14 +1,10 @@
-"""What the specs say of both kernels: their cases, and the launches behind production shapes."""
+"""Cases of `bias_cross_entropy`."""
 
 import torch
 
-from .._tile import _tile_compilations
 from ..spec import Case
-from ._scores import _cap
-from ._tokens import _bias_cross_entropy_bwd_kernel, _bias_cross_entropy_fwd_kernel
-from ._windows import _bias_cross_entropy_grad_kernel
 
-_CASES = (
+CASES = (
     Case("one element", {"W": 1, "T": 1, "V": 1}),
     Case("two tokens", {"W": 2, "T": 3, "V": 2}),
     Case("no windows", {"W": 0, "T": 4, "V": 16}),
@@ -40,25 +36,3 @@ _CASES = (
         for dtype in (torch.bfloat16, torch.float32)
     ),
 )
-_GRAD_CASES = (
-    *_CASES,
-    Case("weights", {"W": 3, "T": 9, "V": 33, "weights": True}),
-    Case("sums", {"W": 3, "T": 9, "V": 33, "weights": True, "reduction": "sum"}),
-    Case("sums without bias", {"W": 2, "T": 9, "V": 33, "bias": None, "reduction": "sum"}, torch.bfloat16),
-    Case("weights and ignored, two parts", {"W": 3, "T": 130, "V": 16, "weights": True, "edit": "some ignored"}),
-    Case("weights, rows that are NaN", {"W": 4, "T": 6, "V": 33, "weights": True, "edit": "poor rows"}),
-    Case("weights, large vocabulary", {"W": 3, "T": 3, "V": 16400, "weights": True, "softcap": 9.0}),
-)
-
-
-def _compilations(*, W, T, V, softcap=None, cap_after_bias=False, **_):
-    """Forward, and backward to bias and logits."""
-    kernels = _bias_cross_entropy_fwd_kernel, _bias_cross_entropy_bwd_kernel
-    cap = _cap(softcap, cap_after_bias)
-    return [compilation for kernel in kernels for compilation in _tile_compilations(kernel, T, V, CAP=cap)]
-
-
-def _grad_compilations(*, W, T, V, softcap=None, cap_after_bias=False, **_):
-    """Value and bias gradient in one pass, V that fits a tile."""
-    constants = {"CAP": _cap(softcap, cap_after_bias), "weights_ptr": None, "nll_ptr": None}
-    return _tile_compilations(_bias_cross_entropy_grad_kernel, T, V, **constants)

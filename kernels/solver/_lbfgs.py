@@ -1,8 +1,22 @@
 """L-BFGS with a strong Wolfe line search, one program a window, as a flat state machine.
 
-One `while`; each trip evaluates the bias x + t d once. What the evaluation is for is `mode`: the first of a phase, a
-trial that still looks for a bracket, a trial inside one (zoom), or the loss of the clamped result. A line search
-(`_search.py`) that ends accepts its point, remembers the pair (s, y), and asks for a direction, all in the same trip.
+One `while`; each trip evaluates the bias x + t d once. What the evaluation is for is `mode`:
+
+    _START ----------> _BRACKET ----------> _ZOOM       _START    first of a phase, t = 0
+      ^ |  direction    |  ^ ^   bracket    |  |        _BRACKET  a trial that looks for a bracket
+      | |               |  | |   found      |  |        _ZOOM     a trial inside the bracket
+      | |        point  |  | +--------------+  |        _FINISH   the loss of the clamped result
+      | |     accepted  +--+  point accepted   |        _DONE
+      | |               |                      |
+      | +---------------+----------------------+
+      |  next phase     |  stopped
+      +-----------------+---------> _FINISH ---------> _DONE
+                        |  outside the box             ^
+                        +------------------------------+
+                           inside it
+
+A line search (`_search.py`) that ends accepts its point, remembers the pair (s, y), and asks for a direction, all in
+the same trip.
 The bracket holds scalars, in float64; the gradient of its better end is kept: a point that is accepted but was not the
 last trial needs no second evaluation.
 
@@ -19,9 +33,25 @@ with s.y <= 1e-10 lies in that slot, unused, until the next one overwrites it.
 Source: Nocedal & Wright, Numerical Optimization, 7.2; torch.optim.lbfgs for constants and the order of tests.
 """
 
+from .._rows import _fold, _row_sum, _tile_columns, _tile_rows
+from .._rules import SMALLEST_CURVATURE
 from .._triton import tl, triton
 from ._search import _BRACKET, _DONE, _FINISH, _START, _advance
-from ._window import _evaluate, _largest, _load_tile, _prepare, _tile_offsets
+from ._window import (
+    _CHANGE,
+    _GRADIENT,
+    _NOT_FINITE,
+    _OUT_OF_EVALUATIONS,
+    _OUT_OF_ITERATIONS,
+    _RUNNING,
+    _SLOPE,
+    _evaluate,
+    _largest,
+    _load_row,
+    _prepare,
+)
+
+_SMALLEST_CURVATURE = tl.constexpr(SMALLEST_CURVATURE)
 
 # Rows of VP floats in a program's scratch; `_RING` and on: s and y of slot 0, s and y of slot 1, ...
 _ROWS_BEFORE_RING = 6
@@ -56,6 +86,47 @@ def _unpack(packed, index):
 
 
 @triton.jit
+def _load_pairs(
+    ring_ptr,
+    first,
+    end,
+    columns,
+    VP,
+    EVEN: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Vectors `first` to `end`, at most ROWS, of the ring."""
+    offs_r = first + _tile_rows(CHUNKS, ROWS)
+    mask = (offs_r < end)[:, None]
+    mask = mask if EVEN else mask & (columns < VP)
+    # ".cg": not through L1, which has room for a bfloat16 P of V = 1024, T = 64, but not for the pairs besides
+    pairs = tl.load(ring_ptr + offs_r[:, None] * VP + columns, mask=mask, other=0.0, cache_modifier=".cg")
+    return _fold(pairs, CHUNKS, ROWS, COLS)
+
+
+@triton.jit
+def _product(a, b):
+    """a * b, rounded before anything is added.
+
+    A plain product would be fused with the first step of a sum, fma(a, b, product of another lane), and lanes that hold
+    the same element would store different bits of it.
+    """
+    return tl.fma(a, b, tl.zeros_like(a))
+
+
+@triton.jit
+def _verdict(begins, finite, flat, stalled, out_of_iterations, out_of_evaluations):
+    """Whether an accepted point, or the first of a phase (`begins`), is the last, and why; what comes later counts."""
+    status = tl.where((begins == 0) & out_of_evaluations, _OUT_OF_EVALUATIONS, _RUNNING)
+    status = tl.where(out_of_iterations, _OUT_OF_ITERATIONS, status)
+    status = tl.where((begins == 0) & stalled, _CHANGE, status)
+    status = tl.where(flat, _GRADIENT, status)
+    return tl.where(begins & (finite == 0), _NOT_FINITE, status)
+
+
+@triton.jit
 def _direction(
     g,
     g_ptr,
@@ -76,7 +147,7 @@ def _direction(
 
     The caller's barrier, before, has ordered the stores of that pair and of g.
     """
-    offs_tile = _tile_offsets(CHUNKS, COLS)
+    columns = _tile_columns(CHUNKS, ROWS, COLS)
     inverse_ptr = small_ptr
     yy_ptr = inverse_ptr + BLOCK_H * BLOCK_H
     sy_ptr = yy_ptr + BLOCK_H * BLOCK_H
@@ -86,16 +157,13 @@ def _direction(
     used = tl.minimum(filled + 1, slots)
     next_slot = tl.where(slot + 1 == slots, 0, slot + 1)
     new_slot = slot
-    g_row = _load_tile(g_ptr + offs_tile, offs_tile < VP, EVEN)
-    y_row = _load_tile(ring_ptr + (2 * slot + 1) * VP + offs_tile, offs_tile < VP, EVEN)
+    g_row = _load_row(g_ptr, VP, EVEN, CHUNKS, COLS)
+    y_row = _load_row(ring_ptr + (2 * slot + 1) * VP, VP, EVEN, CHUNKS, COLS)
     for first in range(0, 2 * used, ROWS):
         offs_r = first + tl.arange(0, ROWS)
-        mask = (offs_r < 2 * used)[None, :, None]
-        mask = mask if EVEN else mask & (offs_tile < VP)
-        # ".cg": not through L1, which has room for a bfloat16 P of V = 1024, T = 64, but not for the pairs besides
-        pairs = tl.load(ring_ptr + offs_r[None, :, None] * VP + offs_tile, mask=mask, other=0.0, cache_modifier=".cg")
-        with_g = tl.sum(tl.sum(pairs * g_row, axis=0), axis=1)
-        with_y = tl.sum(tl.sum(pairs * y_row, axis=0), axis=1)
+        pairs = _load_pairs(ring_ptr, first, 2 * used, columns, VP, EVEN, CHUNKS, ROWS, COLS)
+        with_g = _row_sum(pairs * g_row)
+        with_y = _row_sum(pairs * y_row)
         tl.store(with_g_ptr + offs_r, with_g.to(tl.float64), mask=offs_r < 2 * used)
         tl.store(with_y_ptr + offs_r, with_y.to(tl.float64), mask=offs_r < 2 * used)
     tl.debug_barrier()  # the stores of the products above before their loads below
@@ -111,9 +179,9 @@ def _direction(
     sy = tl.load(sy_ptr + offs_h)
     new = offs_h == slot
     curvature = tl.sum(tl.where(new, s_y, 0.0), axis=0)
-    if curvature > 1e-10:
+    if curvature > _SMALLEST_CURVATURE:
         inverse = tl.where((offs_h[:, None] == next_slot) | (offs_h[None, :] == next_slot), 0.0, inverse)
-        column = tl.where(new, 1.0, -tl.sum(inverse * s_y[None, :], axis=1)) / curvature
+        column = tl.where(new, 1.0, -tl.sum(_product(inverse, s_y[None, :]), axis=1)) / curvature
         inverse = tl.where(offs_h[None, :] == slot, column[:, None], inverse)
         yy = tl.where(offs_h[:, None] == slot, y_y[None, :], yy)
         yy = tl.where(offs_h[None, :] == slot, y_y[:, None], yy)
@@ -125,19 +193,16 @@ def _direction(
         gamma = curvature / tl.sum(tl.where(new, y_y, 0.0), axis=0)
         filled = used
         new_slot = next_slot
-    p = tl.sum(inverse * s_g[None, :], axis=1)
-    yy_p = tl.sum(yy * p[:, None], axis=0)  # Y Y^T is symmetric
-    c = tl.sum(inverse * (gamma * (y_g - yy_p) - sy * p)[:, None], axis=0)
+    p = tl.sum(_product(inverse, s_g[None, :]), axis=1)
+    yy_p = tl.sum(_product(yy, p[:, None]), axis=0)  # Y Y^T is symmetric
+    c = tl.sum(_product(inverse, (gamma * (y_g - yy_p) - sy * p)[:, None]), axis=0)
     tl.store(weights_ptr + 2 * offs_h, c)
     tl.store(weights_ptr + 2 * offs_h + 1, gamma * p)
     tl.debug_barrier()  # the stores of the coefficients above before their loads below
     acc = tl.zeros((CHUNKS, ROWS, COLS), tl.float32)
     for first in range(0, 2 * used, ROWS):
         offs_r = first + tl.arange(0, ROWS)
-        mask = (offs_r < 2 * used)[None, :, None]
-        mask = mask if EVEN else mask & (offs_tile < VP)
-        # ".cg": not through L1, which has room for a bfloat16 P of V = 1024, T = 64, but not for the pairs besides
-        pairs = tl.load(ring_ptr + offs_r[None, :, None] * VP + offs_tile, mask=mask, other=0.0, cache_modifier=".cg")
+        pairs = _load_pairs(ring_ptr, first, 2 * used, columns, VP, EVEN, CHUNKS, ROWS, COLS)
         weight = tl.load(weights_ptr + offs_r, mask=offs_r < 2 * used, other=0.0).to(tl.float32)
         acc += pairs * weight[None, :, None]
     d = tl.reshape(tl.sum(acc, axis=1), (CHUNKS * COLS,)) - gamma.to(tl.float32) * g
@@ -223,7 +288,7 @@ def _lbfgs_kernel(
         evaluations = 0
         past_iterations = 0
         past_evaluations = 0
-        status = -1
+        status = _RUNNING + 0
         # The line search: trial point; loss, slope and max |d| at its start; trials after the first, and their bound.
         t = zero
         start_loss = zero
@@ -289,12 +354,11 @@ def _lbfgs_kernel(
                 finite = (tl.abs(loss) < float("inf")) & (length < float("inf"))
                 change = tl.abs(low_loss - start_loss)
                 stalled = (low_t * largest <= tolerance_change) | (change < tolerance_change)
-                status = tl.where((begins == 0) & (evaluations >= allowed), 4, status)
-                status = tl.where(iterations >= max_iterations, 3, status)
-                status = tl.where((begins == 0) & stalled, 1, status)
-                status = tl.where(low_steepest <= tolerance_grad, 0, status)
-                status = tl.where(begins & (finite == 0), 5, status)
-                if status < 0:
+                status = _verdict(
+                    begins, finite, low_steepest <= tolerance_grad, stalled, iterations >= max_iterations,
+                    evaluations >= allowed,
+                )  # fmt: skip
+                if status == _RUNNING:
                     if begins:
                         offs_h = tl.arange(0, BLOCK_H)
                         square = offs_h[:, None] * BLOCK_H + offs_h[None, :]
@@ -321,14 +385,14 @@ def _lbfgs_kernel(
                     start_loss = low_loss
                     start_slope = tl.sum(best * d, axis=0).to(tl.float64)
                     largest = _largest(d)
-                    status = tl.where(start_slope <= -tolerance_change, status, 2)
+                    status = tl.where(start_slope <= -tolerance_change, status, _SLOPE)
                     low_t = zero
                     low_slope = start_slope
                     trials = 0
                     most_trials = tl.where(max_line_search < 0, allowed - evaluations, max_line_search)
                     cramped = zero < 0
                     mode = _BRACKET + 0
-                if status >= 0:
+                if status != _RUNNING:
                     past_iterations += iterations
                     past_evaluations += evaluations  # the one for the clamp comes after, uncounted
                     phase += 1
@@ -336,9 +400,9 @@ def _lbfgs_kernel(
                     if (PHASES > 1) and (phase < PHASES):
                         iterations = 0
                         evaluations = 0
-                        status = -1
+                        status = _RUNNING + 0
                         mode = _START + 0
-                    elif (status != 5) & (_largest(x) > box):
+                    elif (status != _NOT_FINITE) & (_largest(x) > box):
                         tl.debug_barrier()  # the stores of x above before these
                         tl.store(x_ptr, tl.minimum(tl.maximum(x, -box), box), mask=in_row)
                         mode = _FINISH + 0

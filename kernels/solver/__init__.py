@@ -49,11 +49,13 @@ row. Above 2048, with histories above 31, or with weights, start and prior given
 import torch
 
 from .._inputs import _check_windows, _contiguous
-from ..spec import KernelSpec
-from ._contract import _CASES, _MM_CASES, _bytes_moved, _compilations, _spec_inputs
+from .._rules import Status
+from .._triton import _launch
+from ..cases.solver import CASES, MM_CASES, inputs
+from ..spec import Compilation, KernelSpec
 from ._lbfgs import _lbfgs_kernel, _phase_arguments, _scratch
 from ._majorise import _majorise_kernel
-from ._reference import SlotSolution, Status, slot_solve_mm_ref, slot_solve_ref
+from ._reference import SlotSolution, slot_solve_mm_ref, slot_solve_ref
 from ._window import _config
 
 __all__ = ["SlotSolution", "Status", "slot_solve", "slot_solve_mm", "slot_solve_mm_ref", "slot_solve_ref"]
@@ -97,7 +99,7 @@ def _outputs(logits):
     return SlotSolution(bias, loss, *(logits.new_empty((W,), dtype=torch.int32) for _ in range(3)))
 
 
-def _launch(kernel, logits, targets, weights, start, prior, ridge, clamp, probs_dtype, **given):
+def _solve_windows(kernel, public, logits, targets, weights, start, prior, ridge, clamp, probs_dtype, **given):
     """What the kernels have in common: checks, scratch, sizes, tile."""
     _check(logits, targets, weights, start, prior, ridge, clamp, probs_dtype)
     W, T, V = logits.shape
@@ -113,38 +115,40 @@ def _launch(kernel, logits, targets, weights, start, prior, ridge, clamp, probs_
     if "BLOCK_H" in given:
         vectors, numbers = _scratch(given["BLOCK_H"])
         given["small_ptr"] = logits.new_empty((programs, numbers), dtype=torch.float64)
-    with torch.cuda.device_of(logits):
-        kernel[(programs,)](
-            logits_ptr=logits,
-            targets_ptr=targets,
-            weights_ptr=weights,
-            start_ptr=start,
-            prior_ptr=prior,
-            probs_ptr=logits.new_empty((programs, rows, padded), dtype=probs_dtype),
-            row_weights_ptr=logits.new_empty((programs, rows), dtype=torch.float32),
-            vectors_ptr=logits.new_empty((programs, vectors, padded), dtype=torch.float32),
-            bias_ptr=solution.bias,
-            loss_ptr=solution.loss,
-            iterations_ptr=solution.iterations,
-            evaluations_ptr=solution.evaluations,
-            status_ptr=solution.status,
-            W=W,
-            T=T,
-            V=V,
-            VP=padded,
-            stride_lw=logits.stride(0),
-            stride_lt=logits.stride(1),
-            stride_lv=logits.stride(2),
-            ridge=float(ridge),
-            box=float("inf") if clamp is None else float(clamp),
-            EVEN=padded == tile.chunks * tile.cols,
-            CHUNKS=tile.chunks,
-            ROWS=tile.rows,
-            COLS=tile.cols,
-            num_warps=tile.num_warps,
-            **_OPTIONS,
-            **given,
-        )
+    _launch(
+        kernel,
+        (programs,),
+        public,
+        logits_ptr=logits,
+        targets_ptr=targets,
+        weights_ptr=weights,
+        start_ptr=start,
+        prior_ptr=prior,
+        probs_ptr=logits.new_empty((programs, rows, padded), dtype=probs_dtype),
+        row_weights_ptr=logits.new_empty((programs, rows), dtype=torch.float32),
+        vectors_ptr=logits.new_empty((programs, vectors, padded), dtype=torch.float32),
+        bias_ptr=solution.bias,
+        loss_ptr=solution.loss,
+        iterations_ptr=solution.iterations,
+        evaluations_ptr=solution.evaluations,
+        status_ptr=solution.status,
+        W=W,
+        T=T,
+        V=V,
+        VP=padded,
+        stride_lw=logits.stride(0),
+        stride_lt=logits.stride(1),
+        stride_lv=logits.stride(2),
+        ridge=float(ridge),
+        box=float("inf") if clamp is None else float(clamp),
+        EVEN=padded == tile.chunks * tile.cols,
+        CHUNKS=tile.chunks,
+        ROWS=tile.rows,
+        COLS=tile.cols,
+        num_warps=tile.num_warps,
+        **_OPTIONS,
+        **given,
+    )
     return solution
 
 
@@ -219,8 +223,8 @@ def slot_solve(
         )
     if not tolerance_change >= 0:
         raise ValueError(f"tolerance_change: expected >= 0, got {tolerance_change!r}")
-    return _launch(
-        _lbfgs_kernel, logits, targets, weights, start, prior, ridge, clamp, probs_dtype,
+    return _solve_windows(
+        _lbfgs_kernel, "slot_solve", logits, targets, weights, start, prior, ridge, clamp, probs_dtype,
         tolerance_grad=float(tolerance_grad),
         tolerance_change=float(tolerance_change),
         max_eval=-1 if max_eval is None else max_eval,
@@ -273,8 +277,8 @@ def slot_solve_mm(
         raise ValueError("ridge, clamp: expected at least one of them; without, tokens that are no target go to -inf")
     if iterations < 0:
         raise ValueError(f"iterations: expected >= 0, got {iterations!r}")
-    return _launch(
-        _majorise_kernel, logits, targets, weights, start, prior, ridge, clamp, probs_dtype,
+    return _solve_windows(
+        _majorise_kernel, "slot_solve_mm", logits, targets, weights, start, prior, ridge, clamp, probs_dtype,
         tolerance_grad=float(tolerance_grad),
         tolerance_change=float(tolerance_change),
         max_iterations=iterations,
@@ -284,13 +288,53 @@ def slot_solve_mm(
 
 # The contract
 
+_TYPES = {
+    **dict.fromkeys(("targets_ptr",), "*i64"),
+    **dict.fromkeys(("iterations_ptr", "evaluations_ptr", "status_ptr"), "*i32"),
+    **dict.fromkeys(("row_weights_ptr", "vectors_ptr", "bias_ptr", "loss_ptr"), "*fp32"),
+    "small_ptr": "*fp64",
+    **dict.fromkeys(("W", "T", "V", "VP", "stride_lw", "stride_lt"), "i32:16"),
+    **dict.fromkeys(("ridge", "box", "tolerance_grad", "tolerance_change"), "fp32"),
+    **dict.fromkeys(("packed_iterations", "packed_histories"), "i64"),
+    **dict.fromkeys(("max_eval", "max_line_search", "max_iterations", "ignore_index"), "i32"),
+}
+
+
+def _compilations(kernel, V, phases=None):
+    """Contiguous logits, weights of 1, from 0: bfloat16 logits with either type of P, float32 with its own."""
+    found = []
+    for logits, probs in (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32")):
+        tile = _config(V, 2 if "bf16" in (logits, probs) else 4)
+        types = {**_TYPES, "logits_ptr": f"*{logits}", "probs_ptr": f"*{probs}"}
+        fixed = {"weights_ptr": None, "start_ptr": None, "prior_ptr": None, "stride_lv": 1}
+        fixed |= {"EVEN": V == tile.chunks * tile.cols, "CHUNKS": tile.chunks, "ROWS": tile.rows, "COLS": tile.cols}
+        if phases is not None:
+            fixed |= {"PHASES": len(phases), "BLOCK_H": _phase_arguments(phases)["BLOCK_H"]}
+        found.append(
+            Compilation(
+                kernel,
+                signature={name: types[name] for name in kernel.arg_names if name in types},
+                constexprs={name: fixed[name] for name in kernel.arg_names if name in fixed},
+                num_warps=tile.num_warps,
+                num_stages=1,
+                elements=tile.chunks * tile.rows * tile.cols,
+                options={"enable_fp_fusion": True},
+            )
+        )
+    return found
+
+
+def _bytes_moved(*, W, T, V, itemsize, **_):
+    return W * (T * (V * itemsize + 8) + 4 * V + 16)
+
+
 SPECS = (
     KernelSpec(
         name="slot_solve",
         fn=slot_solve,
         reference=slot_solve_ref,
-        inputs=_spec_inputs,
-        cases=_CASES,
+        inputs=inputs,
+        cases=CASES,
         compilations=lambda *, V, phases, **_: _compilations(_lbfgs_kernel, V, phases),
         bytes_moved=_bytes_moved,
         # as many evaluations as the phases allow, and of directions as many as iterations, with a full history
@@ -300,8 +344,8 @@ SPECS = (
         name="slot_solve_mm",
         fn=slot_solve_mm,
         reference=slot_solve_mm_ref,
-        inputs=_spec_inputs,
-        cases=_MM_CASES,
+        inputs=inputs,
+        cases=MM_CASES,
         compilations=lambda *, V, **_: _compilations(_majorise_kernel, V),
         bytes_moved=_bytes_moved,
         flops=lambda *, W, T, V, iterations=10, **_: 4 * W * T * V * (iterations + 1),

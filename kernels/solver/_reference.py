@@ -4,23 +4,13 @@ On purpose it shares nothing with the kernels but the mathematics: the direct fo
 recursion instead of the compact form, a line search with structure instead of a state machine.
 """
 
-import enum
 import math
 from collections import deque
 from typing import NamedTuple
 
 import torch
 
-
-class Status(enum.IntEnum):
-    """Why a window's solve stopped."""
-
-    GRADIENT = 0  # max |gradient| <= tolerance_grad
-    CHANGE = 1  # the last step or the last change of the loss was below tolerance_change
-    SLOPE = 2  # the directional derivative was above -tolerance_change
-    OUT_OF_ITERATIONS = 3
-    OUT_OF_EVALUATIONS = 4
-    NOT_FINITE = 5  # the loss or the gradient at the start is not finite: the bias is the start, untouched
+from .._rules import ARMIJO, CURVATURE, SMALLEST_BRACKET, SMALLEST_CURVATURE, Status
 
 
 class SlotSolution(NamedTuple):
@@ -84,10 +74,10 @@ def _strong_wolfe(along, t, loss, slope, largest, most):
     """
 
     def too_high(point):
-        return point[1] > loss + 1e-4 * point[0] * slope
+        return point[1] > loss + ARMIJO * point[0] * slope
 
     def flat(point):
-        return abs(point[2]) <= -0.9 * slope
+        return abs(point[2]) <= -CURVATURE * slope
 
     start = before = (0.0, loss, slope)
     here, trials = along(t), 0
@@ -107,7 +97,7 @@ def _strong_wolfe(along, t, loss, slope, largest, most):
     low = 0 if before[1] <= here[1] else 1
     while trials < most:
         left, right = sorted(end[0] for end in ends)
-        if (right - left) * largest < 1e-9:
+        if (right - left) * largest < SMALLEST_BRACKET:
             break
         t, margin = _within(_lowest_of_cubic(*ends), left, right), 0.1 * (right - left)
         close = min(right - t, t - left) < margin
@@ -176,7 +166,7 @@ def _lbfgs_phase(window, x, most, history, max_eval, max_line_search, tolerance_
             break
         if evaluations >= max_eval:
             return x, loss, iteration, evaluations, Status.OUT_OF_EVALUATIONS
-        if (sy := s.dot(y)) > 1e-10:
+        if (sy := s.dot(y)) > SMALLEST_CURVATURE:
             pairs.append((s, y, sy))
         d = _two_loops(pairs, g)
     return x, loss, most, evaluations, Status.OUT_OF_ITERATIONS

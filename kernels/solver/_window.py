@@ -1,8 +1,8 @@
 """What both solvers do with a window: softmax and counts once, then the loss and gradient of any bias in P-form.
 
-A program owns one window at a time and all of its scratch. Tiles are (CHUNKS, ROWS, COLS): CHUNKS * COLS columns of
-ROWS rows. Vectors are (BLOCK_V,), BLOCK_V = CHUNKS * COLS. Rows of scratch are VP elements apart, V rounded up to 16,
-so that loads are wide for any V; what lies beyond V is written as 0.
+A program owns one window at a time and all of its scratch. Tiles are those of `_rows.py`: (CHUNKS, ROWS, COLS).
+Vectors are (BLOCK_V,), BLOCK_V = CHUNKS * COLS. Rows of scratch are VP elements apart, V rounded up to 16, so that
+loads are wide for any V; what lies beyond V is written as 0.
 
 Order through memory: programs never share memory, but the threads of one do, and what one thread stores another loads.
 `tl.debug_barrier` (all earlier stores of the program are visible to all its threads, all earlier loads are done) stands
@@ -12,7 +12,14 @@ a missing one.
 
 from typing import NamedTuple
 
+from .._rows import _columns, _fold, _load_logits, _row_max, _row_sum, _tile_columns, _tile_rows
+from .._rules import Status
 from .._triton import _LOG2E, tl, triton
+
+_GRADIENT, _CHANGE, _SLOPE, _OUT_OF_ITERATIONS, _OUT_OF_EVALUATIONS, _NOT_FINITE = (
+    tl.constexpr(status.value) for status in Status
+)
+_RUNNING = tl.constexpr(-1)
 
 
 class _Tile(NamedTuple):
@@ -29,7 +36,7 @@ def _config(V, itemsize):
     has whole rows, and the loop over rows needs no barrier; above, a row is shared by as few warps as hold it with 32
     elements a thread: u, the sums and the row itself then stay in registers.
     """
-    block_v = max(triton.next_power_of_2(V), 16)
+    block_v = max(triton.next_power_of_2(V), 64)  # several elements a lane: then all lanes round a fused sum alike
     warps_per_row = min(max(block_v // 1024, 1), 16)  # unmeasured
     num_warps = max(8, warps_per_row)  # unmeasured
     cols = min(block_v, warps_per_row * 32 * 16 // itemsize)
@@ -38,22 +45,10 @@ def _config(V, itemsize):
 
 
 @triton.jit
-def _tile_offsets(CHUNKS: tl.constexpr, COLS: tl.constexpr):
-    return tl.arange(0, CHUNKS)[:, None, None] * COLS + tl.arange(0, COLS)[None, None, :]  # (CHUNKS, 1, COLS)
-
-
-@triton.jit
-def _load_tile(ptr, mask, EVEN: tl.constexpr):
-    """Without a mask where it would always hold."""
-    return tl.load(ptr) if EVEN else tl.load(ptr, mask=mask, other=0.0)
-
-
-@triton.jit
-def _store_tile(ptr, tile, mask, EVEN: tl.constexpr):
-    if EVEN:
-        tl.store(ptr, tile)
-    else:
-        tl.store(ptr, tile, mask=mask)
+def _load_row(ptr, VP, EVEN: tl.constexpr, CHUNKS: tl.constexpr, COLS: tl.constexpr):
+    """A vector of scratch as a row of a tile: (CHUNKS, 1, COLS); without a mask where it would always hold."""
+    offs_v = _columns(CHUNKS, COLS)
+    return tl.load(ptr + offs_v) if EVEN else tl.load(ptr + offs_v, mask=offs_v < VP, other=0.0)
 
 
 @triton.jit
@@ -101,7 +96,7 @@ def _prepare(
     Returns sum_t w_t nll_t at bias 0 and sum_t w_t. The first is relative to P as it was rounded: the loss at bias 0
     is exact whatever the type of P.
     """
-    offs_v = _tile_offsets(CHUNKS, COLS)
+    offs_v = _columns(CHUNKS, COLS)
     base = tl.zeros((ROWS,), tl.float64)
     total = tl.zeros((ROWS,), tl.float64)
     for first in range(0, T, ROWS):
@@ -113,18 +108,22 @@ def _prepare(
             w = tl.load(weights_ptr + offs_t, mask=used, other=0.0)
             used &= w != 0
         known = used & (target >= 0) & (target < V)
-        row_ptr = logits_ptr + offs_t.to(tl.int64) * stride_lt  # (ROWS,)
-        mask = used[None, :, None] & (offs_v < V)
-        z = tl.load(row_ptr[None, :, None] + offs_v.to(tl.int64) * stride_lv, mask=mask, other=0.0).to(tl.float32)
-        z = tl.where(offs_v < V, z, float("-inf"))
-        top = tl.max(tl.max(z, axis=0), axis=1)
+        z = _load_logits(logits_ptr, first, 0, used, V, stride_lt, stride_lv, False, CHUNKS, ROWS, COLS)
+        z = tl.where(offs_v < V, z.to(tl.float32), float("-inf"))
+        top = _row_max(z)
         e = tl.exp2((z - top[None, :, None]) * _LOG2E)
-        sum_e = tl.sum(tl.sum(e, axis=0), axis=1)
+        sum_e = _row_sum(e)
         probs = (e * tl.where(used, 1.0 / sum_e, 0.0)[None, :, None]).to(probs_ptr.dtype.element_ty)
-        rounded = tl.sum(tl.sum(probs.to(tl.float32), axis=0), axis=1)
-        probs_row_ptr = probs_ptr + offs_t.to(tl.int64)[None, :, None] * VP + offs_v
-        _store_tile(probs_row_ptr, probs, offs_v < VP, EVEN)
-        z_target = tl.load(row_ptr + target.to(tl.int64) * stride_lv, mask=known, other=0.0).to(tl.float32)
+        rounded = _row_sum(probs.to(tl.float32))
+        columns = _tile_columns(CHUNKS, ROWS, COLS)
+        probs_ptrs = probs_ptr + (first + _tile_rows(CHUNKS, ROWS)).to(tl.int64)[:, None] * VP + columns
+        probs = tl.reshape(probs, (CHUNKS * ROWS, COLS))
+        if EVEN:
+            tl.store(probs_ptrs, probs)
+        else:
+            tl.store(probs_ptrs, probs, mask=columns < VP)
+        offs_z = offs_t.to(tl.int64) * stride_lt + target.to(tl.int64) * stride_lv  # (ROWS,)
+        z_target = tl.load(logits_ptr + offs_z, mask=known, other=0.0).to(tl.float32)
         nll = (top - z_target).to(tl.float64) + tl.log(sum_e.to(tl.float64) / rounded.to(tl.float64))
         w = tl.where(used, tl.where(known, w, float("nan")), 0.0)
         tl.store(row_weights_ptr + offs_t, w)
@@ -172,16 +171,17 @@ def _evaluate(
     # Through memory, to all warps that hold a part of a row: a reshape would bring its own layout into the loop below.
     tl.store(u_ptr + offs_v, u, mask=offs_v < VP)
     tl.debug_barrier()  # the store of u above before its load below
-    offs_tile = _tile_offsets(CHUNKS, COLS)
-    u_row = _load_tile(u_ptr + offs_tile, offs_tile < VP, EVEN)
+    u_row = _load_row(u_ptr, VP, EVEN, CHUNKS, COLS)
+    columns = _tile_columns(CHUNKS, ROWS, COLS)
     acc = tl.zeros((CHUNKS, ROWS, COLS), tl.float32)
     log_s = tl.zeros((ROWS,), tl.float64)
     for first in range(0, T, ROWS):
         offs_t = first + tl.arange(0, ROWS)
         w = tl.load(row_weights_ptr + offs_t)
-        row_ptr = probs_ptr + offs_t.to(tl.int64)[None, :, None] * VP + offs_tile
-        probs = _load_tile(row_ptr, offs_tile < VP, EVEN).to(tl.float32)
-        s = tl.where(w != 0, tl.sum(tl.sum(probs * u_row, axis=0), axis=1), 1.0)
+        ptrs = probs_ptr + (first + _tile_rows(CHUNKS, ROWS)).to(tl.int64)[:, None] * VP + columns
+        probs = tl.load(ptrs) if EVEN else tl.load(ptrs, mask=columns < VP, other=0.0)
+        probs = _fold(probs, CHUNKS, ROWS, COLS).to(tl.float32)
+        s = tl.where(w != 0, _row_sum(probs * u_row), 1.0)
         acc += probs * (w / s)[None, :, None]
         log_s += w.to(tl.float64) * _log(s)
     expected = u * tl.reshape(tl.sum(acc, axis=1), (BLOCK_V,))

@@ -26,7 +26,16 @@ ridge and box by own derivation.
 """
 
 from .._triton import _LN2, _LOG2E, tl, triton
-from ._window import _evaluate, _largest, _prepare
+from ._window import (
+    _CHANGE,
+    _GRADIENT,
+    _NOT_FINITE,
+    _OUT_OF_ITERATIONS,
+    _RUNNING,
+    _evaluate,
+    _largest,
+    _prepare,
+)
 
 
 @triton.jit
@@ -105,8 +114,8 @@ def _majorise_kernel(
         before = tl.full((), float("inf"), tl.float64)
         step = tl.full((), float("inf"), tl.float32)
         iterations = 0
-        status = -1
-        while status < 0:
+        status = _RUNNING + 0
+        while status == _RUNNING:
             tl.debug_barrier()  # as `_evaluate` asks
             loss, g, expected = _evaluate(
                 x, probs_ptr, row_weights_ptr, counts_ptr, u_ptr, None if prior_ptr is None else prior_ptr + window * V,
@@ -115,11 +124,12 @@ def _majorise_kernel(
             steepest = _largest(tl.where(inside, x - tl.minimum(tl.maximum(x - g, -box), box), 0.0))
             finite = (tl.abs(loss) < float("inf")) & (tl.sum(tl.abs(g), axis=0) < float("inf"))
             done = iterations >= max_iterations
-            status = tl.where(done, 3, -1)
-            status = tl.where((step <= tolerance_change) | (tl.abs(before - loss) < tolerance_change), 1, status)
-            status = tl.where(steepest <= tolerance_grad, 0, status)
-            status = tl.where((iterations == 0) & (finite == 0), 5, status)
-            if status < 0:
+            status = tl.where(done, _OUT_OF_ITERATIONS, _RUNNING)
+            stalled = (step <= tolerance_change) | (tl.abs(before - loss) < tolerance_change)
+            status = tl.where(stalled, _CHANGE, status)
+            status = tl.where(steepest <= tolerance_grad, _GRADIENT, status)
+            status = tl.where((iterations == 0) & (finite == 0), _NOT_FINITE, status)
+            if status == _RUNNING:
                 counts = tl.load(counts_ptr + offs_v, mask=inside, other=0.0)
                 offset = x
                 if prior_ptr is not None:
@@ -130,7 +140,7 @@ def _majorise_kernel(
                 before = loss
                 x = new
                 iterations += 1
-        tl.store(bias_ptr + window * V + offs_v, tl.where(status == 5, begin, x), mask=inside)
+        tl.store(bias_ptr + window * V + offs_v, tl.where(status == _NOT_FINITE, begin, x), mask=inside)
         tl.store(loss_ptr + window, loss.to(tl.float32))
         tl.store(iterations_ptr + window, iterations)
         tl.store(evaluations_ptr + window, iterations + 1)

@@ -3,10 +3,12 @@
 Source: Nocedal & Wright, Numerical Optimization, 3.5; torch.optim.lbfgs for constants and the order of tests.
 """
 
+from .._rules import ARMIJO, CURVATURE, SMALLEST_BRACKET
 from .._triton import tl, triton
 
 # What an evaluation is for: the first of a phase, a trial that looks for a bracket, one inside it, the clamped result.
 _START, _BRACKET, _ZOOM, _FINISH, _DONE = (tl.constexpr(mode) for mode in range(5))
+_ARMIJO, _CURVATURE, _SMALLEST_BRACKET = map(tl.constexpr, (ARMIJO, CURVATURE, SMALLEST_BRACKET))
 
 
 @triton.jit
@@ -56,8 +58,8 @@ def _advance(
     trial_loss = tl.where(usable, loss, float("inf"))
     trial_slope = tl.where(usable, slope, float("nan"))
     zoom = mode == _ZOOM
-    too_high = trial_loss > start_loss + 1e-4 * t * start_slope
-    flat = tl.abs(trial_slope) <= -0.9 * start_slope
+    too_high = trial_loss > start_loss + _ARMIJO * t * start_slope
+    flat = tl.abs(trial_slope) <= -_CURVATURE * start_slope
 
     bracketing = mode == _BRACKET
     last = bracketing & (trials >= most_trials)
@@ -92,7 +94,7 @@ def _advance(
     zoom |= found
     left = tl.minimum(low_t, high_t)
     right = tl.maximum(low_t, high_t)
-    small = (right - left) * largest < 1e-9
+    small = (right - left) * largest < _SMALLEST_BRACKET
     over = good | last | (zoom & ((trials >= most_trials) | small))
     floor = tl.where(onward, low_t + 0.01 * (low_t - high_t), left)
     ceiling = tl.where(onward, low_t * 10.0, right)

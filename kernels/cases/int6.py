@@ -1,15 +1,12 @@
-"""What the spec says of the product: inputs, cases, the launches behind production shapes, bytes."""
+"""Inputs and cases of `int6_matmul`."""
 
 import torch
 
-from ..spec import Case, Compilation
-from ._kernels import _MASKS, _config, _dequantize_int6_kernel, _int6_matmul_kernel, _sum_splits_kernel
-from ._packing import BLOCK, _cdiv, pack_int6
+from ..int6 import _cdiv, pack_int6
+from ..spec import Case
 
 
-def _inputs(
-    generator, device, dtype, m, n, k, group=0, scale_dtype=torch.float16, lead=(), strided=False, spread=False
-):
+def inputs(generator, device, dtype, m, n, k, group=0, scale_dtype=torch.float16, lead=(), strided=False, spread=False):
     codes = torch.randint(-31, 32, (n, k), generator=generator, dtype=torch.int8)
     scale = torch.rand((n, _cdiv(k, group)) if group else (n,), generator=generator) * 0.05 + 0.001
     if strided:
@@ -21,54 +18,8 @@ def _inputs(
     return {"x": x, "weight": pack_int6(codes.to(device), scale.to(scale_dtype).to(device))}
 
 
-def _compilations(m, n, k, group=0, scale_dtype=torch.float16, dtype=torch.bfloat16, **_):
-    integers = {"M": m, "N": n, "K": k, "n_blocks": _cdiv(k, BLOCK), "n_groups": _cdiv(k, group or k), "stride_xm": k}
-    integers |= _MASKS
-    pointer = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-    pointers = {"x_ptr": pointer[dtype], "low_ptr": "*i32", "high_ptr": "*i32", "out_ptr": pointer[dtype]}
-    pointers["scale_ptr"] = pointer[scale_dtype]
-    group = group if group < k else 0
-
-    def compilation(kernel, constexprs, num_warps, num_stages, elements, fusion, **types):
-        # As a launch does: 1 becomes a constant, multiples of 16 are marked.
-        names = kernel.arg_names
-        constexprs = {**constexprs, **{name: 1 for name in names if integers.get(name) == 1}}
-        known = {name: "i32:16" if value % 16 == 0 else "i32" for name, value in integers.items()} | pointers | types
-        signature = {name: "constexpr" if name in constexprs else known[name] for name in names}
-        options = {"enable_fp_fusion": fusion}
-        return Compilation(kernel, signature, constexprs, num_warps, num_stages, elements, options)
-
-    launch = _config(m, n, k, group or k, dtype)
-    if launch is None:
-        constexprs = {"GROUP": group, "BLOCK_N": 16, "BLOCK_K": BLOCK}
-        return [compilation(_dequantize_int6_kernel, constexprs, 4, 3, 0, False)]
-    tiles = {name: value for name, value in launch._asdict().items() if name.isupper()}
-    constexprs = {
-        "GROUP": group,
-        "TAIL": k % launch.BLOCK_K != 0,
-        "UPCAST": dtype == torch.float32,
-        "stride_xk": 1,
-        **tiles,
-    }
-    elements = launch.BLOCK_N * launch.BLOCK_K
-    out = pointer[dtype] if launch.SPLIT_K == 1 else "*fp32"
-    found = [
-        compilation(_int6_matmul_kernel, constexprs, launch.num_warps, launch.num_stages, elements, True, out_ptr=out)
-    ]
-    if launch.SPLIT_K > 1:
-        integers["numel"] = m * n
-        constexprs = {"SPLIT_K": launch.SPLIT_K, "BLOCK": 512}
-        found.append(compilation(_sum_splits_kernel, constexprs, 4, 3, 0, False, partial_ptr="*fp32"))
-    return found
-
-
-def _bytes_moved(m, n, k, itemsize, group=0, scale_dtype=torch.float16, **_):
-    weights = n * _cdiv(k, BLOCK) * BLOCK * 3 // 4 + n * _cdiv(k, group or k) * scale_dtype.itemsize
-    return weights + (m * k + m * n) * itemsize
-
-
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
-_CASES = (
+CASES = (
     Case("no rows", {"m": 0, "n": 8, "k": 32}, _BF16),
     Case("one row", {"m": 1, "n": 64, "k": 256}, _BF16),
     Case("single weight", {"m": 1, "n": 1, "k": 1}),

@@ -27,8 +27,9 @@ kernel: in torch each window is some ten launches, 50 us; a window's share of a 
 import torch
 from torch import Tensor
 
-from ._triton import tl, triton
-from .spec import Case, Compilation, KernelSpec
+from ._triton import _launch, tl, triton
+from .cases.rates import CASES, inputs
+from .spec import Compilation, KernelSpec
 
 
 def rate_scan_ref(
@@ -111,41 +112,31 @@ def rate_scan(
         if tuple(x.shape) != shape or x.dtype != torch.float64 or x.device != left.device:
             raise ValueError(f"{name}: {x.dtype} {tuple(x.shape)} on {x.device}, expected float64 {shape}")
     block_v, num_warps = _config(max(V, 1))
-    inputs = (x.contiguous() for x in (left, new_counts, new_expected, k, counts, expected))
     ratio, last_counts, last_expected = left.new_empty(W, V), left.new_empty(V), left.new_empty(V)
     if V:
-        with torch.cuda.device_of(left):
-            _rate_scan_kernel[(triton.cdiv(V, block_v),)](
-                *inputs, ratio, last_counts, last_expected, W, V, BLOCK_V=block_v, num_warps=num_warps, **_OPTIONS
-            )
+        _launch(
+            _rate_scan_kernel,
+            (triton.cdiv(V, block_v),),
+            "rate_scan",
+            left_ptr=left.contiguous(),
+            new_counts_ptr=new_counts.contiguous(),
+            new_expected_ptr=new_expected.contiguous(),
+            k_ptr=k.contiguous(),
+            counts_ptr=counts.contiguous(),
+            expected_ptr=expected.contiguous(),
+            ratio_ptr=ratio,
+            last_counts_ptr=last_counts,
+            last_expected_ptr=last_expected,
+            W=W,
+            V=V,
+            BLOCK_V=block_v,
+            num_warps=num_warps,
+            **_OPTIONS,
+        )
     return ratio, last_counts, last_expected
 
 
 # The contract
-
-
-def _inputs(generator, device, dtype, *, W, V, edit=None):
-    def uniform(*shape):
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
-
-    found = {
-        "left": 0.97 + 0.03 * uniform(W),
-        "new_counts": (3 * uniform(W, V)).floor(),
-        "new_expected": uniform(W, V),
-        "k": 0.2 + uniform(V),
-        "counts": 50 * uniform(V),
-        "expected": 50 * uniform(V),
-    }
-    if edit == "documents":  # most is forgotten, now and then
-        found["left"][::3] *= 0.1
-    elif edit == "nothing yet":
-        found["counts"].zero_()
-        found["expected"].zero_()
-    elif edit == "poor":
-        found["new_counts"][W // 2, 0] = torch.nan
-    elif edit == "strided":
-        found = {name: torch.stack((x, x), -1)[..., 0] for name, x in found.items()}
-    return {name: x.to(device) for name, x in found.items()}
 
 
 def _compilations(*, V, **_):
@@ -167,19 +158,8 @@ SPEC = KernelSpec(
     name="rate_scan",
     fn=rate_scan,
     reference=rate_scan_ref,
-    inputs=_inputs,
-    cases=(
-        Case("no window", {"W": 0, "V": 8}),
-        Case("one token, one window", {"W": 1, "V": 1}),
-        Case("BLOCK - 1", {"W": 5, "V": 31}),
-        Case("BLOCK + 1", {"W": 5, "V": 33, "edit": "documents"}),
-        Case("prime", {"W": 7, "V": 509, "edit": "nothing yet"}),
-        Case("a NaN stays in its column", {"W": 6, "V": 40, "edit": "poor"}),
-        Case("strided", {"W": 3, "V": 40, "edit": "strided"}),
-        Case("the contest's smallest vocabulary", {"W": 3, "V": 1024}),
-        Case("production", {"W": 1024, "V": 1024}, production=True),
-        Case("production, V 8192", {"W": 256, "V": 8192}, production=True),
-    ),
+    inputs=inputs,
+    cases=CASES,
     compilations=_compilations,
     bytes_moved=lambda *, W, V, itemsize, **_: 24 * W * V + 40 * V,
     flops=lambda *, W, V, **_: 8 * W * V,

@@ -1,0 +1,1 @@
+"""Inputs and cases of the kernels' specs, a file a kernel, apart from the code that they check."""

@@ -4,6 +4,7 @@
     python -m bench.compiles --triton 3.2.0 3.6.0 these versions, each fetched by pip into a folder of its own
     python -m bench.compiles --triton all         the newest of each minor version from 3.2 on
     --folder DIR                                  where the fetched versions stay; default: a temporary folder
+    --check                                       not every case, but `bench.static_report --check`, with each version
 
 The cases are those that the tests run in the interpreter, so every combination of arguments that a test covers, and the
 production shapes. What does not compile is named; exit code 1 if there is anything. Versions run one after another:
@@ -65,15 +66,15 @@ def compile_all() -> int:
     return failed
 
 
-def in_version(version: str, folder: Path) -> int:
-    """Exit code of this command in a process whose Triton is of this version."""
+def in_version(version: str, folder: Path, command: list[str]) -> int:
+    """Exit code of a module of this package in a process whose Triton is of this version."""
     place = folder / version
     if not (place / "triton").is_dir():
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(place)]
         subprocess.run([*pip, f"triton=={version}"], check=True)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(place), str(ROOT), environment.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, "-m", "bench.compiles"], cwd=ROOT, env=environment).returncode
+    return subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment).returncode
 
 
 def main() -> int:
@@ -82,12 +83,16 @@ def main() -> int:
     )
     parser.add_argument("--triton", nargs="+", help="versions, or all", default=[])
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
+    if args.check and not args.triton:
+        parser.error("--check wants --triton; for the installed one there is bench.static_report --check")
     if not args.triton:
         return 1 if compile_all() else 0
     versions = VERSIONS if args.triton == ["all"] else args.triton
     with tempfile.TemporaryDirectory() as scratch:
-        codes = [in_version(version, (args.folder or Path(scratch)).resolve()) for version in versions]
+        command = ["bench.static_report", "--check"] if args.check else ["bench.compiles"]
+        codes = [in_version(version, (args.folder or Path(scratch)).resolve(), command) for version in versions]
     return max(codes)
 
 

@@ -1,13 +1,14 @@
 """What the compiler makes of every kernel at the shapes that real runs use; needs no GPU, and times nothing.
 
     python -m bench.static_report            compiles everything and prints a table
-    python -m bench.static_report --check    also holds it to the committed table
-    python -m bench.static_report --update   also rewrites the committed table
+    python -m bench.static_report --check    also holds it to the committed table of this version of Triton
+    python -m bench.static_report --update   also rewrites that table
     --quick                                  one production shape of each kernel
     --kernel NAME                            that spec alone
 
-Figures are those of sm_90; sm_80, sm_100 and gfx942 are only compiled. The committed table is valid for one version
-of Triton and says which: with another, its comparison is skipped, and says so; spills fail with any.
+Figures are those of sm_90; sm_80, sm_100 and gfx942 are only compiled. A committed table is valid for one version of
+Triton: with a version that has none, the comparison is skipped, and says so; spills fail with any. Another version than
+the installed one: `python -m bench.compiles --triton 3.6.0 --check`.
 
     regs      registers a thread          stack, local  spilled bytes a thread, 0 unless a kernel's spec accepts some
     shared    bytes a program             programs      resident at a time on a multiprocessor
@@ -31,7 +32,7 @@ from slotfast.kernels import specs
 
 from .compile import SHARED_LIMIT, TARGETS, compile_for, figures
 
-TABLE = Path(__file__).resolve().parent / "results" / "static" / "sm_90.json"
+TABLES = Path(__file__).resolve().parent / "results" / "static"
 KEYS = ("kernel", "case", "function", "types")
 # A figure may grow to factor * committed + slack; "programs" and "matrix" may not fall below committed / factor.
 TOLERANCE = {
@@ -76,6 +77,11 @@ def one(name: str, reason: str, index: int) -> dict:
     pointers = [kind[1:] for kind in compilation.signature.values() if kind.startswith("*")]
     key = {"kernel": name, "case": reason, "function": compilation.kernel.__name__, "types": pointers[0]}
     return {**key, **found, "accepted_spill": compilation.spill_bytes, "compile_s": round(seconds, 2)}
+
+
+def table_of(version: str) -> Path:
+    """Where the table of a version of Triton is committed."""
+    return TABLES / f"sm_90-triton-{version}.json"
 
 
 def label(row: dict) -> str:
@@ -152,25 +158,26 @@ def main() -> int:
     print(table(rows))
     if args.json:
         Path(args.json).write_text(json.dumps({"triton": triton.__version__, "rows": rows}))
-    committed = json.loads(TABLE.read_text()) if TABLE.exists() else {"triton": None, "rows": []}
+    path = table_of(triton.__version__)
+    committed = json.loads(path.read_text())["rows"] if path.exists() else None
     problems = spills(rows)
     if args.update:
-        kept = [row for row in committed["rows"] if args.kernel and row["kernel"] != args.kernel]
+        kept = [row for row in committed or () if args.kernel and row["kernel"] != args.kernel]
         new = [{name: value for name, value in row.items() if name != "compile_s"} for row in rows]
         lines = ",\n".join("  " + json.dumps(row) for row in sorted(kept + new, key=label))
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        TABLE.write_text(f'{{"triton": "{triton.__version__}", "target": "sm_90", "rows": [\n{lines}\n]}}\n')
-    elif args.check and committed["triton"] != triton.__version__:
-        print(f"SKIPPED: the committed figures are those of Triton {committed['triton']}, this is {triton.__version__}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{{"triton": "{triton.__version__}", "target": "sm_90", "rows": [\n{lines}\n]}}\n')
+    elif args.check and committed is None:
+        known = ", ".join(
+            sorted(each.stem.removeprefix("sm_90-triton-") for each in TABLES.glob("sm_90-triton-*.json"))
+        )
+        print(f"SKIPPED: figures are committed for Triton {known}, this is {triton.__version__}")
     elif args.check:
-        problems += compare(rows, committed["rows"], whole=not (args.quick or args.kernel))
+        problems += compare(rows, committed, whole=not (args.quick or args.kernel))
     if problems:
         print(f"{len(problems)} problems; after a change that is meant, --update:", *problems, sep="\n  ")
     elif args.check:
-        print(
-            f"{len(rows)} launches: nothing spills"
-            + ", none worse than committed" * (committed["triton"] == triton.__version__)
-        )
+        print(f"{len(rows)} launches: nothing spills" + ", none worse than committed" * (committed is not None))
     return 1 if problems else 0
 
 

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._triton import triton
+from .._triton import _launch, triton
 from ..spec import KernelSpec
 from ._backward import (
     _banded_attention_dkv_kernel,
@@ -109,7 +109,10 @@ def _banded_attention_fwd(q, k, v, position, q_sink, k_sink, v_sink, window, exc
         kernel = _banded_attention_fwd_kernel
         common = _arguments(kernel, "forward", q, k, window, k_sink)
         with torch.cuda.device_of(q):
-            kernel[(B * Hkv * triton.cdiv(lse.shape[2], common["BLOCK_M"]),)](
+            _launch(
+                kernel,
+                (B * Hkv * triton.cdiv(lse.shape[2], common["BLOCK_M"]),),
+                "banded_attention",
                 q_ptr=q,
                 k_ptr=k,
                 v_ptr=v,
@@ -145,7 +148,10 @@ def _banded_attention_bwd(
     with torch.cuda.device_of(q):
         kernel = _banded_attention_prepare_kernel
         common = _arguments(kernel, "prepare", q, k, window, k_sink)
-        kernel[(B * Hkv * triton.cdiv(T, common["BLOCK_M"]),)](
+        _launch(
+            kernel,
+            (B * Hkv * triton.cdiv(T, common["BLOCK_M"]),),
+            "banded_attention",
             v_ptr=v,
             y_ptr=y,
             dy_ptr=dy,
@@ -158,7 +164,10 @@ def _banded_attention_bwd(
         )
         kernel = _banded_attention_dkv_kernel
         common = _arguments(kernel, "dkv", q, k, window, k_sink)
-        kernel[(B * Hkv * triton.cdiv(k.shape[1], common["BLOCK_N"]),)](
+        _launch(
+            kernel,
+            (B * Hkv * triton.cdiv(k.shape[1], common["BLOCK_N"]),),
+            "banded_attention",
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
@@ -177,7 +186,10 @@ def _banded_attention_bwd(
         sink_parts = None
         if k_sink is not None:
             sink_parts = torch.empty((B * Hkv, tiles, 2, k_sink.shape[1], D), dtype=torch.float32, device=q.device)
-        kernel[(B * Hkv * tiles,)](
+        _launch(
+            kernel,
+            (B * Hkv * tiles,),
+            "banded_attention",
             q_ptr=q,
             k_ptr=k,
             v_ptr=v,
@@ -196,7 +208,16 @@ def _banded_attention_bwd(
         if k_sink is not None:
             kernel = _banded_attention_sink_kernel
             common = _arguments(kernel, "sink", q, k, window, k_sink)
-            kernel[(B * Hkv,)](sink_parts_ptr=sink_parts, dk_ptr=dk_sink, dv_ptr=dv_sink, parts=tiles, **common)
+            _launch(
+                kernel,
+                (B * Hkv,),
+                "banded_attention",
+                sink_parts_ptr=sink_parts,
+                dk_ptr=dk_sink,
+                dv_ptr=dv_sink,
+                parts=tiles,
+                **common,
+            )
     return dq, dk, dv, dq_sink, dk_sink, dv_sink
 
 

@@ -22,6 +22,7 @@ def _apart(function):
         sinks = None if q_sink is None else (q_sink, k_sink, v_sink)
         return function(q, k, v, window, position, sinks, exclude_own)
 
+    banded_attention.__name__ = function.__name__
     return banded_attention
 
 

@@ -7,7 +7,7 @@ the tensors' device, and have shapes and gradients, so that they trace under `to
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -27,6 +27,8 @@ from .kernels import (
 from .kernels._inputs import _scores_ref, _targets_ref
 from .kernels.attention import _banded_attention_bwd, _banded_attention_fwd, _check_banded_attention
 from .kernels.cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd
+from .kernels.lbfgs import LARGEST_V
+from .kernels.solver import MOST_COLUMNS, MOST_PAIRS
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -41,6 +43,23 @@ def uses_triton(backend: Backend, device: torch.device | str) -> bool:
     if backend == "triton" and not on_gpu:
         raise InputError("--backend triton: needs a GPU, and this runs on the CPU")
     return on_gpu and backend != "torch"
+
+
+def choose(backend: Backend, device: torch.device | str, kernel: Callable, reference: Callable) -> Callable:
+    """The function that a backend calls on a device: a kernel, or the plain torch of the same signature."""
+    return kernel if uses_triton(backend, device) else reference
+
+
+def solves_in_one_launch(backend: Backend, logits: Tensor, phases: Sequence[tuple[int, int]]) -> bool:
+    """Whether the L-BFGS fits of windows are `slot_solve`'s; the others are `slotfast.lbfgs`'s."""
+    short = len(phases) <= 4 and all(most <= 32767 and min(most - 1, history) <= MOST_PAIRS for most, history in phases)
+    narrow = logits.dtype != torch.float64 and logits.shape[-1] <= MOST_COLUMNS
+    return uses_triton(backend, logits.device) and narrow and short
+
+
+def launches_lbfgs(backend: Backend, like: Tensor) -> bool:
+    """Whether `slotfast.lbfgs` keeps the pairs of problems like [W, V] in the kernels' memory."""
+    return uses_triton(backend, like.device) and like.dtype == torch.float32 and 1 <= like.shape[-1] <= LARGEST_V
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,7 +93,7 @@ def cross_entropy(
     if backend == "auto":
         return _forward(logits, targets, bias, softcap, cap_after_bias, ignore_index)[0]
     options = {"softcap": softcap or None, "cap_after_bias": cap_after_bias, "ignore_index": ignore_index}
-    function = bias_cross_entropy if uses_triton(backend, logits.device) else bias_cross_entropy_ref
+    function = choose(backend, logits.device, bias_cross_entropy, bias_cross_entropy_ref)
     return function(logits, targets, bias, **options)[0]
 
 
@@ -172,7 +191,7 @@ def int6_linear(x: Tensor, weight: PackedInt6, backend: Backend = "auto") -> Ten
     """
     if backend == "auto":
         return _int6_linear(x, weight.low, weight.high, weight.scale, *weight.shape)
-    return (int6_matmul if uses_triton(backend, x.device) else int6_matmul_ref)(x, weight)
+    return choose(backend, x.device, int6_matmul, int6_matmul_ref)(x, weight)
 
 
 @torch.library.custom_op("slotfast::int6_linear", mutates_args=(), device_types="cpu")

@@ -60,8 +60,8 @@ from ._window import _config
 
 __all__ = ["SlotSolution", "Status", "slot_solve", "slot_solve_mm", "slot_solve_mm_ref", "slot_solve_ref"]
 
-_MOST_COLUMNS = 16384
-_MOST_PAIRS = 63
+MOST_COLUMNS = 16384
+MOST_PAIRS = 63
 _PROGRAMS_PER_SM = 1  # what 8 warps of 255 registers leave room for; unmeasured
 _OPTIONS = {"enable_fp_fusion": True, "num_stages": 1}
 
@@ -80,8 +80,8 @@ def _programs(windows, device):
 def _check(logits, targets, weights, start, prior, ridge, clamp, probs_dtype):
     _check_windows(logits, targets, weights, start=start, prior=prior)
     W, _, V = logits.shape
-    if V > _MOST_COLUMNS:
-        raise ValueError(f"logits: expected V <= {_MOST_COLUMNS}, got {V}")
+    if V > MOST_COLUMNS:
+        raise ValueError(f"logits: expected V <= {MOST_COLUMNS}, got {V}")
     for name, tensor in (("start", start), ("prior", prior)):
         if tensor is not None and (tensor.shape != (W, V) or tensor.dtype != torch.float32):
             raise ValueError(f"{name}: expected float32 {[W, V]}, got {tensor.dtype} {list(tensor.shape)}")
@@ -216,9 +216,9 @@ def slot_solve(
     phases = tuple((int(most), int(history)) for most, history in phases)
     if not phases or any(most < 0 or history < 1 for most, history in phases):
         raise ValueError(f"phases: expected (iterations >= 0, history >= 1) at least once, got {phases!r}")
-    if len(phases) > 4 or any(most > 32767 or min(most - 1, history) > _MOST_PAIRS for most, history in phases):
+    if len(phases) > 4 or any(most > 32767 or min(most - 1, history) > MOST_PAIRS for most, history in phases):
         raise ValueError(
-            f"phases: expected at most 4, of at most 32767 iterations, with a history of at most {_MOST_PAIRS}, "
+            f"phases: expected at most 4, of at most 32767 iterations, with a history of at most {MOST_PAIRS}, "
             f"got {phases!r}"
         )
     if not tolerance_change >= 0:

@@ -11,12 +11,14 @@ operations where that took care.
     solver.py     minimize: the state machine
     search.py     strong Wolfe line searches in lockstep
     memory.py     curvature pairs and the direction
+    launched.py   the same by kernels, and windows that share a bias
     objective.py  BiasObjective
     tape.py       windows that overlap: each row's softmax once, products without a copy
     rows.py       products and sums of rows, the same bits in any batch; numpy <-> torch
 """
 
+from .launched import SharedBias
 from .objective import BiasObjective
 from .solver import Objective, Solution, Status, minimize
 
-__all__ = ["BiasObjective", "Objective", "Solution", "Status", "minimize"]
+__all__ = ["BiasObjective", "Objective", "SharedBias", "Solution", "Status", "minimize"]

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..kernels import Status
+from .launched import LaunchedMemory
 from .memory import Memory
 from .rows import choose, column, index_of, row_sum, to_host
 from .search import Search
@@ -50,6 +52,7 @@ def minimize(
     max_eval: int | None = None,
     max_line_search: int | None = None,
     trace: list[list[float]] | None = None,
+    backend: ops.Backend = "auto",
 ) -> Solution:
     """Minimises W functions independently, each as torch.optim.LBFGS with strong Wolfe line search would.
 
@@ -66,6 +69,7 @@ def minimize(
         max_line_search: trial points of one line search after its first; None: what is left of max_eval, as in recent
             torch (in older versions: 25).
         trace: an empty list, which receives W lists: the loss after each iteration.
+        backend: of the curvature pairs: triton, torch or auto.
     Returns:
         Solution.
     Raises:
@@ -92,7 +96,8 @@ def minimize(
                 gradient=tolerance_grad,
                 change=tolerance_change,
             )
-            phase = _Phase(objective, x, history, limits, losses)
+            memory = LaunchedMemory if ops.launches_lbfgs(backend, start) else Memory
+            phase = _Phase(objective, x, memory.empty(x, history), limits, losses)
             x, loss, status = phase.solve()
             iterations, evaluations = iterations + phase.iterations, evaluations + phase.evaluations
     if losses is not None:
@@ -117,7 +122,12 @@ class _Phase:
     """
 
     def __init__(
-        self, objective: Objective, start: Tensor, history: int, limits: _Limits, losses: list[list[float]] | None
+        self,
+        objective: Objective,
+        start: Tensor,
+        memory: Memory | LaunchedMemory,
+        limits: _Limits,
+        losses: list[list[float]] | None,
     ) -> None:
         self.objective, self.limits, self.losses = objective, limits, losses
         W = len(start)
@@ -126,7 +136,7 @@ class _Phase:
         self.status = np.full(W, -1, dtype=np.int64)  # [W]
         self.ids, self.running = np.arange(W), np.ones(W, dtype=bool)  # [A]: the problem, whether it still runs
         self.x = start  # [A, V]: where the current iteration started, as are loss [A] and g [A, V]
-        self.search, self.memory = Search.empty(W), Memory.empty(start, history)
+        self.search, self.memory = Search.empty(W), memory
 
     def solve(self) -> tuple[Tensor, np.ndarray, np.ndarray]:
         loss, self.g = self.objective(self.x)

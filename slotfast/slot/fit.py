@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..kernels import Status, slot_solve, slot_solve_mm, slot_solve_mm_ref
-from ..lbfgs import BiasObjective, minimize
+from ..lbfgs import BiasObjective, SharedBias, minimize
 from .batch import Adjusted, WindowBatch
 from .rows import Adaptation
 
@@ -81,25 +81,27 @@ class Fit:
     def _solve_bias(
         self, logits: Tensor, targets: Tensor, weights: Tensor, start: Tensor, backend: ops.Backend
     ) -> Tensor:
-        row = self.row
-        triton = ops.uses_triton(backend, logits.device)
+        row, windows = self.row, (logits, targets, weights)
         if row.scope == "batch":
-            # one problem of many rows: a single program would leave a GPU idle, so torch solves it everywhere
             logits, targets, weights = logits.flatten(0, 1)[None], targets.reshape(1, -1), weights.reshape(1, -1)
-            triton = False
         problems = weights.bool().any(1)
         if row.optimizer == "adamw":
             return self._adamw(BiasObjective(logits, targets, weights, ridge=row.ridge), start, problems)
         if row.optimizer == "mm":
-            solve = slot_solve_mm if triton else slot_solve_mm_ref
+            solve = ops.choose(backend, logits.device, slot_solve_mm, slot_solve_mm_ref)
             options = {"ridge": row.ridge, "clamp": row.clamp, "iterations": row.steps}
             x, _, *work = solve(logits, targets, weights, start, **options)
-        elif triton:
+        elif row.scope != "batch" and ops.solves_in_one_launch(backend, logits, row.phases):
             options = {"ridge": row.ridge, "clamp": row.clamp, "phases": row.phases, "tolerance_change": row.tolerance}
             x, _, *work = slot_solve(logits, targets, weights, start, **options)
         else:
-            objective = BiasObjective(logits, targets, weights, ridge=row.ridge)
-            solution = minimize(objective, start, phases=row.phases, tolerance_change=row.tolerance)
+            if row.scope == "batch" and ops.launches_lbfgs(backend, start) and logits.dtype != torch.float64:
+                # one problem of many rows: a program a window, where a single one would leave a GPU idle
+                objective = SharedBias(*windows, ridge=row.ridge)
+            else:
+                objective = BiasObjective(logits, targets, weights, ridge=row.ridge)
+            options = {"phases": row.phases, "tolerance_change": row.tolerance, "backend": backend}
+            solution = minimize(objective, start, **options)
             x, work = solution.x, (solution.iterations, solution.evaluations, solution.status)
         self._count(problems, *work)
         return x
@@ -111,7 +113,8 @@ class Fit:
         if row.optimizer == "adamw":
             return self._adamw(objective, start, problems)
         x = start.reshape(len(problems), -1)
-        solution = minimize(objective, x, phases=row.phases, tolerance_change=row.tolerance)
+        options = {"phases": row.phases, "tolerance_change": row.tolerance, "backend": batch.backend}
+        solution = minimize(objective, x, **options)
         self._count(problems, solution.iterations, solution.evaluations, solution.status)
         return solution.x.view_as(start)
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..errors import InputError
 from ..kernels import rate_scan, rate_scan_ref
-from ..ops import uses_triton
 from .batch import Adjusted, Packed, WindowBatch
 from .repeats import CAUTIOUS_GATES
 from .rows import Adaptation
@@ -93,7 +93,7 @@ class Rates:
     def stream(self, batch: WindowBatch) -> Tensor:
         """Biases [W, V] from all that came before each window; takes the windows' scored tokens in."""
         left, *new = self._sums(batch.charges)
-        scan = rate_scan if uses_triton(batch.backend, left.device) else rate_scan_ref
+        scan = ops.choose(batch.backend, left.device, rate_scan, rate_scan_ref)
         ratio, self.counts, self.expected = scan(left, *new, self.k, self.counts, self.expected)
         return self._bias(ratio)
 

@@ -121,7 +121,8 @@ class Folder:
         """
         names = [public for public, target in self.public.items() if target.module.partition(".")[0] == kernel]
         if not names:
-            known = sorted({target.module.partition(".")[0] for target in self.public.values()})
+            files = {target.module.partition(".")[0] for target in self.public.values()}
+            known = sorted(file for file in files if not file.startswith("_"))
             near = difflib.get_close_matches(kernel, known, 1)
             hint = f"the nearest is {near[0]!r}" if near else f"expected one of {', '.join(known)}"
             raise InputError(f"kernel {kernel!r}: no such file; {hint}")

@@ -1,15 +1,66 @@
 """How a command ends: one line and exit code 2 for bad input, 130 for Ctrl-C, never a traceback for either."""
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from .errors import InputError
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a command's main function and turn what it raises into an exit code."""
+def run(main: Callable[[], None], foreign: str | None = None) -> None:
+    """Call a command's main function and turn what it raises into an exit code.
+
+    Args:
+        main: the function.
+        foreign: the flag that names anybody's code. Where it is given, `main` runs in a child process: code that ends
+            its process must not end the command with a code that means success.
+    """
+    if foreign and any(argument == foreign or argument.startswith(foreign + "=") for argument in sys.argv[1:]):
+        _run_in_child(main, foreign)
+    else:
+        _run(main)
+
+
+@contextlib.contextmanager
+def no_exit(what: str) -> Iterator[None]:
+    """Anybody's code runs here: a `sys.exit` of its own becomes an InputError that begins with `what`."""
+    try:
+        yield
+    except SystemExit as error:
+        raise InputError(f"{what} ended the process: sys.exit({error.code!r})") from error
+
+
+def _run_in_child(main: Callable[[], None], foreign: str) -> None:
+    """Run `main` in a forked process, which says in a pipe when it has come to its end."""
+    done, done_end = os.pipe()
+    parent, parent_end = os.pipe()  # closes when the parent dies, however it does
+    child = os.fork()
+    if not child:
+        os.close(done)
+        os.close(parent_end)
+        threading.Thread(target=lambda: (os.read(parent, 1), os._exit(1)), daemon=True).start()
+        try:
+            _run(main)
+        finally:  # by an exception too: only the end of the process itself leaves nothing there
+            os.write(done_end, b".")
+        return
+    os.close(done_end)
+    os.close(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both
+    signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
+    ended = os.read(done, 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if ended:
+        os._exit(code if code >= 0 else 128 - code)  # the child has flushed and cleaned up what there was
+    how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+    _end(f"error: {foreign}: its code ended the process, with {how}: there is no result", 2)
+
+
+def _run(main: Callable[[], None]) -> None:
     try:
         main()
         sys.stdout.flush()

@@ -57,15 +57,15 @@ import torch
 from .engine import Auditor, ByteRule, Runs, check_stream
 from .findings import Budget
 from .first_runs import with_first_runs
+from .log import Log, Loop, Record, run_loop
 from .places import Hints
-from .record import Log, Record, Score, run_loop
 from .report import Report, Test, judge
 
 __all__ = ["Hints", "Log", "Report", "Test", "audit"]
 
 
 def audit(
-    score: Score,
+    score: Loop,
     tokens: torch.Tensor,
     vocab_size: int,
     *,
@@ -75,7 +75,7 @@ def audit(
     seeds: Sequence[int] = (0,),
     reruns: int | None = None,
     seconds: float | None = None,
-    fresh: Callable[[], Score] | None = None,
+    fresh: Callable[[], Loop] | None = None,
     name: str | None = None,
 ) -> Report:
     """Audit an evaluation loop.

@@ -25,7 +25,7 @@ from .engine import Runs
 from .first_runs import with_first_runs
 from .fresh_process import run_in_process
 from .inputs import DRAWN, Subject, read_subject
-from .record import Record
+from .log import Record
 from .report import Report, Test, Verdict
 
 _ABOUT = "Run an evaluation loop on altered tokens and find out whether its scores look at what they must not."
@@ -193,4 +193,4 @@ def _result(
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, foreign="--score")

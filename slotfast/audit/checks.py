@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .record import Record
+from .log import Record
 from .streams import Probe
 
 MARGIN = 4.0  # over the largest difference between reruns of one stream

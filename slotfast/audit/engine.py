@@ -12,8 +12,8 @@ from ..errors import InputError
 from . import checks
 from .checks import Moved, Noise
 from .findings import Budget, Findings, Leak
+from .log import Record
 from .places import Hints, places, visits
-from .record import Record
 from .streams import Probe, Source, alter, likely, rarest, recurring
 
 Runs = Callable[[Tensor, Sequence[str]], dict[str, Record]]

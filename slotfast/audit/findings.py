@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .checks import COARSE, STREAM_NOISE, Bets, Moved, Noise
-from .record import Record
+from .log import Record
 from .streams import Probe
 
 PHASES = ("probes", "fresh", "sums")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .checks import Noise
-from .record import Record
+from .log import Record
 from .report import MEMORY, Report, Test
 from .streams import Source, alter
 
@@ -42,6 +42,8 @@ def with_first_runs(
             detail = f"other tokens from {probe.at} on move the score of token {moved.score} by {moved.by:.3g} nats"
     test = Test(name, "FAIL" if detail else "PASS", ("C1",), f"{len(probes)} altered streams", detail)
     looks_like = "a memory of what was said before each token, which repeats itself wherever a stream begins alike"
+    if report.conditions["C1"] == "FAIL":
+        looks_like = "as above: runs in one process show the leak too"
     leak = {"relation": name, "text": f"{name}: {detail}", "looks_like": looks_like}
     return replace(
         report,

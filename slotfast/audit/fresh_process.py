@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .inputs import load_score
-from .record import Record, run_loop
+from .inputs import load_function
+from .log import Record, run_loop
 
 
 def run_in_process(score: str, tokens: Tensor, vocab_size: int) -> Record:
@@ -40,6 +40,6 @@ def _child(answer: Connection, score: str, tokens: np.ndarray, vocab_size: int, 
     torch.set_num_threads(threads)
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            answer.send(run_loop(load_score(score), torch.from_numpy(tokens), vocab_size))
+            answer.send(run_loop(load_function("--score", score), torch.from_numpy(tokens), vocab_size))
     except InputError as error:
         answer.send(str(error))

@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..command import no_exit
 from ..config import AuditSettings, EvalSettings
 from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError
 from ..eval.inputs import choose_rows, read_inputs
 from ..slot import PRESETS, Adaptation, Calibration
 from .engine import ByteRule, Runs, check_stream
+from .log import run_loop
 from .own import OwnLoop
 from .places import Hints
-from .record import Score, run_loop
 from .streams import synthetic
 
 DRAWN = "drawn tokens"
@@ -67,7 +68,9 @@ def read_subject(settings: AuditSettings, rng: np.random.Generator) -> Subject:
 
 
 def _own(settings: AuditSettings) -> Subject:
-    for flag, value in (("--vocab-size", settings.vocab_size), ("--bos-id", settings.bos_id)):
+    anybodys = {"vocab_size": settings.vocab_size, "bos_id": settings.bos_id, "byte_rule": settings.byte_rule}
+    for name, value in anybodys.items():
+        flag = "--" + name.replace("_", "-")
         if value is not None:
             raise InputError(f"{flag}: is for --score; the model has its own")
     given = {name: getattr(settings, name) for name in ("artifact", "tokens", "text", "tokenizer")}
@@ -110,7 +113,7 @@ def _own(settings: AuditSettings) -> Subject:
 def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
     if settings.artifact is not None:
         raise InputError("--artifact: is for our own presets; a loop given with --score loads its own model")
-    score, name = load_score(settings.score), settings.score
+    score, name = load_function("--score", settings.score), settings.score
     tokenizer = Tokenizer(settings.tokenizer) if settings.tokenizer else None
     vocab_size = settings.vocab_size or (tokenizer and tokenizer.vocab_size)
     if vocab_size is None:
@@ -145,6 +148,11 @@ def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
         def byte_rule(ids: np.ndarray) -> np.ndarray:
             return np.concatenate([[0], table.count(ids[1:], ids[:-1])])
 
+    if settings.byte_rule:
+        if tokenizer:
+            raise InputError("--byte-rule: the rule of --tokenizer is known; give one of them")
+        byte_rule = _checked_rule(settings.byte_rule)
+
     def run(ids: Tensor, names: Any) -> dict:
         return {name: run_loop(score, ids, vocab_size)}
 
@@ -154,7 +162,29 @@ def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
     )  # fmt: skip
 
 
-def load_score(name: str) -> Score:
+def _checked_rule(name: str) -> ByteRule:
+    """A byte rule of anybody's: bytes of every token of a stream, int64 [N] -> [N] or [N - 1]."""
+    rule = load_function("--byte-rule", name)
+
+    def byte_rule(ids: np.ndarray) -> np.ndarray:
+        try:
+            with no_exit(f"--byte-rule {name}"):
+                counts = np.asarray(rule(torch.from_numpy(ids.copy())))
+        except InputError:
+            raise
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(f"--byte-rule {name}: failed: {text}") from error
+        if counts.shape not in ((len(ids),), (len(ids) - 1,)) or counts.dtype.kind not in "iu":
+            raise InputError(
+                f"--byte-rule {name}: returned {counts.dtype} {list(counts.shape)}, expected integers [{len(ids)}]"
+            )
+        return counts
+
+    return byte_rule
+
+
+def load_function(flag: str, name: str) -> Callable[..., Any]:
     """The function of package.module:function; modules of the current directory count.
 
     Raises:
@@ -162,20 +192,26 @@ def load_score(name: str) -> Score:
     """
     module, colon, path = name.partition(":")
     if not colon or not module or not path:
-        raise InputError(f"--score {name}: expected package.module:function")
+        raise InputError(f"{flag} {name}: expected package.module:function")
+    if module.endswith(".py"):
+        dotted = ".".join(Path(module).with_suffix("").parts)
+        raise InputError(f"{flag} {name}: expected a module, not a file: {flag} {dotted}:{path}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found: Any = importlib.import_module(module)
+        with no_exit(f"{flag} {name}: importing {module}"):
+            found: Any = importlib.import_module(module)
+    except InputError:
+        raise
     except Exception as error:
         text = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"--score {name}: {module} cannot be imported: {text}") from error
+        raise InputError(f"{flag} {name}: {module} cannot be imported: {text}") from error
     for part in path.split("."):
         if not hasattr(found, part):
-            raise InputError(f"--score {name}: {module} has no {path}")
+            raise InputError(f"{flag} {name}: {module} has no {path}")
         found = getattr(found, part)
     if not callable(found):
-        raise InputError(f"--score {name}: is {type(found).__name__}, expected a function")
+        raise InputError(f"{flag} {name}: is {type(found).__name__}, expected a function")
     return found
 
 

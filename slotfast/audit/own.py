@@ -13,8 +13,8 @@ from ..model import GPT
 from ..ops import Backend
 from ..slot import Adaptation, Adapter, Calibration
 from ..windows import Plan
+from .log import Log, Record, read_log
 from .places import Hints
-from .record import Log, Record, read_log
 
 
 @dataclass(frozen=True)

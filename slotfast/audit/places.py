@@ -7,10 +7,11 @@ from itertools import count, cycle
 import numpy as np
 
 from ..windows import Plan
-from .record import Record
+from .log import Record
 
-# What is done at a place, in turn: a whole new future is the widest net; a copy of the token before, which is watched,
-# is what a look ahead is most likely to raise; single tokens are what a loop cannot notice
+# What is done at a place, in turn. A whole new future moves whatever depends on any of it. A copy of the token before
+# moves what looks one token ahead: it raises that token's chance, and its charge is watched. A change of one token
+# leaves all else alike, so that a loop cannot tell that it is being audited.
 CHANGES = (
     "scramble",
     "copy",

@@ -155,11 +155,11 @@ def alter(source: Source, tokens: Tensor, kind: str, change: str, at: int) -> Pr
         fresh, chance = source.draw(tokens[:start], length + more - start, tokens[start:], change == "scramble")
         copied = change == "scramble" or (change == "resample" and source.rng.random() < 0.5)
         if copied and tokens[at] != tokens[at - 1]:
-            fresh[0] = tokens[at - 1]  # for the reason of an echo
+            fresh[0] = tokens[at - 1]  # a look ahead raises its chance, and the charge of the one before is watched
             start, chance = start + 1, chance[1:]
         new, drawn = torch.cat([tokens[:at] if change != "extend" else tokens, fresh]), (start, chance)
     elif change == "echo":
-        # What raises the chance of a token that is still to come raises that of the ones before, which are watched
+        # A loop that has seen these tokens ahead raises their chance, also where they came before: there it is watched
         copied = min(at, length - at, _ECHO)
         new = torch.cat([tokens[:at], tokens[at - copied : at].flip(0), tokens[at + copied :]])
     elif change == "constant":

@@ -82,6 +82,9 @@ class AuditSettings(Settings):
     vocab_size: int | None = setting(
         None, "tokens of the vocabulary, for --score without --tokenizer", ge=2, le=1 << 20
     )
+    byte_rule: str | None = setting(
+        None, "package.module:function for --score without --tokenizer: bytes of every token of a stream, [N] -> [N]"
+    )
     bos_id: int | None = setting(None, "token that starts a document, for --score without --tokenizer", ge=0)
     seq_len: int | None = setting(None, "positions of a window; ours: 64", ge=1, le=1 << 17)
     stride: int | None = setting(None, "new positions of each window; ours: 8", ge=1)

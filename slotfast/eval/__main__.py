@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from .. import config, ops
-from ..command import run
+from ..command import no_exit, run
 from ..data import check_outputs, write_json
 from ..errors import InputError
 from ..plots import pyplot
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.show_preset is not None:
         return print(show_preset(settings.show_preset))
     rows = choose_rows(settings)
-    with join_ranks(settings.device) as (rank, world, device):
+    with join_ranks(settings.device) as (rank, world, device), no_exit(f"--model {settings.model}"):
         _check_outputs(settings, rank)
         found, sliding, collected = _evaluate(settings, rows, rank, world, device, started)
     if rank:
@@ -163,4 +163,4 @@ class _progress:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, foreign="--model")

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..command import no_exit
 from ..errors import InputError
 
-Score = Callable[[Tensor, "Log"], Any]
+Loop = Callable[[Tensor, "Log"], Any]
 _MAX_ROW_VALUES = 1 << 26  # of all distributions of one run; beyond, only their sums and charged entries are kept
 _CHUNK_VALUES = 1 << 22
 
@@ -101,7 +102,7 @@ class Record:
         return int(same[0]), int(same[-1])
 
 
-def run_loop(score: Score, tokens: Tensor, vocab_size: int) -> Record:
+def run_loop(score: Loop, tokens: Tensor, vocab_size: int) -> Record:
     """Run a loop once, on a copy of the stream that it may spoil, with the global random generators seeded alike.
 
     Raises:
@@ -114,12 +115,15 @@ def run_loop(score: Score, tokens: Tensor, vocab_size: int) -> Record:
         torch.default_generator.manual_seed(0)  # torch.manual_seed takes a millisecond to find that there is no GPU
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(0)
-        returned = score(tokens.clone(), log)
+        with no_exit("the loop"):
+            returned = score(tokens.clone(), log)
     except InputError:
         raise
     except Exception as error:
         where = extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error}".splitlines()[0]
+        if where.filename == __file__ and isinstance(error, TypeError):
+            raise InputError(f"the loop cannot be called as loop(tokens, log): {text}") from error
         raise InputError(f"the loop failed at {Path(where.filename).name}, line {where.lineno}: {text}") from error
     finally:
         random.setstate(states[0])
@@ -151,7 +155,7 @@ def read_log(log: Log, tokens: Tensor, vocab_size: int, returned: Any = None) ->
             raise InputError(f"log.score, call {call}: logprobs of shape {list(rows.shape)}, expected {expected}")
     position = _positions([call[1] for call in scores], length, "log.score")
     nll = torch.cat([call[2] for call in scores]).double().numpy()
-    # NaN is in no mean, and no comparison finds it too large; what has no probability may be charged without end
+    # A loss of NaN or -inf is no charge. A loss of inf is one: the loop held its token for impossible.
     real = nll > -np.inf
     first = int((~real).argmax()) if not real.all() else None
     event = np.repeat(np.arange(len(scores)), sizes)

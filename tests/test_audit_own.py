@@ -1,0 +1,119 @@
+"""Our own evaluation under the auditor: every preset is measured as its choices say."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import numpy as np
+from pydantic import ValidationError
+
+from slotfast.audit import Hints, audit_rows
+from slotfast.audit.engine import Auditor
+from slotfast.audit.findings import Budget
+from slotfast.audit.own import OwnLoop
+from slotfast.audit.report import judge
+from slotfast.audit.streams import synthetic
+from slotfast.data import ByteTable
+from slotfast.slot import PRESETS, Adaptation, Calibration
+
+
+def test_every_preset_is_measured_as_it_is_computed(tiny_model):
+    """All rows of one forward, two ranks, batches of 32 windows; few steps, as the verdict is not about numbers."""
+    hints = Hints(32, 2, 32, 2)
+    table = ByteTable(np.arange(64) % 5, np.arange(64) % 3 == 0, np.arange(64) < 4)
+    few = {"steps": 2, "phases": ((2, 4),)}
+    loop = OwnLoop(
+        tiny_model, {name: row.model_copy(update=few) for name, row in PRESETS.items()}, Calibration(), table, 1, hints
+    )
+    rng = np.random.default_rng(0)
+    auditor = Auditor(
+        loop, list(PRESETS), synthetic(300, 64, 1, rng), 64,
+        bos_id=1, hints=hints, byte_rule=loop.byte_rule, budget=Budget(10, 0.01),
+    )  # fmt: skip
+    found = auditor.audit([0])
+    facts = {"seeds": [0], "runs": auditor.runs, "seconds": 1.0, "vocab_size": 64, "bytes_known": True}
+    reports = [judge(each, **facts, fixed_length=auditor.fixed_length, ranks=2) for each in found]
+    assert {report.name: report.clean for report in reports} == {
+        name: row.compliance.causal for name, row in PRESETS.items()
+    }, "\n".join(map(str, reports))
+    for report in reports:
+        assert report.conditions["C4"] == report.conditions["bytes"] == "PASS"
+        assert {"C1", "C3"} <= report.failed or report.conditions["C1"] == report.conditions["C3"] == "PASS"
+
+
+def _combinations(rng):
+    """A row for every combination of the four choices that goes together, its numbers drawn; steps that show."""
+    four = (
+        ("bias", "bias+temperature", "hidden", "hidden+bias", "lowrank", "bigram", "bias+repeats"),
+        ("context", "focal", "scored"),
+        ("window", "batch", "joint", "prefix"),
+        ("lbfgs", "adamw", "mm", "rates"),
+    )
+    drawn = {
+        "softcap": ("after", "before"),
+        "clamp": (None, 5.0, 1.0),
+        "focal": (6, 12, 40),
+        "batch": (2, 4, 8),
+        "warm_start": ("no", "mean", "place"),
+        "importance": (0.0, 0.5),
+        "ridge": (0.0, 0.3, 3.0),
+        "phases": (((2, 4),), ((1, 1), (2, 3))),
+        "steps": (2, 3),
+        "lr": (0.05, 0.2),
+        "lr_end": (None, 0.01),
+        "weight_decay": (0.0, 0.1),
+        "start": ("zero", "random"),
+        "decay": (0.9, 0.99),
+        "document_decay": (0.0, 0.5),
+        "scale": (0.5, 1.0),
+        "k": (None, 0.5),
+    }
+    for choices in itertools.product(*four):
+        named = dict(zip(("parameter", "positions", "scope", "optimizer"), choices, strict=True))
+        for _ in range(20):  # numbers, too, may not go together
+            numbers = {name: values[rng.integers(len(values))] for name, values in drawn.items()}
+            try:
+                yield Adaptation(name="/".join(choices), **named, **numbers)
+                break
+            except ValidationError:
+                continue
+
+
+def test_every_combination_is_measured_as_it_is_computed(tiny_model):
+    rng = np.random.default_rng(1)
+    rows = {row.name: row for row in _combinations(rng)}
+    assert len(rows) > 50
+    hints = Hints(32, 4, 8, 1)  # two batches
+    table = ByteTable(np.arange(64) % 5, np.arange(64) % 3 == 0, np.arange(64) < 4)
+    loop = OwnLoop(tiny_model, rows, Calibration(), table, 1, hints)
+    reports = audit_rows(
+        loop, list(rows), synthetic(93, 64, 1, rng), 64,
+        byte_rule=loop.byte_rule, bos_id=1, hints=hints, seeds=[0], reruns=4,
+    )  # fmt: skip
+    wrong = [report for report in reports if report.clean != rows[report.name].compliance.causal]
+    assert not wrong, "\n".join(f"{rows[report.name].summary()}\n{report}" for report in wrong)
+    assert {True, False} == {report.clean for report in reports}
+
+
+def test_distributions_of_our_own_pass_are_checked_where_it_keeps_them(tiny_model, monkeypatch):
+    def uniform_pass(model, stream, plan, adapters, table, bos, *, rank, world, keep_logprobs=False, **_):
+        def run(on_scored):
+            owned, rows = plan.owned(rank, world), len(adapters) + 1
+            for window in (plan[index] for index in owned):
+                position = window.start + 1 + np.arange(window.context_end, window.scored_end)
+                token = stream.read(int(position[0]), int(position[-1]) + 1)
+                logprobs = np.full((rows, len(token), 64), -math.log(64)) if keep_logprobs else None
+                nll = np.full((rows, len(token)), math.log(64))
+                on_scored(SimpleNamespace(position=position, nll=nll, n_bytes=token % 5, logprobs=logprobs))
+
+        return SimpleNamespace(run=run)
+
+    monkeypatch.setattr("slotfast.audit.own.SlidingPass", uniform_pass)
+    table = ByteTable(np.arange(64) % 5, np.zeros(64, bool), np.zeros(64, bool))
+    loop = OwnLoop(tiny_model, PRESETS, Calibration(), table, 1, Hints(32, 8, 8, 2))
+    tokens = synthetic(120, 64, 1, np.random.default_rng(0))
+    records = loop(tokens, ["none", "causal"])
+    assert all(record.rows.shape == (120, 64) and (record.charges[1:] == 1).all() for record in records.values())
+    run_first = {"bos_id": 1, "hints": loop.hints, "byte_rule": loop.byte_rule, "seeds": [0]}
+    for report in audit_rows(loop, ["none", "causal"], tokens, 64, **run_first, seconds=0.1):
+        assert report.clean and set(report.conditions.values()) == {"PASS"}

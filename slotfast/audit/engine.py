@@ -1,7 +1,9 @@
 """The audit itself: which streams a loop is run on, what is compared with what, and which token a leak comes from."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -10,21 +12,17 @@ from torch import Tensor
 
 from ..errors import InputError
 from . import checks
+from .causes import charged_amiss, reach_of
 from .checks import Moved, Noise
 from .findings import Budget, Findings, Leak
 from .log import Record
 from .places import Hints, places, visits
-from .streams import Probe, Source, alter, likely, rarest, recurring
+from .streams import Probe, Source, alter
+from .totals import SHORTEST_SUM, share_budget, take_totals
 
 Runs = Callable[[Tensor, Sequence[str]], dict[str, Record]]
 ByteRule = Callable[[np.ndarray], np.ndarray]
-_SUMS_SHARE, _FEW_SUMS_SHARE = 0.4, 0.1
 _LENGTH_CHANGES = ("truncate", "extend")
-# Where totals are taken, in turn: at a stream's last position; where an event begins; in the given stream, on which
-# experts may be as good as each other, and choices close; with more tokens behind, since a loop that reads them may
-# score the token again; where a document begins; and after rare tokens, which are many and take few runs
-_SUM_KINDS = ("end", "event", "given", "rare", "inside", "rare", "document", "rare", "rare")
-_SHORTEST_SUM = 24  # tokens: closer to the start a loop has hardly any state
 _MEMORY = 1e-5  # nats: less is a rounding that happened to be the same before
 
 
@@ -57,7 +55,8 @@ class Auditor:
         self._run, self.names, self.tokens, self.vocab_size = run, list(names), tokens, vocab_size
         self.bos_id, self.hints, self.byte_rule, self.budget = bos_id, hints or Hints(), byte_rule, budget
         self.runs, self._cost, self._seconds = 0, 0.0, 0.0
-        self.fixed_length: str | None = None  # why streams of other lengths cannot be asked for
+        self.shortest, self.longest = 3, math.inf  # lengths of streams that the loops are known to refuse lie outside
+        self.refusal = ""  # what they said to such a stream
         self.found: dict[str, Findings] = {}
 
     def audit(self, seeds: Sequence[int]) -> list[Findings]:
@@ -70,7 +69,7 @@ class Auditor:
         for number, seed in enumerate(seeds, 1):
             # The order differs from seed to seed, so that nothing is always asked first; what each phase asks follows
             # from the seed alone, however far the one before it came
-            phases = [self._probe, self._fresh, self._sums]
+            phases = [self._probe, self._fresh, lambda source, rounds: take_totals(self, source, rounds)]
             for phase in np.random.default_rng(seed).permutation(len(phases)):
                 rng = np.random.default_rng([seed, phase])
                 phases[phase](Source(self.tokens, self.vocab_size, self.bos_id, rng), number)
@@ -79,7 +78,7 @@ class Auditor:
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def _records(
+    def records(
         self, tokens: Tensor, phase: str | None = None, names: Sequence[str] | None = None
     ) -> dict[str, Record]:
         begin = time.perf_counter(), time.process_time()
@@ -94,14 +93,52 @@ class Auditor:
             self.budget.spent[phase][1] += seconds
         return records
 
-    def _takes(self, tokens: Tensor) -> bool:
-        """Whether the loops can run a stream of another length; some need whole windows."""
-        if self.fixed_length is None:
-            try:
-                self._records(tokens, names=self.names[:1])  # what shares its runs shares its windows
-            except InputError as error:
-                self.fixed_length = str(error)
-        return self.fixed_length is None
+    @property
+    def speed(self) -> float:
+        """Runs of the whole stream in a second."""
+        return self._cost / self._seconds
+
+    @property
+    def fixed_length(self) -> str | None:
+        """Why streams of another length cannot be asked for; None where some can."""
+        return self.refusal if self.shortest >= len(self.tokens) else None
+
+    def takes(self, tokens: Tensor) -> bool:
+        """Whether the loops can run a stream of this length; some need a whole window, or several."""
+        length = len(tokens)
+        if length == len(self.tokens):
+            return True
+        if not self.shortest <= length <= self.longest:
+            return False
+        try:
+            self.records(tokens, names=self.names[:1])  # what shares its runs shares its windows
+        except InputError as error:
+            self.refusal = str(error)
+            if length < len(self.tokens):
+                self.shortest = length + 1
+            else:
+                self.longest = length - 1
+            return False
+        return True
+
+    def _find_shortest(self) -> None:
+        """The shortest length, about, that the loops take: shorter streams make totals cheap."""
+        length = max(SHORTEST_SUM + 1, (self.hints.seq_len or 0) + 1)
+        self.shortest = min(length, len(self.tokens))
+        failed = length - 1
+        while length < len(self.tokens) and not self.takes(self.tokens[:length]):
+            failed, length = length, 2 * length
+        if length >= len(self.tokens) and not (failed >= self.shortest - 1 and self.takes(self.tokens[:-1])):
+            self.shortest = len(self.tokens)
+            return
+        works = min(length, len(self.tokens) - 1)
+        while works - failed > max(1, works // 16):
+            middle = (works + failed) // 2
+            if self.takes(self.tokens[:middle]):
+                works = middle
+            else:
+                failed = middle
+        self.shortest = works
 
     def _note(self, found: Findings, record: Record) -> None:
         """What every run must satisfy, whatever the stream."""
@@ -116,6 +153,7 @@ class Auditor:
             why = "; it has no predecessor" if position == 0 else ""
             problem = record.endless or f"token {position} is charged {times}{why}"
             found.problems["once"] = f"{problem}; {int(once.sum())} such tokens"
+            found.once_cause = charged_amiss(record)
         given = ~np.isnan(record.total)
         found.rows, found.charges = found.rows + int(given.sum()), found.charges + int(record.charges[1:].sum())
         if given.any():
@@ -156,7 +194,7 @@ class Auditor:
 
     def _start(self) -> None:
         """The reference, and how far reruns of the same stream differ."""
-        records = self._records(self.tokens)
+        records = self.records(self.tokens)
         for name in self.names:
             found = Findings(name, records[name], checks.Bets(len(self.tokens), self.vocab_size))
             self.found[name] = found
@@ -164,23 +202,21 @@ class Auditor:
             endless = np.flatnonzero(np.isposinf(found.reference.nll))
             if endless.size:  # of other streams, tokens that never occur may have no probability
                 problem = f"token {endless[0]} is charged inf nats; {endless.size} such tokens"
-                found.problems.setdefault("once", problem)
-        again = [self._records(self.tokens)]
+                if found.problems.setdefault("once", problem) == problem:
+                    found.once_cause = "a distribution that leaves out a token which comes"
+        again = [self.records(self.tokens)]
         if any(checks.noise_between(records[name], again[0][name]) != Noise() for name in self.names):
-            again += [self._records(self.tokens) for _ in range(3)]
+            again += [self.records(self.tokens) for _ in range(3)]
         for name, found in self.found.items():
             for other in again:
                 found.differs(checks.noise_between(records[name], other[name]))
             found.bases["given"] = self.tokens.numpy()
-        # Distributions need no totals by substitution; and where not all tokens can be put, a few tell little
-        self.budget.share(_SUMS_SHARE)
-        complete = self._affordable(1) * len(self.tokens) >= _SHORTEST_SUM * self.vocab_size
-        given = all(found.gives_rows for found in self.found.values())
-        self.budget.share(0.0 if given else _SUMS_SHARE if complete else _FEW_SUMS_SHARE)
+        share_budget(self)
+        self._find_shortest()
 
     def _finish(self) -> None:
         """The stream of the start once more: what ran in between must not have left anything behind."""
-        for name, record in self._records(self.tokens).items():
+        for name, record in self.records(self.tokens).items():
             found = self.found[name]
             gap = checks.noise_between(found.reference, record).nll
             if gap > max(checks.MARGIN * found.noise.nll, _MEMORY):
@@ -194,8 +230,8 @@ class Auditor:
         for change in _LENGTH_CHANGES:
             at = int(source.rng.integers(len(self.tokens) // 2, len(self.tokens)))
             probe = alter(source, self.tokens, "stream length", change, max(2, at))
-            if self._takes(probe.tokens):
-                self._compare(probe, self._records(probe.tokens, "probes"), bases, "given")
+            if self.takes(probe.tokens):
+                self._compare(probe, self.records(probe.tokens, "probes"), bases, "given")
         kinds = len(places(bases[self.names[0]], self.bos_id, self.hints, source.rng))
         where = visits(bases[self.names[0]], self.bos_id, self.hints, source.rng)
         for turn, (kind, change, at) in enumerate(where):
@@ -203,12 +239,12 @@ class Auditor:
                 return
             probe = alter(source, self.tokens, kind, change, at)
             if probe.at < len(self.tokens):
-                self._compare(probe, self._records(probe.tokens, "probes", self._unsettled()), bases, "given")
+                self._compare(probe, self.records(probe.tokens, "probes", self._unsettled()), bases, "given")
 
     def _fresh(self, source: Source, rounds: int) -> None:
         """Streams that the loop has never seen, of another length, the altered ones before their original."""
         length = max(3, len(self.tokens) - int(source.rng.integers(1, max(2, len(self.tokens) // 8))))
-        if not self._takes(source.draw(self.tokens[:1], length)[0]):
+        if not self.takes(torch.cat([self.tokens[:1], source.draw(self.tokens[:1], length - 1)[0]])):
             length = len(self.tokens)
         while True:
             names = self._unsettled()
@@ -224,14 +260,14 @@ class Auditor:
                 self.found[name].bases[stream] = tokens.numpy()
             at = 2 + int(source.rng.integers(length - 2))
             first = alter(source, tokens, "fresh stream", "resample", at)
-            altered, bases = (self._records(part, "fresh", names) for part in (first.tokens, tokens))
+            altered, bases = (self.records(part, "fresh", names) for part in (first.tokens, tokens))
             for name, base in bases.items():
                 self.found[name].bets.play(base, 1, chance)
             self._compare(first, altered, bases, stream)
             for _, change, at in islice(visits(bases[names[0]], self.bos_id, self.hints, source.rng), 5):
                 probe = alter(source, tokens, "fresh stream", change, at)
                 if probe.at < length:
-                    self._compare(probe, self._records(probe.tokens, "fresh", names), bases, stream)
+                    self._compare(probe, self.records(probe.tokens, "fresh", names), bases, stream)
                 if not self.budget.left("fresh", rounds):
                     return
 
@@ -264,7 +300,7 @@ class Auditor:
 
     def _again(self, name: str, base: Record, probe: Probe, record: Record) -> bool:
         """Whether a noisy loop's score moves a second time; if not, its noise is what was seen."""
-        again = [self._records(torch.from_numpy(r.tokens), names=[name])[name] for r in (base, record)]
+        again = [self.records(torch.from_numpy(r.tokens), names=[name])[name] for r in (base, record)]
         for first, second in zip((base, record), again, strict=True):
             self.found[name].differs(checks.noise_between(first, second))
         return checks.moved_before(*again, probe.at, self.found[name].noise, probe.same_shape) is not None
@@ -277,7 +313,7 @@ class Auditor:
         def moves(part: Tensor) -> Moved | None:
             tokens = old.clone()
             tokens[part] = probe.tokens[part]
-            record = self._records(tokens, names=[name])[name]
+            record = self.records(tokens, names=[name])[name]
             return checks.moved_before(base, record, int(part[0]), noise, probe.same_shape)
 
         none, all_ = 0, len(changed)
@@ -290,19 +326,25 @@ class Auditor:
                 none = middle
         token = int(changed[all_ - 1])
         single = moves(changed[all_ - 1 : all_]) if len(changed) > 1 else moved
-        # One pair does not tell a leak of neighbours from one of the whole stream: does its end move scores?
-        end = old.clone()
-        end[-1] = (end[-1] + 1) % self.vocab_size
-        record = self._records(end, names=[name])[name]
-        reach = checks.moved_before(base, record, len(old) - 1, noise, probe.same_shape)
-        return self._leak("future", token, single or moved, probe, base, bool(single), stream, reach)
+        leak = self._leak("future", token, single or moved, probe, base, bool(single), stream)
+
+        def moved_by(at: int) -> Moved | None:
+            """What a change of the token at a position moves, which starts and ends no document."""
+            tokens = old.clone()
+            tokens[at] = next(t for t in ((int(old[at]) + i) % self.vocab_size for i in (1, 2)) if t != self.bos_id)
+            record = self.records(tokens, names=[name])[name]
+            return checks.moved_before(base, record, at, noise, True)
+
+        became_bos = self.bos_id is not None and self.bos_id in (int(old[token]), int(probe.tokens[token]))
+        still = moved_by(token) is not None if became_bos and int(old[token]) != self.bos_id else None
+        return replace(leak, **reach_of(base, leak, moved_by), became_bos=became_bos, moves_without_bos=still)
 
     def _trace_own(self, name: str, base: Record, probe: Probe, moved: Moved, stream: str) -> None:
         """A token's distribution moved when it and later ones were changed: which of them was it?"""
         found, old = self.found[name], torch.from_numpy(base.tokens)
         single = old.clone()
         single[probe.at] = probe.tokens[probe.at]
-        record = self._records(single, names=[name])[name]
+        record = self.records(single, names=[name])[name]
         alone = checks.moved_itself(base, record, probe.at, found.noise, probe.same_shape)
         if alone:
             found.own = self._leak("own", probe.at, alone, probe, base, True, stream)
@@ -310,7 +352,7 @@ class Auditor:
         later = probe.tokens.clone()
         later[probe.at] = old[probe.at]
         rest = Probe.of(probe.kind, probe.change, old, later, self.bos_id)
-        record = self._records(later, names=[name])[name]
+        record = self.records(later, names=[name])[name]
         future = checks.moved_before(base, record, rest.at, found.noise, rest.same_shape)
         if future and found.leak is None:
             found.leak = self._trace(name, base, rest, future, stream)
@@ -318,96 +360,12 @@ class Auditor:
             found.own = self._leak("own", probe.at, moved, probe, base, False, stream)
 
     def _leak(
-        self,
-        relation: str,
-        token: int,
-        moved: Moved,
-        probe: Probe,
-        base: Record,
-        alone: bool,
-        stream: str,
-        reach: Moved | None = None,
+        self, relation: str, token: int, moved: Moved, probe: Probe, base: Record, alone: bool, stream: str
     ) -> Leak:
         events = base.event[[moved.score, token]] if base.ordered else None
         same = None if events is None else bool(events[0] == events[1])
         apart = 0 if events is None else int(events[1] - events[0])
-        if events is not None and reach:
-            apart = max(apart, int(base.event[-1] - base.event[reach.score]))
         return Leak(relation, token, moved, probe.kind, probe.change, alone, same, apart, stream)
-
-    # -- totals over the vocabulary -----------------------------------------------------------------------------------
-
-    def _sums(self, source: Source, rounds: int) -> None:
-        """Put tokens of the vocabulary in one position and add up what they are given.
-
-        All of them where the budget allows, else those that a loop is likeliest to favour: these alone can only show
-        that a total is too large.
-        """
-        behind, turn = rarest(self.tokens, source.rng), rounds - 1
-        reference = self.found[self.names[0]].reference
-        starts = reference.starts[reference.starts > 0]  # nothing foretells token 0
-        silent = np.flatnonzero(np.isnan(reference.total[1:])) + 1
-        begun = False
-        while self.budget.shares["sums"] and (not begun or self.budget.left("sums", rounds)):
-            length, affordable = len(self.tokens), self._affordable(rounds)
-            # A stream that ends early costs less: as long a one as every token can be put in
-            reach = min(int(affordable * length / self.vocab_size), length - 1)
-            short = self.fixed_length is None and (reach >= _SHORTEST_SUM or reach == length - 1)
-            everything = short or affordable >= self.vocab_size
-            reach = reach if short else length - 1
-            kind, turn = _SUM_KINDS[turn % len(_SUM_KINDS)], turn + 1
-            reach = min(reach, 2 * _SHORTEST_SUM) if kind == "rare" and short else reach  # there are many rare tokens
-            first = min(_SHORTEST_SUM, reach)
-            last = at = int(first * ((reach + 1) / first) ** source.rng.random())  # short and long ones alike
-            if kind in ("inside", "given"):
-                at = int(source.rng.integers(first, last + 1))
-            if kind == "event":
-                near = starts[starts <= reach]
-                last = at = int(source.rng.choice(near)) if len(starts) > 1 and len(near) else last
-            if len(silent) < length - 1 and (hidden := silent[silent <= last]).size:
-                at = int(source.rng.choice(hidden))  # the other tokens came with their distributions
-            stream = self.tokens.clone() if kind == "given" else recurring(source, self.tokens, at)
-            if kind == "rare":
-                stream[at - 1] = next(behind)
-            if kind == "document" and self.bos_id is not None:
-                stream[max(0, at - 1 - int(source.rng.integers(2)))] = self.bos_id
-            stream = stream if self.fixed_length else stream[: last + 1]
-            if len(stream) < length and not self._takes(stream):
-                continue
-            candidates = list(range(self.vocab_size)) if everything else likely(source, stream, at, int(affordable))
-            if not candidates:
-                return
-            self._put(stream, at, candidates)
-            begun = True
-
-    def _put(self, stream: Tensor, at: int, candidates: Sequence[int]) -> None:
-        """Add up the probabilities that candidates for one position are charged with."""
-        totals, rounding = dict.fromkeys(self.names, 0.0), dict.fromkeys(self.names, 0.0)
-        for token in candidates:
-            tokens = stream.clone()
-            tokens[at] = token
-            for name, record in self._records(tokens, "sums").items():
-                loss = record.nll[at]
-                share = 0.0 if np.isnan(loss) else float(np.exp(min(-loss, 600)))
-                totals[name] += share
-                if share:  # rounded to nearest, twice: where the normaliser is subtracted as well
-                    rounding[name] += record.nll_precision * share * (1 + abs(loss))
-        complete = len(candidates) == self.vocab_size
-        for name, total in totals.items():
-            found = self.found[name]
-            found.sums.append((at, len(candidates), total))
-            off = total - 1 if total > 1 or complete else 0.0
-            allowed = checks.SUM_TOLERANCE + checks.MARGIN * found.noise.nll
-            if abs(off) > allowed + rounding[name] and found.worst_sum is None:
-                found.worst_sum = at, total
-            elif abs(off) > allowed:
-                found.rounded_sums = max(found.rounded_sums, abs(off))
-
-    def _affordable(self, rounds: int) -> float:
-        """Runs of the whole stream that the sums may still take."""
-        speed, budget = self._cost / self._seconds, self.budget
-        runs = max(budget.seconds_left("sums", rounds) * speed, budget.runs_left("sums", rounds))
-        return max(min(runs, budget.limit_left("sums", rounds) * speed), 0)
 
 
 def check_stream(tokens: Tensor, vocab_size: int, bos_id: int | None) -> Tensor:

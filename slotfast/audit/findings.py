@@ -65,8 +65,13 @@ class Leak:
         place, change: where and how the stream was altered when it was first seen.
         alone: whether changing that token alone suffices.
         same_event: whether one event charged both; None where the loop reports no events.
-        events_apart: events from the moved score's to the changed token's, or from one that the stream's end moved.
+        events_apart: events from the moved score's to the changed token's; below 0 where the token was charged first.
         stream: which stream it was.
+        one_event: whether the loop reported all its charges in one event.
+        whole: whether the stream's last token moves its first scores.
+        block: events that move one another's scores, where that is not the whole stream; 0 where it was not looked for.
+        became_bos: whether the change made the token a document's first, or no longer one.
+        moves_without_bos: where it became one, whether another change of it moves a score too; else None.
     """
 
     relation: str
@@ -78,6 +83,11 @@ class Leak:
     same_event: bool | None
     events_apart: int
     stream: str
+    one_event: bool = False
+    whole: bool = False
+    block: int = 0
+    became_bos: bool = False
+    moves_without_bos: bool | None = None
 
 
 @dataclass
@@ -99,6 +109,8 @@ class Findings:
     kinds: dict[str, int] = field(default_factory=dict)
     sums: list[tuple[int, int, float]] = field(default_factory=list)  # position, tokens substituted, total
     worst_sum: tuple[int, float] | None = None
+    late_reruns: int = 0  # runs of a round that have room for a late total
+    once_cause: str = ""  # what charges that are no charges, or not the only ones, look like
     rounded_sums: float = 0.0  # how far totals are off that charges in half precision explain
     rows: int = 0
     row_precision: float = 0.0  # of the coarsest distributions
@@ -111,6 +123,13 @@ class Findings:
     def differs(self, noise: Noise) -> None:
         """Take down how far two runs of one stream differed."""
         self.noise = Noise(max(self.noise.nll, noise.nll), max(self.noise.rows, noise.rows))
+
+    @property
+    def late(self) -> int:
+        """First position behind three quarters of the stream and two events: totals from there on can clear a loop."""
+        starts = self.reference.starts
+        behind = int(starts[2]) if len(starts) > 2 else 0
+        return min(max(3 * len(self.reference.tokens) // 4, behind), len(self.reference.tokens) - 1)
 
     @property
     def unsteady(self) -> float:

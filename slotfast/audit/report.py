@@ -6,6 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from . import checks
+from .causes import looks_like, patterns
 from .findings import Findings, Leak
 
 Verdict = Literal["PASS", "FAIL", "UNTESTED"]
@@ -146,11 +147,11 @@ def judge(
     unreached = [kind for kind in _KINDS if kind not in found.kinds]
     if ranks is None:
         unreached.append("rank borders other than the middle (--ranks says how many ranks share the stream)")
-    unreached += [MEMORY, PROVENANCE]
+    unreached += [MEMORY, FILLS, PROVENANCE]
     leaks = [_described(leak) for leak in (found.leak, found.own) if leak]
     leaks += [
-        {"relation": name, "text": f"{test.name}: {test.detail}", "looks_like": advice}
-        for name, (test, advice) in _patterns(tests).items()
+        {"relation": test.name, "text": f"{test.name}: {test.detail}", "looks_like": advice}
+        for test, advice in patterns(tests, found)
     ]
     return Report(
         found.name, tests, found.noise.nll, leaks, dict(sorted(found.kinds.items())), unreached,
@@ -159,6 +160,7 @@ def judge(
 
 
 PROVENANCE = "what weights and files were made from: no run of a loop shows it"
+FILLS = "what only fills on a longer stream, as large hash tables do: scale their buckets to this stream's length"
 MEMORY = "memory from call to call that hides itself (fresh= and --fresh-process look for it)"
 _KINDS = (
     "event border",
@@ -258,12 +260,24 @@ def _sums(found: Findings, vocab_size: int) -> Test:
     if found.rounded_sums:
         why = f"up to {found.rounded_sums:.1e} beside 1: charges in half precision leave that open"
         return Test(name, "UNTESTED", ("C2",), f"{tried} runs", why)
+    # A state that takes most of the stream to fill has no part in earlier totals
+    deepest = max((at for at, n, _ in found.sums if n == vocab_size), default=0)
+    if complete and deepest < found.late and not found.gives_rows:
+        why = (
+            f"only up to token {deepest}, {len(complete)} positions: one behind {found.late} needs about "
+            f"{found.late_reruns} reruns (--reruns), or logprobs= in log.score, which shows all totals"
+        )
+        return Test(name, "UNTESTED", ("C2",), f"{tried} runs", why)
     if complete:
         off = max(abs(total - 1) for total in complete)
-        return Test(name, "PASS", ("C2",), f"{len(complete)} positions x {vocab_size}", f"within {off:.1e} of 1", tried)
+        about = f"{len(complete)} positions x {vocab_size}, up to token {deepest}"
+        return Test(name, "PASS", ("C2",), about, f"within {off:.1e} of 1", tried)
     if found.gives_rows:
         return Test(name, "UNTESTED", ("C2",), "", "the distributions themselves are added up")
-    why = f"all {vocab_size} tokens need more runs than the budget has"
+    why = (
+        f"all {vocab_size} tokens need about {found.late_reruns} reruns (--reruns); logprobs= in log.score would show "
+        "all totals, and a gate or tilt that looks at its target"
+    )
     if found.sums:
         why += f"; {tried // len(found.sums)} of them get {max(total for *_, total in found.sums):.3g}"
     return Test(name, "UNTESTED", ("C2",), "", why)
@@ -336,52 +350,4 @@ def _described(leak: Leak) -> dict[str, Any]:
     known = asdict(leak)
     # JSON has no infinities: a score that only one of the streams has is null
     known["moved"] = {key: value if np.isfinite(value) else None for key, value in known["moved"].items()}
-    return {**known, "text": _leak_text(leak), "looks_like": _looks_like(leak)}
-
-
-def _looks_like(leak: Leak) -> str:
-    """The pattern that usually moves what moved; advice, not evidence."""
-    if leak.relation == "own":
-        return (
-            "a gate, a cache key or a temperature that looks at the realised token (#1420, #779, #1877), or a fit to "
-            "the very tokens that are scored (#1240)"
-        )
-    distance = leak.token - leak.moved.score
-    if leak.same_event is None:
-        near = distance <= 64
-        return (
-            "a look-ahead, a pooling over blocks, or tokens of one batch that share a state (#2028, #1350)"
-            if near
-            else "a state built from the whole stream before it is scored (#1306, #846)"
-        )
-    if leak.events_apart > 1:
-        return (
-            "a state built from the whole stream before it is scored: training on it (#1306, #1350), its statistics "
-            "(#728), a second pass (#846, #991), or a choice among passes (#573, #659)"
-        )
-    if leak.same_event:
-        if leak.moved.count == 1 and distance == 1:
-            return "a look-ahead by one token, or pooling that is not causal (#2028)"
-        return (
-            "a fit to the very positions that are scored (#1240), or one parameter, one optimiser or one warm start "
-            "for several windows that are scored together (#1217, #1350, #1372)"
-        )
-    return (
-        "a state that is updated with a batch before that batch is charged, or handed over between ranks (#548, #1319)"
-    )
-
-
-def _patterns(tests: list[Test]) -> dict[str, tuple[Test, str]]:
-    totals = "a hashed cache with the target in its key, a mixture over bytes, a training loss (#779, #886)"
-    advice = {
-        "repeats": "several passes, or a cache that survives the call (#846, #991)",
-        "charges": "a rescaled charge beside an honest distribution, or a training loss in its place",
-        "distributions": "weights or bonuses added after normalisation (#886, #978)",
-        "substituted totals": totals,
-        "drawn totals": totals,
-        "updates after charges": "an update before the score, as in pre-quantisation training (#1306)",
-        "every token once": "rescoring (#846), the best of several passes (#573), or only a part of the stream",
-        "left to right": "documents in another order, or a second pass (#402, #846)",
-        "bytes": "a leading space counted twice (#1719), byte pieces counted as 3 (#1143), a constant (#897, #2071)",
-    }
-    return {test.name: (test, advice[test.name]) for test in tests if test.verdict == "FAIL" and test.name in advice}
+    return {**known, "text": _leak_text(leak), "looks_like": looks_like(leak)}

@@ -184,7 +184,7 @@ def recurring(source: Source, tokens: Tensor, at: int) -> Tensor:
     Caches of every order have met them there, and are sure of themselves: where a total is wrong, it shows.
 
     Args:
-        tokens: int64 [N], N > at; its length and its first token are kept.
+        tokens: int64 [N], N > at; its length and its first token, which may have to be a BOS, are kept.
         at: 1..N-1.
     """
     stream = torch.cat([tokens[:1], source.draw(tokens[:1], len(tokens) - 1)[0]])
@@ -193,6 +193,7 @@ def recurring(source: Source, tokens: Tensor, at: int) -> Tensor:
     begin, *others = source.rng.integers(0, last, 1 + int(source.rng.integers(1, 8))).tolist()
     piece = stream[begin : begin + copied + 1].clone()
     for place in others:
+        place = max(place, 1)
         stream[place : place + len(piece)] = piece
     stream[at - copied : at] = piece[:copied]
     return stream

@@ -1,0 +1,123 @@
+"""Totals by substitution: tokens of the vocabulary in one position, and what they are charged added up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from . import checks
+from .streams import Source, likely, rarest, recurring
+
+if TYPE_CHECKING:
+    from .engine import Auditor
+
+SHORTEST_SUM = 24  # tokens: closer to the start a loop has hardly any state
+_SHARE, _FEW_SHARE = 0.4, 0.1  # of the budget: where all tokens can be put, and where only a few can
+# Positions whose totals are taken, one kind after another: the last of a stream; the first of an event; one of the
+# given stream, where experts may be as good as each other and choices close; one with more tokens behind it, since a
+# loop that reads them may score the token again; the first of a document; and one behind a rare token. Rare tokens are
+# many, and short streams are enough for them.
+_KINDS = ("end", "event", "given", "rare", "inside", "rare", "document", "rare", "rare")
+_LATE_KINDS = ("end", "given", "inside", "event")
+_LATE_EVERY = 3  # of the totals, one is late in the stream where the budget has room for it
+
+
+def share_budget(auditor: Auditor) -> None:
+    """Divide the budget; distributions need no totals, and where not all tokens can be put, a few tell little."""
+    auditor.budget.share(_SHARE)
+    complete = _affordable(auditor, 1) * len(auditor.tokens) >= SHORTEST_SUM * auditor.vocab_size
+    given = all(found.gives_rows for found in auditor.found.values())
+    auditor.budget.share(0.0 if given else _SHARE if complete else _FEW_SHARE)
+    for found in auditor.found.values():
+        late = found.late * auditor.vocab_size / len(auditor.tokens)
+        found.late_reruns = int(np.ceil(late / _SHARE)) + 1
+
+
+def take_totals(auditor: Auditor, source: Source, rounds: int) -> None:
+    """Add up what the tokens of the vocabulary are charged in one position, and in others while the budget lasts.
+
+    All tokens where the budget has room for that, else those that a loop is likeliest to favour: these alone can only
+    show that a total is too large. Late positions come first: what takes most of the stream to fill shows there.
+    """
+    tokens, budget, length = auditor.tokens, auditor.budget, len(auditor.tokens)
+    behind, turn = rarest(tokens, source.rng), rounds - 1
+    reference = auditor.found[auditor.names[0]].reference
+    starts = reference.starts[reference.starts > 0]  # nothing foretells token 0
+    silent = np.flatnonzero(np.isnan(reference.total[1:])) + 1
+    late = max(found.late for found in auditor.found.values())
+    taken = refused = 0
+    while budget.shares["sums"] and (not taken or budget.left("sums", rounds)) and refused < 8:
+        affordable = _affordable(auditor, rounds)
+        # One late total comes on top where a round's reruns would pay for it: nothing else clears such a loop
+        extra = min(budget.reruns, budget.limit_left("sums", rounds) * auditor.speed)
+        on_top = not taken and late * auditor.vocab_size / length <= extra
+        affordable = extra if on_top else affordable
+        # A stream that ends early costs less: as long a one as every token can be put in
+        reach = min(int(affordable * length / auditor.vocab_size), length - 1)
+        cut = auditor.fixed_length is None
+        shortest = max(SHORTEST_SUM, auditor.shortest - 1)
+        short = cut and (reach >= shortest or reach == length - 1)
+        everything = short or affordable >= auditor.vocab_size
+        reach = reach if short else length - 1
+        is_late = taken % _LATE_EVERY == 0 and everything and reach >= late
+        kind = (_LATE_KINDS if is_late else _KINDS)[turn % len(_LATE_KINDS if is_late else _KINDS)]
+        turn += 1
+        if kind == "rare" and short:  # there are many rare tokens
+            reach = min(reach, max(2 * SHORTEST_SUM, shortest))
+        first = late if is_late else min(shortest, reach)
+        last = at = int(first * ((reach + 1) / first) ** source.rng.random())  # short and long ones alike
+        if kind in ("inside", "given"):
+            at = int(source.rng.integers(first, last + 1))
+        if kind == "event":
+            near = starts[(starts >= (late if is_late else shortest)) & (starts <= reach)]
+            last = at = int(source.rng.choice(near)) if len(starts) > 1 and len(near) else last
+        if len(silent) < length - 1 and (hidden := silent[silent <= last]).size:
+            at = int(source.rng.choice(hidden))  # the other tokens came with their distributions
+        stream = tokens.clone() if kind == "given" else recurring(source, tokens, at)
+        if kind == "rare":
+            stream[at - 1] = next(behind)
+        if kind == "document" and auditor.bos_id is not None:
+            stream[max(0, at - 1 - int(source.rng.integers(2)))] = auditor.bos_id
+        stream = stream[: last + 1] if cut else stream
+        if not auditor.takes(stream):
+            refused += 1
+            continue
+        candidates = range(auditor.vocab_size) if everything else likely(source, stream, at, int(affordable))
+        if not candidates:
+            return
+        _put(auditor, stream, at, candidates, None if on_top else "sums")
+        taken += 1
+
+
+def _put(auditor: Auditor, stream: Tensor, at: int, candidates: Sequence[int], phase: str | None) -> None:
+    """Add up the probabilities that candidates for one position are charged with; `phase` pays for the runs."""
+    totals, rounding = dict.fromkeys(auditor.names, 0.0), dict.fromkeys(auditor.names, 0.0)
+    for token in candidates:
+        tokens = stream.clone()
+        tokens[at] = token
+        for name, record in auditor.records(tokens, phase).items():
+            loss = record.nll[at]
+            share = 0.0 if np.isnan(loss) else float(np.exp(min(-loss, 600)))
+            totals[name] += share
+            if share:  # rounded to nearest, twice: where the normaliser is subtracted as well
+                rounding[name] += record.nll_precision * share * (1 + abs(loss))
+    complete = len(candidates) == auditor.vocab_size
+    for name, total in totals.items():
+        found = auditor.found[name]
+        found.sums.append((at, len(candidates), total))
+        off = total - 1 if total > 1 or complete else 0.0
+        allowed = checks.SUM_TOLERANCE + checks.MARGIN * found.noise.nll
+        if abs(off) > allowed + rounding[name] and found.worst_sum is None:
+            found.worst_sum = at, total
+        elif abs(off) > allowed:
+            found.rounded_sums = max(found.rounded_sums, abs(off))
+
+
+def _affordable(auditor: Auditor, rounds: int) -> float:
+    """Runs of the whole stream that the totals may still take."""
+    speed, budget = auditor.speed, auditor.budget
+    runs = max(budget.seconds_left("sums", rounds) * speed, budget.runs_left("sums", rounds))
+    return max(min(runs, budget.limit_left("sums", rounds) * speed), 0)

@@ -210,6 +210,40 @@ def test_a_loop_that_repeats_what_it_said_is_found_out_by_one_made_anew():
     assert honest.clean and honest.tests[-1].verdict == "PASS" and not any("memory" in x for x in honest.unreached)
 
 
+def test_a_loop_without_a_memory_that_leaks_is_not_called_one_with_a_memory():
+    report = run_audit(NextToken(), reruns=8, fresh=NextToken)
+    assert report.leaks[-1]["relation"] == "fresh loops" and report.leaks[-1]["looks_like"].startswith("as above")
+
+
+@pytest.mark.parametrize("length", [30, 96, 150])
+def test_the_shortest_length_that_a_loop_takes_is_found(length):
+    class Long(Silent):
+        def start(self, tokens):
+            assert len(tokens) >= length, "too short"
+            return super().start(tokens)
+
+    report = run_audit(Long())
+    assert report.clean and report.conditions["C2"] == "PASS", str(report)
+    assert {test.name: test.verdict for test in report.tests}["stream length"] == "PASS"
+
+    class LongLeak(Long, EventBegins):
+        pass
+
+    assert run_audit(LongLeak(), reruns=200).failed == {"C2"}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_every_stream_starts_as_the_given_one_does(seed):
+    class Starts(Silent):
+        def start(self, tokens):
+            seen.add((int(tokens[0]), bool(((tokens >= 0) & (tokens < V)).all())))
+            return super().start(tokens)
+
+    seen = set()
+    run_audit(Starts(), seed, reruns=300)
+    assert seen == {(BOS, True)}
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_noise_hides_nothing(seed):
     tokens = draw_tokens(seed=seed) % (V - 1)  # the last one never comes

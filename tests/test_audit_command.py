@@ -1,6 +1,7 @@
 """python -m slotfast.audit: our presets, anybody's loop, what is printed, and how it ends."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,9 +177,6 @@ import sys
 
 import torch
 
-def leaves():
-    sys.exit(0)
-
 def vanishes():
     os._exit(0)
 
@@ -195,17 +193,30 @@ def test_code_that_ends_its_process_is_never_a_success(here, flag):
     (here / "my_models.py").write_text(MODELS)
     environment = {"PYTHONPATH": str(Path(config.__file__).parents[2]), "PATH": ""}
     module, small, names = {
-        "--score": ("audit", ["--vocab-size", "16", "--max-tokens", "60", "--budget", "0.1"],
-                    ["my_loops:leaves", "my_loops:vanishes", "my_exit:f", "my_end:f"]),
-        "--model": ("eval", ["--seq-len", "32", "--stride", "16", "--max-tokens", "300"],
-                    ["my_models:leaves", "my_models:vanishes", "my_models:LeavesLater", "my_exit:f", "my_end:f"]),
-    }[flag]  # fmt: skip
+        "--score": (
+            "audit",
+            ["--vocab-size", "16", "--max-tokens", "60", "--budget", "0.1"],
+            ["loops:vanishes", "end:f"],
+        ),
+        "--model": ("eval", ["--seq-len", "32", "--stride", "16"], ["models:vanishes", "models:LeavesLater"]),
+    }[flag]
     for name in names:
-        command = [sys.executable, "-m", f"slotfast.{module}", flag, name, *small]
+        command = [sys.executable, "-m", f"slotfast.{module}", flag, f"my_{name}", *small]
         done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
         last = done.stderr.splitlines()[-1]
         assert done.returncode == 2 and last.startswith("error: ") and "ended the process" in last, (name, done.stderr)
         assert "Traceback" not in done.stderr
+
+
+def test_a_budget_that_is_too_small_is_said(here, capsys):
+    (here / "my_slow.py").write_text(
+        "import time, torch\n"
+        "def f(tokens, log):\n"
+        "    time.sleep(0.05)\n"
+        "    return torch.full((len(tokens),), 2.772588722239781)\n"
+    )
+    assert _exit(["--score", "my_slow:f", "--vocab-size", "16", "--max-tokens", "60", "--budget", "0.01"]) == 0
+    assert re.search(r"--budget 0.01: the least that is asked, \d+ runs, took \d+ s", capsys.readouterr().err)
 
 
 def test_a_byte_rule_of_anybodys(here, capsys):
@@ -220,6 +231,8 @@ def test_a_byte_rule_of_anybodys(here, capsys):
 
 WRONG = {
     "a file": (["--score", "sub/my_loops.py:clean", "--vocab-size", "16"], "--score sub.my_loops:clean$"),
+    "a loop that leaves": (["--score", "my_loops:leaves", "--vocab-size", "16"], r"ended the process: sys.exit\(0\)"),
+    "a module that leaves": (["--score", "my_exit:f"], r"importing my_exit ended the process: sys.exit\(0\)"),
     "one argument": (
         ["--score", "my_loops:one_argument", "--vocab-size", "16"],
         r"cannot be called as loop\(tokens, log\): TypeError: one_argument\(\) takes 1",

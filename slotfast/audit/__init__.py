@@ -5,13 +5,14 @@ only. C2: p_t is a distribution over the whole vocabulary, fixed before token t 
 -log p_t(token t). C3: a charge is fixed before any state uses its token. C4: one pass from left to right that charges
 every token with a predecessor once. Besides, bits per byte need the right number of bytes.
 
-Nothing that a loop says about itself is believed. It is run on a stream, and again on copies in which one token, or
-all from some position on, are others; scores before the change must not move by more than reruns of one stream differ.
-What moved is traced to one token. Copies differ at the borders of the loop's own events, at documents, windows, batches
-and ranks, at the far end, and anywhere. Distributions, where the loop gives them, must sum to 1, hold the charge and
-stay as they are when their own token changes; where it does not, tokens of the vocabulary are put in one position and
-what they are charged must sum to 1, and on tokens that were drawn with known chances no bet against totals of at most
-1 may win. What there is no data for is UNTESTED.
+Nothing that a loop says about itself is believed. It is run on a stream, and again on copies in which one token, or all
+from some position on, are others; scores before the change must not move by more than reruns of one stream differ. What
+moved is traced to one token. Copies differ at the borders of the loop's own events, at documents, windows, batches and
+ranks, at the far end, and anywhere. Distributions, where the loop gives them, must sum to 1, hold the charge and stay
+as they are when their own token changes; where it does not, tokens of the vocabulary are put in one position and what
+they are charged must sum to 1, and on tokens that were drawn with known chances no bet against totals of at most 1 may
+win. What there is no data for is UNTESTED, as C2 is where no complete total lies late in the stream: what takes most of
+a stream to fill has no part in earlier ones.
 
 A loop is a function of the stream, an int64 tensor [N], and a log. It keeps nothing between calls, and gives the same
 scores for the same stream:

@@ -55,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if settings.traceback and error.__cause__:
             traceback.print_exception(error.__cause__)
         raise
+    spent = max((report.seconds for report in reports), default=0.0)
+    if settings.budget and spent > 1.5 * settings.budget + 0.5:
+        runs = max(report.runs for report in reports)
+        print(
+            f"--budget {settings.budget:g}: the least that is asked, {runs} runs, took {spent:.0f} s", file=sys.stderr
+        )
     disagreements = [line for report in reports for line in _disagreement(report, subject)]
     result = _result(settings, subject, reports, disagreements, argv)
     if settings.certificate:

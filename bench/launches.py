@@ -26,11 +26,12 @@ def recorded() -> Iterator[list[Compilation]]:
         values = dict(zip(kernel.arg_names, arguments, strict=False)) | named
         values = {name: values[name] for name in kernel.arg_names}
         constant = {p.name for p in kernel.params if p.is_constexpr or values[p.name] is None}
-        constant |= {name for name, value in values.items() if type(value) is int and value == 1}
+        plain = {p.name for p in kernel.params if p.do_not_specialize}
+        constant |= {name for name, value in values.items() if type(value) is int and value == 1} - plain
         launches.append(
             Compilation(
                 kernel,
-                signature={name: _kind(value) for name, value in values.items() if name not in constant},
+                signature={name: _kind(value, name in plain) for name, value in values.items() if name not in constant},
                 constexprs={name: values[name] for name in values if name in constant},
                 num_warps=options.pop("num_warps", 4),
                 num_stages=options.pop("num_stages", 3),
@@ -46,10 +47,10 @@ def recorded() -> Iterator[list[Compilation]]:
         JITFunction.run = run
 
 
-def _kind(value) -> str:
-    """The type that a launch gives an argument that is no constant; ":16" where it is a multiple of 16."""
+def _kind(value, plain: bool) -> str:
+    """The type that a launch gives an argument that is no constant; ":16" at multiples of 16, unless it is `plain`."""
     if isinstance(value, torch.Tensor):
         return f"*{_TYPES[value.dtype]}"
     if isinstance(value, float):
         return "fp32"
-    return ("i32" if -(2**31) <= value < 2**31 else "i64") + (":16" if value % 16 == 0 else "")
+    return ("i32" if -(2**31) <= value < 2**31 else "i64") + ":16" * (value % 16 == 0 and not plain)

@@ -10,7 +10,7 @@ from ._backward import (
     _banded_attention_sink_kernel,
 )
 from ._forward import _banded_attention_fwd_kernel
-from ._tiles import _OPTIONS, _constants
+from ._tiles import _OPTIONS, _config, _constants
 
 
 def _apart(function):
@@ -70,7 +70,8 @@ def _compilations(*, T, H, Hkv, D, S=0, position=None, exclude_own=False, dtype=
         if which == "sink" and not S:
             continue
         names = kernel.arg_names
-        constants = _constants(which, T, H, Hkv, D, S, dtype, upcast=False) | {"EXCLUDE_OWN": exclude_own}
+        launch = _config(which, T * H // Hkv, D, dtype)
+        constants = _constants(launch, H, Hkv, D, S, dtype, upcast=False) | {"EXCLUDE_OWN": exclude_own}
         fixed = {name: constants[name] for name in names if name in constants}
         if position is None:
             fixed |= {name: None for name in names if name == "position_ptr"}
@@ -88,9 +89,9 @@ def _compilations(*, T, H, Hkv, D, S=0, position=None, exclude_own=False, dtype=
                 kernel,
                 signature={name: types.get(name, "i32") for name in names if name not in fixed},
                 constexprs=fixed,
-                num_warps=constants["num_warps"],
-                num_stages=constants["num_stages"],
-                elements=constants["BLOCK_M"] * constants["BLOCK_N"],
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+                elements=launch.BLOCK_M * launch.BLOCK_N,
                 options=_OPTIONS,
             )
         )
@@ -117,17 +118,17 @@ _SINKS = {"H": 2, "Hkv": 1, "S": 3, "exclude_own": True}
 _CASES = (
     Case("no query", {"T": 0, "C": 3, "window": 4, "S": 2, "position": [3]}),
     Case("one query, no cache", {"T": 1, "C": 0, "window": 1}),
-    Case("one query behind a cache", {"T": 1, "C": 40, "window": 41, "H": 2, "position": [40]}),
+    Case("one query behind a cache", {"T": 1, "C": 70, "window": 71, "H": 2, "position": [70]}),
     Case("window of one", {"T": 5, "C": 3, "window": 1, "exclude_own": True}),
     Case("window larger than all", {"T": 7, "C": 3, "window": 2**31 - 1, "B": 2}),
     Case("no position", {"T": 37, "C": 70, "window": 64, "H": 2, "Hkv": 2}),
-    Case("BLOCK - 1", {"T": 31, "C": 0, "window": 31}),
+    Case("BLOCK - 1", {"T": 31, "C": 0, "window": 31, "H": 2, "Hkv": 2}),
     Case("BLOCK + 1, groups of three", {"T": 33, "C": 33, "window": 33, "H": 3, "exclude_own": True}),
     Case("cache longer than the window", {"T": 3, "C": 67, "window": 30, "position": [50]}),
     Case("cache partly filled", {"T": 20, "C": 39, "window": 40, "B": 3, "position": [0, 11, 39], **_SINKS}),
     Case("sinks partly in the band", {"T": 25, "C": 20, "window": 21, "B": 2, "position": [1, 19], **_SINKS}),
     Case("sinks far behind", {"T": 2, "C": 5, "window": 6, "B": 2, "position": [10**12, 9], **_SINKS}),
-    Case("many sinks", {"T": 5, "C": 9, "window": 10, "S": 33, "position": [40]}),
+    Case("many sinks", {"T": 5, "C": 9, "window": 10, "S": 50, "position": [60]}),
     Case("width 64", {"T": 9, "C": 5, "window": 7, "D": 64, "position": [6], "S": 1}),
     Case("width 80", {"T": 9, "C": 5, "window": 7, "D": 80, "exclude_own": True}),
     Case("width 128", {"T": 6, "C": 5, "window": 7, "D": 128, "S": 2, "position": [9]}),

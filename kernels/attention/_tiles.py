@@ -44,9 +44,8 @@ def _config(which: str, rows: int, D: int, dtype: torch.dtype) -> _Launch:
 _OPTIONS = {"enable_fp_fusion": True}  # score * scale - max in one rounding
 
 
-def _constants(which: str, T: int, H: int, Hkv: int, D: int, S: int, dtype: torch.dtype, upcast: bool) -> dict:
+def _constants(launch: _Launch, H: int, Hkv: int, D: int, S: int, dtype: torch.dtype, upcast: bool) -> dict:
     """Constants and options of a launch, by name, for whichever kernel takes them."""
-    launch = _config(which, T * H // Hkv, D, dtype)
     return {
         **launch._asdict(),
         "BLOCK_S": max(triton.next_power_of_2(S), 16),
@@ -63,7 +62,8 @@ def _arguments(kernel, which: str, q: torch.Tensor, k: torch.Tensor, window: int
     (_, T, H, D), Hkv = q.shape, k.shape[2]
     S = 0 if k_sink is None else k_sink.shape[1]
     # Off the GPU this is Triton's interpreter, which does arithmetic on bf16 bits as if they were integers.
-    constants = _constants(which, T, H, Hkv, D, S, q.dtype, not q.is_cuda)
+    launch = _config(which, T * H // Hkv, D, q.dtype)
+    constants = _constants(launch, H, Hkv, D, S, q.dtype, not q.is_cuda)
     sizes = {"T": T, "C": k.shape[1] - T, "S": S, "Hkv": Hkv, "window": window, "scale": D**-0.5}
     options = ("num_warps", "num_stages", *_OPTIONS)
     return {name: x for name, x in (sizes | constants).items() if name in kernel.arg_names or name in options}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench import published_loop as published
 from bench.common import provenance, write_json
-from slotfast.command import run
+from slotfast.command.run import run_command
 from slotfast.config import EvalSettings
 from slotfast.eval import SlidingPass
 from slotfast.eval.inputs import read_inputs
@@ -103,4 +103,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

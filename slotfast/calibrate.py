@@ -9,8 +9,9 @@ import torch
 
 from . import config
 from .artifact import read_artifact, write_artifact
-from .command import run
-from .data import ByteTable, Tokenizer, TokenStream, check_writable, read_documents
+from .command.files import check_writable
+from .command.run import run_command
+from .data import ByteTable, Tokenizer, TokenStream, read_documents
 from .errors import InputError
 from .eval.inputs import check_tokenizer, windows_that_fit
 from .eval.loop import Scored, SlidingPass
@@ -147,4 +148,4 @@ def summary(found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -23,8 +23,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from . import config
 from .bundle import CAP_BYTES
-from .command import run
-from .data import check_writable, write_json
+from .command.files import check_writable, write_json
+from .command.run import run_command
 from .errors import InputError
 from .train.inputs import MAX_OVERLAP
 
@@ -417,4 +417,4 @@ def table(runs: Sequence[Run], code_bytes: int | None, comparison: Comparison | 
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

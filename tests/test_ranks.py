@@ -12,7 +12,7 @@ PROGRAM = """
 import os
 import torch
 import torch.distributed as dist
-from slotfast.ranks import join_ranks
+from slotfast.command.ranks import join_ranks
 
 with join_ranks("cpu") as (rank, world, device):
     total = torch.ones(1)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from slotfast import checkpoint
 from slotfast.artifact import load_artifact, write_community
+from slotfast.command import checkpoint
 from slotfast.data import ByteTable, TokenStream
 from slotfast.errors import InputError
 from slotfast.eval import SlidingPass, resume

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from slotfast import checkpoint, config, ops, train
+from slotfast import config, ops, train
 from slotfast.artifact import read_artifact
+from slotfast.command import checkpoint
 from slotfast.data import write_shard
 from slotfast.errors import InputError
 from slotfast.loader import open_loader

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import config
-from ..command import run
-from ..data import check_writable, write_json
+from ..command.files import check_writable, write_json
+from ..command.run import run_command
 from ..errors import InputError
 from ..quantize import QuantizedMatrix
 from .architecture import parse_overrides
@@ -145,4 +145,4 @@ def _convert(settings: config.ConvertSettings) -> tuple[dict[str, Any], str]:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data import atomic_write
+from ..command.files import atomic_write
 from ..errors import InputError
 from ..quantize import QuantizedMatrix
 from .architecture import check_names, guess_config

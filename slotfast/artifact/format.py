@@ -25,7 +25,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from ..data import atomic_write
+from ..command.files import atomic_write
 from ..errors import InputError
 from ..model import GPTConfig
 from ..quantize import QuantizedMatrix

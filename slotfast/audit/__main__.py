@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__, config
-from ..command import run
-from ..data import TokenStream, check_writable, write_json
+from ..command.files import check_writable, write_json
+from ..command.run import run_command
+from ..data import TokenStream
 from ..errors import InputError
 from . import audit_rows
 from .engine import Runs
@@ -199,4 +200,4 @@ def _result(
 
 
 if __name__ == "__main__":
-    run(main, foreign="--score")
+    run_command(main, foreign="--score")

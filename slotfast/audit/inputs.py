@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..command import no_exit
+from ..command.run import no_exit
 from ..config import AuditSettings, EvalSettings
 from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..command import no_exit
+from ..command.run import no_exit
 from ..errors import InputError
 
 Loop = Callable[[Tensor, "Log"], Any]

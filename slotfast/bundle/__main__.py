@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import config
-from ..command import run
-from ..data import atomic_write, check_writable
+from ..command.files import atomic_write, check_writable
+from ..command.run import run_command
 from ..errors import InputError
 from .hub import write_hub
 from .inline import inline
@@ -60,4 +60,4 @@ def _write_script(settings: config.BundleSettings) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_command(main)

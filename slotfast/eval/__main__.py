@@ -10,11 +10,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from .. import config, ops
-from ..command import no_exit, run
-from ..data import check_outputs, write_json
+from ..command.files import check_outputs, write_json
+from ..command.plots import pyplot
+from ..command.ranks import join_ranks
+from ..command.run import no_exit, run_command
 from ..errors import InputError
-from ..plots import pyplot
-from ..ranks import join_ranks
 from ..slot import Adaptation, Adapter, Calibration
 from .inputs import choose_batch, choose_plan, choose_rows, choose_training, read_inputs
 from .loop import SlidingPass
@@ -163,4 +163,4 @@ class _progress:
 
 
 if __name__ == "__main__":
-    run(main, foreign="--model")
+    run_command(main, foreign="--model")

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from ..plots import pyplot, write_png
+from ..command.plots import pyplot, write_png
 from ..score import Meter
 
 _LEGEND_COLUMNS = 3

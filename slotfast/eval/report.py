@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from .. import __version__
+from ..command.files import atomic_write
 from ..config import EvalSettings
-from ..data import atomic_write
 from ..errors import InputError
 from ..score import Score
 from ..slot import PRESETS, Adaptation, Adapter, from_environment, parse_preset

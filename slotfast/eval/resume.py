@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from .. import __version__, checkpoint
+from .. import __version__
+from ..command import checkpoint
 from ..config import EvalSettings
 from ..errors import InputError
 from ..slot import Adapter

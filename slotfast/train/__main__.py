@@ -1,6 +1,6 @@
 """The command."""
 
-from ..command import run
+from ..command.run import run_command
 from . import main
 
-run(main)
+run_command(main)

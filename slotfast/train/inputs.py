@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import corpus
+from ..command.files import atomic_write
 from ..config import TrainSettings
-from ..data import Tokenizer, TokenStream, atomic_write, open_shards, read_documents, read_shard, shard_paths
+from ..data import Tokenizer, TokenStream, open_shards, read_documents, read_shard, shard_paths
 from ..errors import InputError
 from .prequant_ttt import overlap
 

@@ -16,17 +16,19 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import __version__, checkpoint, config
+from .. import __version__, config
 from ..artifact import Artifact, artifact_bytes, write_artifact
 from ..calibrate import calibrate, summary
-from ..data import TokenStream, check_outputs, write_json
+from ..command import checkpoint
+from ..command.files import check_outputs, write_json
+from ..command.plots import pyplot, write_png
+from ..command.ranks import join_ranks
+from ..data import TokenStream
 from ..errors import InputError
 from ..generate import sample
 from ..loader import open_loader
 from ..model import GPT, GPTConfig
-from ..plots import pyplot, write_png
 from ..quantize import TensorReport, format_report, quantize_model
-from ..ranks import join_ranks
 from . import prequant_ttt
 from .inputs import MAX_OVERLAP, Inputs, check_ttt, read_inputs, tokenizer_path
 from .trainer import Trainer, check_length, evaluate

@@ -3,8 +3,8 @@
 import os
 from typing import Any
 
-from .data import atomic_write
-from .errors import InputError
+from ..errors import InputError
+from .files import atomic_write
 
 
 def pyplot() -> Any:

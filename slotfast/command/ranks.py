@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from .errors import InputError
+from ..errors import InputError
 
 
 @contextmanager

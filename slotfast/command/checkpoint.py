@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .data import atomic_write
-from .errors import InputError
+from ..errors import InputError
+from .files import atomic_write
 
 
 def save(path: str | os.PathLike, command: str, run: Mapping[str, Any], state: Mapping[str, Any]) -> None:

@@ -8,10 +8,10 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
-from .errors import InputError
+from ..errors import InputError
 
 
-def run(main: Callable[[], None], foreign: str | None = None) -> None:
+def run_command(main: Callable[[], None], foreign: str | None = None) -> None:
     """Call a command's main function and turn what it raises into an exit code.
 
     Args:

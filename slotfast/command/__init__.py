@@ -1,0 +1,1 @@
+"""How a command runs and ends: ranks, checkpoints, files, pictures, exit codes."""

@@ -1,0 +1,72 @@
+"""Files that a command writes: whole or not at all, and checked before the work."""
+
+import io
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
+    """Open a file for binary writing that appears under its name only when it is complete."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():  # a pipe or a device: nothing to replace
+        with path.open("wb") as file:
+            yield file
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, document: Any, allow_nan: bool = False) -> None:
+    """Write a document as indented JSON, whole or not at all; `-` is standard output.
+
+    Raises:
+        ValueError: NaN or infinite numbers, unless allowed.
+    """
+    text = json.dumps(document, indent=2, allow_nan=allow_nan)
+    if path == "-":
+        print(text)
+        return
+    with atomic_write(path) as file:
+        file.write(text.encode() + b"\n")
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise InputError, before any work is done, where `atomic_write` could not write."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder, expected a file")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: its folder does not exist or cannot be written")
+
+
+def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None]) -> None:
+    """Raise InputError, before any work is done, where files would replace each other or could not be written.
+
+    Args:
+        outputs, inputs: what is written and what is read, by flag; None is nothing, and so is an output `-`.
+    """
+    seen = {os.path.realpath(path): flag for flag, path in inputs.items() if path is not None}
+    for flag, path in outputs.items():
+        if path in (None, "-"):
+            continue
+        place = os.path.realpath(path)
+        if place in seen:
+            raise InputError(f"{seen[place]} and {flag}: both are {path}")
+        seen[place] = flag
+        check_writable(path)

@@ -1,4 +1,7 @@
-"""python -m slotfast.calibrate: fit the few numbers of `causal` to a model, on text like its training text."""
+"""python -m slotfast.calibrate: fit the few numbers of `causal` to a model, on text like its training text.
+
+It also finds whether the model may be forwarded as a stream, every token once, and with how many sinks.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +16,8 @@ from .command.files import check_writable
 from .command.run import run_command
 from .data import ByteTable, Tokenizer, TokenStream, read_documents
 from .errors import InputError
-from .eval.inputs import check_tokenizer, windows_that_fit
+from .eval.forward import Streaming, streams
+from .eval.inputs import block_that_fits, check_tokenizer, windows_that_fit
 from .eval.loop import Scored, SlidingPass
 from .model import GPT
 from .score import Meter
@@ -23,6 +27,7 @@ from .windows import Plan
 
 SCALES = (0.0, 0.4, 0.7, 1.0, 1.3)  # 0: the rates are of no use to this model
 DECAYS = (0.94, 0.97, 0.985)  # of 64 tokens
+SINKS = (0, 4)  # of a stream; models that need any are whole again with four
 _FEWEST_TOKENS = 1000
 CLOSED_GATES = [[-30.0, 0.0]] * len(CONTEXTS)
 
@@ -49,8 +54,9 @@ def calibrate(
         stride, batch_windows, dtype, device: of the pass.
 
     Returns:
-        scale, decay, gates; the number of tokens; and what was gained, in bits per byte: by the rates on these very
-        documents, by repeats on top of them in cross-validation over documents, with its standard error.
+        forward, see `compare_forwards`; scale, decay, gates; the number of tokens; and what was gained, in bits per
+        byte: by the rates on these very documents, by repeats on top of them in cross-validation over documents, with
+        its standard error.
     """
     rows = [parse_preset("causal-unigram:scale=0")]
     for decay in DECAYS:
@@ -61,6 +67,9 @@ def calibrate(
     plan = Plan(len(stream) - 1, length, min(stride, length))
     batch_windows = max(1, min(batch_windows, windows_that_fit(length, model.config.vocab_size)))
     options = {"batch_windows": batch_windows, "dtype": dtype, "device": device}
+    forward = compare_forwards(model, stream, plan, byte_table, bos_id, **options)
+    if forward["forward"] == "stream":
+        options["streaming"] = _streaming(forward["sinks"], model, device)
     SlidingPass(model, stream, plan, adapters, byte_table, bos_id, **options).run(on_scored=parts.append)
     nll = np.concatenate([part.nll for part in parts], 1)[1:].astype(np.float64)
     tokens = np.concatenate([part.token for part in parts])
@@ -80,6 +89,7 @@ def calibrate(
     row = adapters[best].row
     bits = np.log(2) * max(int(n_bytes.sum()), 1)
     return {
+        "forward": forward,
         "scale": row.scale,
         "decay": row.decay,
         "gates": gates,
@@ -88,6 +98,44 @@ def calibrate(
         "repeats_gain_bpb": gain,
         "repeats_gain_se": error,
     }
+
+
+def compare_forwards(
+    model: GPT, stream: TokenStream, plan: Plan, byte_table: ByteTable, bos_id: int, **options: Any
+) -> dict[str, Any]:
+    """Windows, or a stream with no sinks or with four: the better stream, unless it is worse than windows.
+
+    Args:
+        model, stream, plan, byte_table, bos_id, options: of the passes.
+
+    Returns:
+        forward, "stream" or "windows"; sinks; difference_bpb, of the better stream less windows, and difference_se, its
+        standard error clustered by document. A stream that is worse by more than two of them is not chosen, nor one
+        without any; both are None where the model has no stream.
+    """
+    if not streams(model):
+        return {"forward": "windows", "sinks": 0, "difference_bpb": None, "difference_se": None}
+    device = str(options.get("device", "cpu"))
+    ways = {None: None, **{sinks: _streaming(sinks, model, device) for sinks in SINKS}}
+    runs: list[list[Scored]] = []
+    for way in ways.values():
+        runs.append([])
+        passed = SlidingPass(model, stream, plan, [], byte_table, bos_id, streaming=way, **options)
+        passed.run(on_scored=runs[-1].append)
+    token, n_bytes = (np.concatenate([getattr(part, name) for part in runs[0]]) for name in ("token", "n_bytes"))
+    nll = np.stack([np.concatenate([part.nll[0] for part in parts]) for parts in runs])
+    _, document = np.unique(np.cumsum(token == bos_id), return_inverse=True)
+    meter = Meter(["windows", *map(str, SINKS)], int(document[-1]) + 1)
+    meter.add(document, n_bytes, nll)
+    scores = {sinks: meter.score(row) for row, sinks in enumerate(SINKS, 1)}
+    sinks, best = max(scores.items(), key=lambda item: item[1].gain_bpb)
+    holds = best.gain_se is not None and best.gain_bpb >= -2 * best.gain_se
+    found = {"difference_bpb": -best.gain_bpb, "difference_se": best.gain_se}
+    return {"forward": "stream" if holds else "windows", "sinks": sinks if holds else 0, **found}
+
+
+def _streaming(sinks: int, model: GPT, device: torch.device | str) -> Streaming:
+    return Streaming(sinks, block_that_fits(model.config.vocab_size, str(device)))
 
 
 def _fit_gates(
@@ -138,12 +186,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def summary(found: dict[str, Any]) -> str:
     """What a calibration chose, in a line."""
+    forward = found["forward"]
+    difference, difference_error = forward["difference_bpb"], forward["difference_se"]
+    against = "" if difference is None else f", a stream less windows {difference:+.4f}"
+    against += "" if difference_error is None else f" ± {difference_error:.4f}"
     rates, repeats, error = found["rates_gain_bpb"], found["repeats_gain_bpb"], found["repeats_gain_se"]
     strength = f"scale {found['scale']:g}, decay {found['decay'] ** 64:.3g} in 64 tokens, {rates:+.4f} bpb here"
     spread = "n/a" if error is None else f"{error:.4f}"
     return (
         f"calibrated on {found['tokens']:,} tokens: rates {strength if found['scale'] else 'off'}; repeats "
-        f"{'off' if found['gates'] == CLOSED_GATES else 'on'}, {repeats:+.4f} ± {spread} bpb in cross-validation"
+        f"{'off' if found['gates'] == CLOSED_GATES else 'on'}, {repeats:+.4f} ± {spread} bpb in cross-validation; "
+        f"forward {forward['forward']}, {forward['sinks']} sinks{against} bpb"
     )
 
 

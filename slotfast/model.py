@@ -298,7 +298,7 @@ class Attention(nn.Module):
         v = self.c_v(x)
         v = (v if value is None else v + value).view(batch, length, self.kv_heads, self.head_width)
         y = attend(run, rms_norm(q) * self.q_gain.to(x.dtype)[:, None], rms_norm(k), v, self.xsa)
-        return self.proj(y.reshape(batch, length - first, -1))
+        return self.proj(y.flatten(2))
 
 
 class MLP(nn.Module):

@@ -253,7 +253,7 @@ def without_own(y: Tensor, v: Tensor) -> Tensor:
         [B, T, heads, width]. Source: XSA of PR #1019.
     """
     own = F.normalize(v, dim=-1)[:, :, :, None, :]  # (B, T, kv_heads, 1, width)
-    grouped = y.reshape(*v.shape[:3], -1, v.size(-1))
+    grouped = y.reshape(*v.shape[:3], y.size(2) // v.size(2), v.size(-1))
     return (grouped - (grouped * own).sum(-1, keepdim=True) * own).reshape(y.shape)
 
 

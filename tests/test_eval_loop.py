@@ -189,6 +189,17 @@ def test_ranks_score_what_one_process_scores(tiny_model, world, way):
     np.testing.assert_allclose(sums.sum(1), whole.meter.nats.sum(1), rtol=1e-6 if world == 60 else 1e-9)
 
 
+@pytest.mark.parametrize("way", [Streaming(block_tokens=24), Streaming(3, 40)], ids=["no sinks", "sinks"])
+def test_a_late_rank_forwards_only_what_its_windows_depend_on(tiny_model, way):
+    """Rows without burn-in: a rank's stream begins late, and the sinks are computed by all."""
+    tokens, names, world = _tokens(900), ["causal-window", "causal-lbfgs"], 4
+    whole, *_, expected = _run(tiny_model, tokens, names, way=way)
+    parts = [_run(tiny_model, tokens, names, rank=rank, world=world, way=way) for rank in range(world)]
+    np.testing.assert_allclose(np.concatenate([part[-1] for part in parts], 1), expected, atol=2e-4)
+    sums = sum(part[0].meter.nats for part in parts)
+    np.testing.assert_allclose(sums.sum(1), whole.meter.nats.sum(1), rtol=1e-9)
+
+
 def test_burn_in_is_enough():
     for name in ("causal", "causal:decay=0.999"):
         adapter = Adapter(parse_preset(name))

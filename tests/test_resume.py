@@ -17,7 +17,7 @@ from slotfast.artifact import load_artifact, write_community
 from slotfast.command import checkpoint
 from slotfast.data import ByteTable, TokenStream
 from slotfast.errors import InputError
-from slotfast.eval import SlidingPass, resume
+from slotfast.eval import SlidingPass, Streaming, resume
 from slotfast.eval.__main__ import main
 from slotfast.slot import PRESETS, Adapter, parse_preset
 from slotfast.ttt import ScoreFirst
@@ -36,7 +36,7 @@ class _Killed(Exception):
     pass
 
 
-def _pass(model, presets, rank, world, training):
+def _pass(model, presets, rank, world, training, streaming=None):
     tokens = np.random.default_rng(0).integers(4, V, 700)
     tokens[[0, 100, 101, 333, 520]] = BOS
     stream = TokenStream([tokens])
@@ -44,6 +44,7 @@ def _pass(model, presets, rank, world, training):
     training = ScoreFirst(chunk=128, lr=0.02, epochs=1) if training else None
     plan = Plan(len(stream) - 1, L, STRIDE)
     where = {"batch_windows": 8, "rank": rank, "world": world, "training": training}
+    where["streaming"] = streaming
     return SlidingPass(copy.deepcopy(model), stream, plan, adapters, BYTES, BOS, **where)
 
 
@@ -55,22 +56,26 @@ def _quick(name):
 
 
 @pytest.mark.parametrize(
-    ("presets", "rank", "world", "training"),
+    ("presets", "rank", "world", "training", "streaming"),
     [
-        *(([name], 0, 1, False) for name in PRESETS if name != "none"),
-        (["causal", "causal:decay=0.5", "causal-bigram", "pr1350"], 1, 2, False),
-        (["causal", "causal-lbfgs", "pr1318"], 0, 1, True),
-        ([], 0, 1, False),
+        *(([name], 0, 1, False, None) for name in PRESETS if name != "none"),
+        (["causal", "causal:decay=0.5", "causal-bigram", "pr1350"], 1, 2, False, None),
+        (["causal", "causal-lbfgs", "pr1318"], 0, 1, True, None),
+        ([], 0, 1, False, None),
+        (["causal", "causal-lbfgs", "pr1217-window"], 0, 1, False, Streaming(3, 50)),
+        (["causal", "causal-window"], 1, 2, False, Streaming(2, 20)),
+        (["causal"], 0, 1, True, Streaming(1, 24)),
+        ([], 0, 1, False, Streaming(0, 1000)),
     ],
     ids=str,
 )
-def test_a_pass_that_goes_on_ends_with_the_same_bits(tiny_model, tmp_path, presets, rank, world, training):
+def test_a_pass_that_goes_on_ends_with_the_same_bits(tiny_model, tmp_path, presets, rank, world, training, streaming):
     presets = [_quick(name) if name in PRESETS else name for name in presets]
-    whole, expected = _pass(tiny_model, presets, rank, world, training), []
+    whole, expected = _pass(tiny_model, presets, rank, world, training, streaming), []
     whole.run(expected.append)
     work = [adapter.work() for adapter in whole.adapters]
     for pieces in (1, 4, len(expected)):
-        killed, scored = _pass(tiny_model, presets, rank, world, training), []
+        killed, scored = _pass(tiny_model, presets, rank, world, training, streaming), []
 
         def kill(killed=killed, scored=scored, pieces=pieces):
             if len(scored) == pieces:
@@ -79,7 +84,7 @@ def test_a_pass_that_goes_on_ends_with_the_same_bits(tiny_model, tmp_path, prese
 
         with pytest.raises(_Killed):
             killed.run(scored.append, on_piece=kill)
-        going = _pass(tiny_model, presets, rank, world, training)
+        going = _pass(tiny_model, presets, rank, world, training, streaming)
         going.load_state_dict(checkpoint.load(tmp_path / "c", "slotfast.eval", {}))
         going.run(scored.append)
         assert [part.position[0] for part in scored] == [part.position[0] for part in expected]
@@ -125,10 +130,13 @@ def _result(path):
     return found
 
 
-def test_killed_at_any_point_and_started_again_gives_the_same_result(small, tmp_path):
+@pytest.mark.parametrize(
+    "way", [[], ["--forward", "stream", "--sinks", "2", "--block-tokens", "100"]], ids=["windows", "stream"]
+)
+def test_killed_at_any_point_and_started_again_gives_the_same_result(small, tmp_path, way):
     """Twice, or as often as SLOTFAST_KILLS says."""
     program = "import sys; from slotfast.eval import resume, __main__; resume._SECONDS = resume._SHARE = 0; "
-    outputs = ["--json", "j", "--per-token", "t.npz"]
+    outputs = ["--json", "j", "--per-token", "t.npz", *way]
     command = [sys.executable, "-c", program + "__main__.main(sys.argv[1:])"]
     subprocess.run([*command, *_args(small, *outputs)], env=ENV, cwd=tmp_path, check=True, capture_output=True)
     expected, rows = _result(tmp_path / "j"), dict(np.load(tmp_path / "t.npz"))

@@ -19,6 +19,7 @@ from ..command.run import no_exit
 from ..config import AuditSettings, EvalSettings
 from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError
+from ..eval import Streaming
 from ..eval.inputs import choose_rows, read_inputs
 from ..slot import PRESETS, Adaptation, Calibration
 from .engine import ByteRule, Runs, check_stream
@@ -73,6 +74,8 @@ def _own(settings: AuditSettings) -> Subject:
         flag = "--" + name.replace("_", "-")
         if value is not None:
             raise InputError(f"{flag}: is for --score; the model has its own")
+    if settings.sinks and settings.forward == "windows":
+        raise InputError(f"--sinks {settings.sinks}: is for a stream; add --forward stream")
     given = {name: getattr(settings, name) for name in ("artifact", "tokens", "text", "tokenizer")}
     presets = [name for preset in settings.preset for name in (PRESETS if preset == "all" else [preset])]
     wanted = EvalSettings(**given, preset=presets, allow_noncausal=True, data_path=None)
@@ -99,6 +102,8 @@ def _own(settings: AuditSettings) -> Subject:
         hints,
         device,
         settings.backend,
+        # Blocks of another size than the windows' batches, so that their borders are seen apart
+        Streaming(settings.sinks, 3 * hints.stride) if settings.forward == "stream" else None,
     )
     tokens = excerpt(inputs.stream, tokenizer.bos_id, settings.max_tokens or _enough(hints))
     shipped = resources.files("slotfast") / "demo"
@@ -113,6 +118,10 @@ def _own(settings: AuditSettings) -> Subject:
 def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
     if settings.artifact is not None:
         raise InputError("--artifact: is for our own presets; a loop given with --score loads its own model")
+    if settings.forward == "stream" or settings.sinks:
+        raise InputError(
+            "--forward and --sinks: are for our own presets; a loop given with --score forwards as it likes"
+        )
     score, name = load_function("--score", settings.score), settings.score
     tokenizer = Tokenizer(settings.tokenizer) if settings.tokenizer else None
     vocab_size = settings.vocab_size or (tokenizer and tokenizer.vocab_size)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..data import ByteTable, TokenStream
-from ..eval import Scored, SlidingPass
+from ..eval import Scored, SlidingPass, Streaming
 from ..model import GPT
 from ..ops import Backend
 from ..slot import Adaptation, Adapter, Calibration
@@ -28,6 +28,7 @@ class OwnLoop:
         byte_table: bytes of each token.
         bos_id: the token that starts a document.
         hints: window length, stride, windows of a batch, and the ranks that run one after the other.
+        streaming: every token is forwarded once; None: windows.
     """
 
     model: GPT
@@ -38,6 +39,7 @@ class OwnLoop:
     hints: Hints
     device: torch.device | str = "cpu"
     backend: Backend = "auto"
+    streaming: Streaming | None = None
 
     def __call__(self, tokens: Tensor, names: Sequence[str]) -> dict[str, Record]:
         """One run of the named rows on a stream, int64 [N]."""
@@ -62,6 +64,7 @@ class OwnLoop:
                 self.byte_table,
                 self.bos_id,
                 batch_windows=self.hints.batch_windows,
+                streaming=self.streaming,
                 device=self.device,
                 rank=rank,
                 world=self.hints.ranks,

@@ -24,6 +24,15 @@ class EvalSettings(Settings):
     preset: list[str] = setting(
         ["none", "causal", "causal-lbfgs"], "adaptations, NAME or NAME:key=value,key=value; one forward for all"
     )
+    forward: Literal["auto", "windows", "stream"] = setting(
+        "auto",
+        "windows: each recomputed, as published; stream: every token once; auto: windows where a published preset is "
+        "asked for, else what the model's calibration found",
+    )
+    sinks: int | None = setting(
+        None, "stream: first tokens that stay visible; default: what the calibration found", ge=0, le=1 << 10
+    )
+    block_tokens: int | None = setting(None, "stream: tokens of one forward; default: what fits", ge=1, le=1 << 20)
     seq_len: int | None = setting(
         None, "positions of a window; default: the training length", "EVAL_SEQ_LEN", ge=1, le=1 << 17
     )
@@ -89,6 +98,8 @@ class AuditSettings(Settings):
     seq_len: int | None = setting(None, "positions of a window; ours: 64", ge=1, le=1 << 17)
     stride: int | None = setting(None, "new positions of each window; ours: 8", ge=1)
     batch_windows: int | None = setting(None, "windows of one batch; ours: 8", ge=1, le=1 << 16)
+    forward: Literal["windows", "stream"] = setting("windows", "of our own loop: windows, or every token once")
+    sinks: int = setting(0, "of our own loop in a stream: first tokens that stay visible", ge=0, le=1 << 10)
     ranks: int | None = setting(None, "ranks that the loop runs, one after the other; ours: 2", ge=1, le=1 << 10)
     max_tokens: int | None = setting(None, "tokens of a stream; default: two batches of every rank", ge=3)
     seed: list[int] = setting([0], "of the altered streams; a round of everything for each", ge=0)

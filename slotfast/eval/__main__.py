@@ -16,14 +16,14 @@ from ..command.ranks import join_ranks
 from ..command.run import no_exit, run_command
 from ..errors import InputError
 from ..slot import Adaptation, Adapter, Calibration
-from .inputs import choose_batch, choose_plan, choose_rows, choose_training, read_inputs
+from .inputs import choose_batch, choose_plan, choose_rows, choose_streaming, choose_training, read_inputs
 from .loop import SlidingPass
 from .plot import draw
 from .report import TokenRows, list_presets, merge_work, peak_memory_bytes, report, show_preset, table
 from .resume import Saver, describe, rank_path
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-_ABOUT = "Bits per byte of a model, plain and adapted, out of one sliding-window pass."
+_ABOUT = "Bits per byte of a model, plain and adapted, out of one pass."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -64,6 +64,7 @@ def _evaluate(
     plan = choose_plan(settings, inputs)
     batch_windows, adapt_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size, device)
     training = choose_training(settings, rows, world)
+    streaming = choose_streaming(settings, rows, inputs, plan, world, device)
     calibration = Calibration.stored(inputs.artifact.unigram, inputs.artifact.metadata)
     bos_id = inputs.tokenizer.bos_id
     adapters = [Adapter(row, calibration, bos_id) for row in rows]
@@ -80,6 +81,7 @@ def _evaluate(
         bos_id,
         batch_windows=batch_windows,
         adapt_windows=adapt_windows,
+        streaming=streaming,
         training=training,
         dtype=dtype,
         device=device,
@@ -93,6 +95,9 @@ def _evaluate(
         "ranks": world,
         "batch_windows": batch_windows,
         "adapt_windows": adapt_windows,
+        "forward": "stream" if streaming else "windows",
+        "sinks": streaming.sinks if streaming else None,
+        "block_tokens": streaming.block_tokens if streaming else None,
         "dtype": str(dtype).removeprefix("torch."),
     }
     saver = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import TokenStream
+from ..model import GPT
 from ..ops import Backend
 from ..slot import Adapter, WindowBatch, first_position
 from ..stream import CachedForward
@@ -137,9 +138,8 @@ class StreamForward:
         self.device, self.backend = device, backend
         self.keep_hidden, self.first_needed = _needs(adapters, plan)
         self.end = plan.predictions
-        make = getattr(model, "cached_forward", None)  # models of other projects bring their own
-        self.cached = (make or _of_ours(model))(plan.seq_len, streaming.sinks, dtype)
-        self.logits, self.hidden = Tape(), Tape()
+        self.cached = _cached(model, plan.seq_len, streaming.sinks, dtype)
+        self.logits, self.hidden = RollingTape(), RollingTape()
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
         """See `Forward`. The batch is good until the next call."""
@@ -201,7 +201,7 @@ class StreamForward:
         self.hidden.load_state_dict(state["hidden"], self.device)
 
 
-class Tape:
+class RollingTape:
     """Rows of consecutive predictions, in a buffer that what is no longer needed drops out of."""
 
     def __init__(self) -> None:
@@ -275,5 +275,13 @@ def _ends(windows: Sequence[Window], cut: int) -> Tensor:
     return torch.tensor([[window.context_end - cut, window.scored_end - cut] for window in windows], dtype=torch.int64)
 
 
-def _of_ours(model: nn.Module) -> Callable[[int, int, torch.dtype], CachedForward]:
-    return lambda window, sinks, dtype: CachedForward(model, window, sinks, dtype=dtype)
+def streams(model: nn.Module) -> bool:
+    """Whether a model can read a stream block by block."""
+    return isinstance(model, GPT) or hasattr(model, "cached_forward")
+
+
+def _cached(model: nn.Module, window: int, sinks: int, dtype: torch.dtype) -> CachedForward:
+    """The model's cached forward; one of another project brings its own."""
+    if hasattr(model, "cached_forward"):
+        return model.cached_forward(window, sinks, dtype)
+    return CachedForward(model, window, sinks, dtype=dtype)

@@ -4,10 +4,11 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,12 +18,14 @@ from ..config import EvalSettings
 from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError
 from ..foreign import ForeignModel, HuggingFaceTokenizer, read_foreign
-from ..slot import Adaptation, first_position, from_environment, parse_preset
+from ..slot import Adaptation, first_position, from_environment, is_published, parse_preset
 from ..ttt import ScoreFirst
 from ..windows import Plan
+from .forward import Streaming, streams
 
 _MAX_BATCH_WINDOWS = 32
 _MAX_ADAPT_WINDOWS = 8192  # more would fill no GPU better
+_BLOCK_TOKENS = {"cpu": 1024, "cuda": 16384}  # on two CPUs 512 to 4096 are within a tenth of each other
 _LOGIT_BYTES = 1 << 28  # of one batch's float32 logits, which set the default batch
 
 
@@ -160,6 +163,51 @@ def choose_batch(
     if together % chosen and together % batch:
         raise InputError(f"--adapt-windows {together}: expected a multiple of {chosen}, the windows of one forward")
     return batch, max(batch, together // batch * batch)
+
+
+def choose_streaming(
+    settings: EvalSettings, rows: Sequence[Adaptation], inputs: Inputs, plan: Plan, world: int, device: str = "cpu"
+) -> Streaming | None:
+    """How every token is forwarded once; None: windows.
+
+    Raises:
+        InputError: a stream is asked for and the model or the training has none, or its settings without it.
+    """
+    stored = stored_forward(inputs.artifact)
+    chosen = settings.forward
+    if chosen == "auto":
+        # Published numbers are windows' numbers, and what was found at another length says nothing of this one
+        suits = stored is not None and plan.seq_len <= inputs.artifact.config.seq_len and not settings.ttt
+        trained_length = settings.seq_len in (None, inputs.artifact.config.seq_len)
+        published = any(is_published(row) for row in rows)
+        chosen = stored["forward"] if suits and trained_length and not published else "windows"
+    if chosen == "windows":
+        for flag, value in (("--sinks", settings.sinks), ("--block-tokens", settings.block_tokens)):
+            if value is not None:
+                raise InputError(
+                    f"{flag} {value}: is for a stream, and this run forwards windows; add --forward stream"
+                )
+        return None
+    if isinstance(inputs.artifact, ForeignModel) and not streams(inputs.artifact.module):
+        raise InputError(f"--forward stream: {settings.model} keeps no keys and values; use --forward windows")
+    if settings.ttt and world > 1:
+        raise InputError(
+            f"--forward stream with --ttt on {world} processes: keys would come from weights of another process; "
+            "run one, or --forward windows"
+        )
+    sinks = settings.sinks if settings.sinks is not None else (stored or {}).get("sinks", 0)
+    return Streaming(sinks, settings.block_tokens or block_that_fits(inputs.artifact.config.vocab_size, device))
+
+
+def block_that_fits(vocab_size: int, device: str = "cpu") -> int:
+    """Tokens of a stream's block: what a device does well, as far as their float32 logits fit."""
+    fits = _LOGIT_BYTES // (4 * vocab_size)
+    return max(1, min(_BLOCK_TOKENS["cpu" if device == "cpu" else "cuda"], fits))
+
+
+def stored_forward(artifact: Artifact | ForeignModel) -> Mapping[str, Any] | None:
+    """What the calibration found of windows and streams: forward, sinks, and the difference; None where it did not."""
+    return (artifact.metadata.get("calibration") or {}).get("forward")
 
 
 def choose_training(settings: EvalSettings, rows: Sequence[Adaptation], world: int) -> ScoreFirst | None:

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..score import Score
 from ..slot import PRESETS, Adaptation, Adapter, from_environment, parse_preset
 from ..windows import Plan
-from .inputs import Inputs
+from .inputs import Inputs, stored_forward
 from .loop import Scored, SlidingPass
 
 _COLUMNS = ("position", "token", "n_bytes", "nll")
@@ -48,10 +48,11 @@ def report(
     if not meter.bytes.any():
         raise InputError(f"{inputs.source}: its tokens stand for no bytes: there is nothing to count bits per")
     base, scores = meter.score(0), [meter.score(row + 1) for row in range(len(adapters))]
-    presets = [_preset(PRESETS["none"], base)]
+    ran = {"forward": where["forward"], "sinks": where["sinks"]}
+    presets = [_preset(PRESETS["none"], base) | ran]
     for adapter, score, counters in zip(adapters, scores, work, strict=True):
         histograms = {name: dict(sorted(counter.items())) for name, counter in counters.items()}
-        presets.append(_preset(adapter.row, score) | ({"work": histograms} if histograms else {}))
+        presets.append(_preset(adapter.row, score) | ran | ({"work": histograms} if histograms else {}))
     first = presets[min(1, len(presets) - 1)]
     passed = sum(result.seconds.values())
     speed = len(plan) / passed if passed else None
@@ -67,9 +68,12 @@ def report(
         "tokens": int(meter.tokens.sum()),
         "bytes": int(meter.bytes.sum()),
         "windows": len(plan),
+        "forward": where["forward"],
+        "sinks": where["sinks"],
         "base": {"nats": base.nats, "bpb": base.bpb},
         "adapted": first["adapted"],
         "presets": presets,
+        "stored_forward": stored_forward(inputs.artifact),
         "calibrated": inputs.artifact.metadata.get("calibration") is not None,
         "frequencies": inputs.artifact.unigram is not None,
         "text": text,
@@ -85,7 +89,7 @@ def report(
         "ranks": where["ranks"],
         "plan": {"seq_len": plan.seq_len, "stride": plan.stride, "batch_windows": where["batch_windows"]}
         | {"adapt_windows": where["adapt_windows"], "ttt": settings.ttt, "ttt_chunks": where["ttt_chunks"]}
-        | {"dtype": where["dtype"], "weights": settings.weights},
+        | {"block_tokens": where["block_tokens"], "dtype": where["dtype"], "weights": settings.weights},
         "config": settings.model_dump(by_alias=True),
         "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
         | {name: importlib.metadata.version(name) for name in ("numpy", "sentencepiece")}
@@ -135,6 +139,7 @@ def table(found: dict[str, Any]) -> str:
         f"text    {text['source']}: {text['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} "
         f"tokens, SHA-256 {text['sha256'][:12]}",
         f"model   {size}{found['windows']:,} windows, {speed:.1f} a second, on {found['device']}",
+        f"forward {_forward_line(found)}",
         "",
         f"{'preset':<{width}}{'bpb':>9}{'gain':>10}{'± s.e.':>9}   causal",
     ]
@@ -166,6 +171,17 @@ def table(found: dict[str, Any]) -> str:
         verdict = "within" if budget["within"] else "OVER"
         lines.append(f"budget  {budget['measured']:.1f} s of {budget['seconds']:g} s: {verdict}")
     return "\n".join(lines)
+
+
+def _forward_line(found: dict[str, Any]) -> str:
+    if found["forward"] == "windows":
+        return "windows, each recomputed"
+    sinks, stored = found["sinks"], found["stored_forward"]
+    line = f"stream: every token once, {sinks or 'no'} sink{'' if sinks == 1 else 's'}"
+    if not stored or stored["forward"] != "stream" or stored["sinks"] != sinks:
+        return line
+    difference = f"{stored['difference_bpb']:+.4f} ± {stored['difference_se']:.4f}"
+    return f"{line}; {difference} bpb against windows when calibrated"
 
 
 def list_presets() -> str:

@@ -17,7 +17,7 @@ Whether a row is causal follows from these choices; nobody declares it.
 from .adapted import Adapted, adapt
 from .adapters import Adapter, first_position
 from .batch import Adjusted, WindowBatch
-from .presets import PRESETS, VARIABLES, from_environment, parse_preset
+from .presets import PRESETS, VARIABLES, from_environment, is_published, parse_preset
 from .rates import Calibration
 from .rows import Adaptation, Compliance
 
@@ -34,5 +34,6 @@ __all__ = [
     "adapt",
     "first_position",
     "from_environment",
+    "is_published",
     "parse_preset",
 ]

@@ -103,6 +103,12 @@ PRESETS: dict[str, Adaptation] = {
 }
 
 
+def is_published(row: Adaptation) -> bool:
+    """Whether a row, by its name or NAME:key=value, is a published system, whose numbers are those of windows."""
+    name = row.name.partition(":")[0]
+    return name != "none" and not name.startswith("causal")
+
+
 def parse_preset(text: str) -> Adaptation:
     """A row from NAME or NAME:key=value,key=value.
 

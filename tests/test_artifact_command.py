@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
-from slotfast import command
 from slotfast.artifact import Artifact, __main__, codecs, load_artifact, read_artifact, write_artifact, write_community
+from slotfast.command.run import run_command
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main as evaluate
 from slotfast.model import GPT, GPTConfig
@@ -112,7 +112,7 @@ def test_converting_a_checkpoint_rounds_it_and_says_so(model, tmp_path, capsys):
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, ours, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["artifact", *(str(ours) if word == "A" else word for word in arguments)])
     with pytest.raises(SystemExit) as ended:
-        command.run(__main__.main)
+        run_command(__main__.main)
     line = capsys.readouterr().err
     assert ended.value.code == 2 and message in line and line.count("\n") == 1 and line.startswith("error: ")
 

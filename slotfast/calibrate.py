@@ -12,7 +12,6 @@ import torch
 
 from . import config
 from .artifact import read_artifact, write_artifact
-from .command.files import check_writable
 from .command.run import run_command
 from .data import ByteTable, Tokenizer, TokenStream, read_documents
 from .errors import InputError
@@ -169,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("artifact", "tokenizer", "text", "out"):
         if getattr(settings, name) is None:
             raise InputError(f"--{name}: needed")
-    check_writable(settings.out)
+    config.check_outputs(settings)
     artifact, tokenizer = read_artifact(settings.artifact), Tokenizer(settings.tokenizer)
     check_tokenizer(tokenizer, artifact)
     ids, _ = tokenizer.encode_documents(read_documents(settings.text), settings.max_tokens)

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from . import config
 from .bundle import CAP_BYTES
-from .command.files import check_writable, write_json
+from .command.files import write_json
 from .command.run import run_command
 from .errors import InputError
 from .train.inputs import MAX_OVERLAP
@@ -37,7 +37,7 @@ _ABOUT = (
 # Settings that say where a run reads and writes, or that the result states resolved: as its text, plan and device.
 _STATED = set(
     "artifact model tokens text data_path tokenizer preset batch_windows device allow_noncausal budget "
-    "json per_token resume plot".split()
+    "json per_token resume plot force".split()
 )
 # Of a model's metadata, what its training measured; of a preset, what is then calibrated where its name does not say.
 _MEASURED = {"seed", "steps", "seconds", "tokens", "scale", "calibration"}
@@ -226,10 +226,10 @@ def read_runs(paths: Sequence[str], preset: str | None = None, allow_noncausal: 
 def _read(path: Path, preset: str | None) -> Run:
     file = path
     if path.is_dir():
-        found = [each for each in sorted(path.glob("*.json")) if '"presets"' in _text(each)]
+        found = config.results(str(path))[1:]
         if len(found) != 1:
             raise InputError(f"{path}: {len(found)} results of slotfast.eval in this folder, expected one")
-        file = found[0]
+        file = Path(found[0])
     try:
         result = Result.model_validate_json(_text(file))
     except pydantic.ValidationError as error:
@@ -273,8 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(config.show(settings, sources))
     if not settings.run:
         raise InputError("RUN ...: expected results of python -m slotfast.eval, as JSON files or folders with one")
-    if settings.submission is not None:
-        check_writable(settings.submission)
+    config.check_outputs(settings)
     runs = read_runs(settings.run, settings.preset, settings.allow_noncausal)
     code_bytes = _code_bytes(settings.code, runs)
     comparison = (

@@ -264,7 +264,7 @@ def test_the_command_counts_every_byte(tmp_path, capsys):
         ([], "--script or --hub: give one of them"),
         (["--script", "no.py", "--out", "x.py"], "no.py: cannot be read: No such file"),
         (["--script", "train_gpt.py"], "--out: needed with --script"),
-        (["--script", "train_gpt.py", "--out", "./train_gpt.py"], "expected a file other than the script"),
+        (["--script", "train_gpt.py", "--out", "./train_gpt.py"], "--script and --out: both are ./train_gpt.py"),
         (["--script", "train_gpt.py", "--out", "x.py", "--kernels", "solverr"], "the nearest is 'solver'"),
         (["--script", "train_gpt.py", "--out", "x.py", "--artifact", "no"], "no: cannot be read: No such file"),
         (["--hub", "hub", "--kernels", "zzz"], "kernel 'zzz': no such file; expected one of attention"),

@@ -204,7 +204,7 @@ def test_triton_without_a_gpu_is_refused_not_replaced(small):
 def test_another_tokenizer_is_refused(small, tmp_path):
     from slotfast.train import train_tokenizer
 
-    train_tokenizer([TEXT * 20], 300, tmp_path / "t.model")
+    (tmp_path / "t.model").write_bytes(train_tokenizer([TEXT * 20], 300))
     with pytest.raises(InputError, match="300 pieces.*the model needs 1024 pieces.*--tokenizer"):
         main(_args(small, "--tokenizer", str(tmp_path / "t.model")))
 

@@ -74,6 +74,21 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+CYRILLIC = "".join(map(chr, range(0x410, 0x450))) + " слово за словом, пока не станет довольно"
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "message"),
+    [
+        (CYRILLIC, 300, "--vocab-size 300: the characters of the text and 256 bytes need at least 3[0-9]+ pieces"),
+        ("some words", 5000, "--vocab-size 5000: the text is enough for [0-9]+ pieces"),
+    ],
+)
+def test_a_vocabulary_that_the_text_does_not_fit_names_the_size_that_does(words, size, message):
+    with pytest.raises(InputError, match=f"^{message}$"):
+        train.train_tokenizer([words] * 20, size)
+
+
 WRONG = {
     "sizes that do not fit": (["--width", "100", "--heads", "6"], "width 100 is not a multiple of heads 6"),
     "a seed beyond 63 bits": (["--seed", "9" * 23], "--seed"),

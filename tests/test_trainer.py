@@ -483,7 +483,7 @@ WRONG = {
     "endless": (["--seconds", "0", "--steps"], "--seconds 0 without --steps"),
     "no time": (["--seconds", "5", "--reserve", "5"], "--reserve 5: leaves nothing of --seconds 5"),
     "resume what": (["--resume"], "--resume: needs --checkpoint FILE"),
-    "one file for two": (["--json", "OUT"], "--json and --out: both are"),
+    "one file for two": (["--json", "OUT"], "--out and --json: both are"),
     "long windows": (["--seq-len", "1300"], "1300 tokens in the longest shard; one training window needs 1301"),
     "small tokenizer": (["--tokens", "BAD"], "token id 2000 in .*the tokenizer has 1024 pieces"),
     "preset": (["--preset", "pr9"], "--preset 'pr9': Input should be 'demo', 'baseline'"),

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import config
-from ..command.files import check_writable, write_json
+from ..command.files import write_json
 from ..command.run import run_command
 from ..errors import InputError
 from ..quantize import QuantizedMatrix
@@ -36,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"command {name!r}: expected show or convert; see --help")
     cls, about = _COMMANDS[name]
     settings, _ = config.load(cls, f"python -m slotfast.artifact {name}", about, arguments)
-    if settings.json_ not in (None, "-"):
-        check_writable(settings.json_)
+    config.check_outputs(settings)
     found, text = (_show if name == "show" else _convert)(settings)
     if settings.json_:
         write_json(settings.json_, found)
@@ -125,7 +124,6 @@ def _convert(settings: config.ConvertSettings) -> tuple[dict[str, Any], str]:
     suffix = Path(settings.out).suffix
     if suffix not in (".slotfast", ".ptz"):
         raise InputError(f"{settings.out}: expected a name that ends with .slotfast or .ptz")
-    check_writable(settings.out)
     artifact = load_artifact(settings.file, parse_overrides(settings.model_config_))
     assumed, rounded = _assumed(artifact.metadata), []
     if not any(isinstance(tensor, QuantizedMatrix) for tensor in artifact.tensors.values()):

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__, config
-from ..command.files import check_writable, write_json
+from ..command.files import write_json
 from ..command.run import run_command
 from ..data import TokenStream
 from ..errors import InputError
@@ -43,11 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(config.show(settings, sources))
     if settings.fresh_process and not settings.score:
         raise InputError("--fresh-process: is for --score; our own loop keeps nothing between calls")
-    if settings.certificate == "-":
-        raise InputError("--certificate -: expected a file; --json - writes the same to standard output")
-    for path in (settings.json_, settings.certificate):
-        if path not in (None, "-"):
-            check_writable(path)
+    config.check_outputs(settings)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what a loop prints is not our result
             subject = read_subject(settings, np.random.default_rng(settings.seed))

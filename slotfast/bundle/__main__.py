@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .. import config
-from ..command.files import atomic_write, check_writable
+from ..command.files import atomic_write
 from ..command.run import run_command
 from ..errors import InputError
 from .hub import write_hub
@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return print(config.show(settings, sources))
     if settings.script is None and settings.hub is None:
         raise InputError("--script or --hub: give one of them, or both")
+    config.check_outputs(settings)
     if settings.script is not None:
         _write_script(settings)
     if settings.hub is not None:
@@ -37,9 +38,6 @@ def _write_script(settings: config.BundleSettings) -> None:
     script = Path(settings.script)
     if settings.out is None:
         raise InputError("--out: needed with --script")
-    if Path(settings.out).resolve() == script.resolve():
-        raise InputError(f"--out {settings.out}: expected a file other than the script")
-    check_writable(settings.out)
     plain = inline(script, settings.kernels)
     text = self_extracting(plain) if settings.compress else plain
     size = len(text.encode())

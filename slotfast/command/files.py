@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,20 +53,3 @@ def check_writable(path: str | os.PathLike) -> None:
         raise InputError(f"{path}: is a folder, expected a file")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: its folder does not exist or cannot be written")
-
-
-def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None]) -> None:
-    """Raise InputError, before any work is done, where files would replace each other or could not be written.
-
-    Args:
-        outputs, inputs: what is written and what is read, by flag; None is nothing, and so is an output `-`.
-    """
-    seen = {os.path.realpath(path): flag for flag, path in inputs.items() if path is not None}
-    for flag, path in outputs.items():
-        if path in (None, "-"):
-            continue
-        place = os.path.realpath(path)
-        if place in seen:
-            raise InputError(f"{seen[place]} and {flag}: both are {path}")
-        seen[place] = flag
-        check_writable(path)

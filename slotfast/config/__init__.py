@@ -2,21 +2,26 @@
 
 from .evaluation import AuditSettings, CalibrateSettings, EvalSettings
 from .files import BundleSettings, ConvertSettings, RecordSettings, ShowSettings
+from .outputs import PROGRESS, Kind, check_outputs, results
 from .settings import ADAPTATION_VARIABLES, Settings, load, setting, show, warn_unread_variables
 from .training import TrainSettings
 
 __all__ = [
     "ADAPTATION_VARIABLES",
+    "PROGRESS",
     "AuditSettings",
     "BundleSettings",
     "CalibrateSettings",
     "ConvertSettings",
     "EvalSettings",
+    "Kind",
     "RecordSettings",
     "Settings",
     "ShowSettings",
     "TrainSettings",
+    "check_outputs",
     "load",
+    "results",
     "setting",
     "show",
     "warn_unread_variables",

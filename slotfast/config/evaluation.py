@@ -2,24 +2,41 @@
 
 from typing import Literal
 
+from .outputs import (
+    JSON,
+    JSON_OR_STDOUT,
+    MODEL,
+    PICTURE,
+    PROGRESS,
+    ROWS,
+    file_or_folder,
+    matching_files,
+    one_file,
+    shards,
+)
 from .settings import Settings, setting
 
 
 class EvalSettings(Settings):
     """Settings of python -m slotfast.eval."""
 
-    artifact: str | None = setting(None, "model to evaluate; default: the one in this package", "ARTIFACT_PATH")
+    artifact: str | None = setting(
+        None, "model to evaluate; default: the one in this package", "ARTIFACT_PATH", reads=one_file
+    )
     model_config_: str | None = setting(
         None, "settings of the model of other people's files: KEY=VALUE,KEY=VALUE or JSON", alias="model_config"
     )
     model: str | None = setting(
-        None, "evaluate another project's model: package.module:factory, or a Hugging Face folder"
+        None, "evaluate another project's model: package.module:factory, or a Hugging Face folder", reads=file_or_folder
     )
-    tokens: str | None = setting(None, "glob of token shards to score")
-    data_path: str | None = setting(None, "folder whose fineweb_val_*.bin shards are scored", "DATA_PATH")
-    text: str | None = setting(None, "text to score: .txt, .jsonl (key text), also .xz .gz .bz2 .zst")
+    tokens: str | None = setting(None, "glob of token shards to score", reads=matching_files)
+    data_path: str | None = setting(None, "folder whose fineweb_val_*.bin shards are scored", "DATA_PATH", reads=shards)
+    text: str | None = setting(None, "text to score: .txt, .jsonl (key text), also .xz .gz .bz2 .zst", reads=one_file)
     tokenizer: str | None = setting(
-        None, "SentencePiece model or Hugging Face folder; default: the model's own", "TOKENIZER_PATH"
+        None,
+        "SentencePiece model or Hugging Face folder; default: the model's own",
+        "TOKENIZER_PATH",
+        reads=file_or_folder,
     )
     preset: list[str] = setting(
         ["none", "causal", "causal-lbfgs"], "adaptations, NAME or NAME:key=value,key=value; one forward for all"
@@ -63,13 +80,17 @@ class EvalSettings(Settings):
     )
     budget: float | None = setting(None, "seconds that the evaluation may take: adds a verdict", gt=0)
     allow_noncausal: bool = setting(False, "also run presets whose score has seen its own tokens")
-    json_: str | None = setting(None, "write the result as JSON; - for standard output", alias="json")
-    per_token: str | None = setting(None, "write every scored token as .npz")
+    json_: str | None = setting(
+        None, "write the result as JSON; - for standard output", alias="json", writes=JSON_OR_STDOUT
+    )
+    per_token: str | None = setting(None, "write every scored token as .npz", writes=ROWS)
     resume: str | None = setting(
-        None, "save progress there every few seconds, and go on from it: the result has the same bits"
+        None, "save progress there every few seconds, and go on from it: the result has the same bits", writes=PROGRESS
     )
     plot: str | None = setting(
-        None, "draw bpb along the stream and the gain of each document as PNG; needs matplotlib: '.[plot]'"
+        None,
+        "draw bpb along the stream and the gain of each document as PNG; needs matplotlib: '.[plot]'",
+        writes=PICTURE,
     )
     list_presets: bool = setting(False, "list the presets and exit")
     show_preset: str | None = setting(None, "show one preset and why it is, or is not, causal, and exit")
@@ -84,10 +105,16 @@ class AuditSettings(Settings):
         ["none", "causal", "causal-lbfgs"],
         "our rows to audit, NAME or NAME:key=value,key=value; all: every preset, which takes some minutes",
     )
-    artifact: str | None = setting(None, "model of our own loop; default: the one in this package", "ARTIFACT_PATH")
-    tokens: str | None = setting(None, "glob of token shards; a short piece of them is used")
-    text: str | None = setting(None, "text: .txt, .jsonl (key text), also .xz .gz .bz2 .zst; a piece of it is used")
-    tokenizer: str | None = setting(None, "SentencePiece model, whose bytes are the rule", "TOKENIZER_PATH")
+    artifact: str | None = setting(
+        None, "model of our own loop; default: the one in this package", "ARTIFACT_PATH", reads=one_file
+    )
+    tokens: str | None = setting(None, "glob of token shards; a short piece of them is used", reads=matching_files)
+    text: str | None = setting(
+        None, "text: .txt, .jsonl (key text), also .xz .gz .bz2 .zst; a piece of it is used", reads=one_file
+    )
+    tokenizer: str | None = setting(
+        None, "SentencePiece model, whose bytes are the rule", "TOKENIZER_PATH", reads=one_file
+    )
     vocab_size: int | None = setting(
         None, "tokens of the vocabulary, for --score without --tokenizer", ge=2, le=1 << 20
     )
@@ -109,9 +136,13 @@ class AuditSettings(Settings):
     budget: float | None = setting(None, "seconds for the runs instead, about", gt=0)
     backend: Literal["auto", "triton", "torch"] = setting("auto", "of our own loop; auto: triton on a GPU")
     device: str = setting("auto", "of our own loop: auto, cpu, cuda, cuda:1, ...")
-    json_: str | None = setting(None, "write the result as JSON; - for standard output", alias="json")
+    json_: str | None = setting(
+        None, "write the result as JSON; - for standard output", alias="json", writes=JSON_OR_STDOUT
+    )
     fresh_process: bool = setting(False, "also run --score in processes of its own, where it has nothing to remember")
-    certificate: str | None = setting(None, "write what was covered, of what, and how to repeat it, as JSON")
+    certificate: str | None = setting(
+        None, "write what was covered, of what, and how to repeat it, as JSON", writes=JSON
+    )
     traceback: bool = setting(False, "show where a loop failed")
     show_config: bool = setting(False, "show every setting with its source and exit")
 
@@ -119,9 +150,9 @@ class AuditSettings(Settings):
 class CalibrateSettings(Settings):
     """Settings of python -m slotfast.calibrate."""
 
-    artifact: str | None = setting(None, "model to calibrate", "ARTIFACT_PATH")
-    tokenizer: str | None = setting(None, "its SentencePiece model", "TOKENIZER_PATH")
-    text: str | None = setting(None, "documents held out from its training; never what is to be scored")
+    artifact: str | None = setting(None, "model to calibrate", "ARTIFACT_PATH", reads=one_file)
+    tokenizer: str | None = setting(None, "its SentencePiece model", "TOKENIZER_PATH", reads=one_file)
+    text: str | None = setting(None, "documents held out from its training; never what is to be scored", reads=one_file)
     max_tokens: int | None = setting(100_000, "use only the start of it", ge=2)
-    out: str | None = setting(None, "artifact to write: the same model with its calibration")
+    out: str | None = setting(None, "artifact to write: the same model with its calibration", writes=MODEL)
     show_config: bool = setting(False, "show every setting with its source and exit")

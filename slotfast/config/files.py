@@ -1,16 +1,21 @@
 """Settings of what reads and writes files: bundle, record, artifact."""
 
+from .outputs import FOLDER, JSON, JSON_OR_STDOUT, MODEL, SCRIPT, one_file, results
 from .settings import Settings, setting
 
 
 class BundleSettings(Settings):
     """Settings of python -m slotfast.bundle."""
 
-    script: str | None = setting(None, "script to take the kernels into, in the place of its imports of them")
-    out: str | None = setting(None, "file to write the script to")
+    script: str | None = setting(
+        None, "script to take the kernels into, in the place of its imports of them", reads=one_file
+    )
+    out: str | None = setting(None, "file to write the script to", writes=SCRIPT)
     compress: bool = setting(False, "write it self-extracting: LZMA in base85")
-    artifact: str | None = setting(None, "model whose bytes count with the script's", "ARTIFACT_PATH")
-    hub: str | None = setting(None, "folder to write the kernels to as the public kernels library loads them")
+    artifact: str | None = setting(None, "model whose bytes count with the script's", "ARTIFACT_PATH", reads=one_file)
+    hub: str | None = setting(
+        None, "folder to write the kernels to as the public kernels library loads them", writes=FOLDER
+    )
     name: str = setting("slotfast-kernels", "name on the hub", pattern=r"^[a-z][-a-z0-9]*[a-z0-9]$")
     kernels: list[str] = setting(
         [], "kernels by name, with what they need; default: what the script imports, and all of them for --hub"
@@ -21,11 +26,13 @@ class BundleSettings(Settings):
 class RecordSettings(Settings):
     """Settings of python -m slotfast.record."""
 
-    run: list[str] = setting([], "results of slotfast.eval: JSON files, or folders with one", positional=True)
+    run: list[str] = setting(
+        [], "results of slotfast.eval: JSON files, or folders with one", positional=True, reads=results
+    )
     preset: str | None = setting(None, "the preset to report; default: the first that adapts")
-    baseline: list[str] = setting([], "what to beat: runs, or MEAN,STD,N in nats a token")
-    code: str | None = setting(None, "file whose bytes count with the model's")
-    submission: str | None = setting(None, "write submission.json here")
+    baseline: list[str] = setting([], "what to beat: runs, or MEAN,STD,N in nats a token", reads=results)
+    code: str | None = setting(None, "file whose bytes count with the model's", reads=one_file)
+    submission: str | None = setting(None, "write submission.json here", writes=JSON)
     name: str | None = setting(None, "of the submission")
     author: str | None = setting(None, "of the submission")
     github_id: str | None = setting(None, "of the author")
@@ -37,14 +44,16 @@ class RecordSettings(Settings):
 class ShowSettings(Settings):
     """Settings of python -m slotfast.artifact show."""
 
-    file: str = setting("", "artifact or checkpoint", positional=True)
+    file: str = setting("", "artifact or checkpoint", positional=True, reads=one_file)
     model_config_: str | None = setting(
         None, "settings of the model of other people's files: KEY=VALUE,KEY=VALUE or JSON", alias="model_config"
     )
-    json_: str | None = setting(None, "write the result as JSON; - for standard output", alias="json")
+    json_: str | None = setting(
+        None, "write the result as JSON; - for standard output", alias="json", writes=JSON_OR_STDOUT
+    )
 
 
 class ConvertSettings(ShowSettings):
     """Settings of python -m slotfast.artifact convert."""
 
-    out: str = setting("", "file to write: .slotfast, or .ptz as PR #1019 has it", positional=True)
+    out: str = setting("", "file to write: .slotfast, or .ptz as PR #1019 has it", positional=True, writes=MODEL)

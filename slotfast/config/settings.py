@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import pydantic
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..errors import InputError
 from ..slot import VARIABLES
+from .outputs import Kind, Reads
 
 # An unread variable that starts like one of these is probably misspelt.
 _PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "TTT_", "V20_")
@@ -24,12 +25,23 @@ _PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "TTT_", "V20_")
 ADAPTATION_VARIABLES = ("SLOT_ENABLED", *VARIABLES)
 
 
-def setting(default: Any, help: str, env: str | None = None, positional: bool = False, **options: Any) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    env: str | None = None,
+    positional: bool = False,
+    *,
+    reads: Reads | None = None,
+    writes: Kind | None = None,
+    **options: Any,
+) -> Any:
     """A field of a settings class: its default, help text, environment variable, and options of pydantic's Field.
 
-    A positional one is given without a flag, and has to be given; a list of them, as often as wanted.
+    A positional one is given without a flag, and has to be given; a list of them, as often as wanted. Where it names
+    files, `reads` finds them, or `writes` is what will be there: `check_outputs` looks at both.
     """
-    return Field(default, description=help, json_schema_extra={"env": env, "positional": positional}, **options)
+    extra = {"env": env, "positional": positional, "reads": reads, "writes": writes}
+    return Field(default, description=help, json_schema_extra=extra, **options)
 
 
 class Settings(BaseModel):
@@ -40,6 +52,13 @@ class Settings(BaseModel):
     )
     # Other defaults of the settings, by the value of the setting `preset`; empty where that is none of these.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    force: bool = setting(False, "overwrite an existing file of another kind")
+
+    def given(self) -> Iterator[tuple[str, Any, Any]]:
+        """Flag, field and value of every setting that has one."""
+        for name, field in type(self).model_fields.items():
+            if (value := getattr(self, name)) not in (None, "", []):
+                yield _flag(name, field), field, value
 
 
 S = TypeVar("S", bound=Settings)

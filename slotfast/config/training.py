@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar, Literal
 
+from .outputs import JSON_OR_STDOUT, MODEL, PICTURE, PROGRESS, matching_files, one_file, shards
 from .settings import Settings, setting
 
 
@@ -11,14 +12,22 @@ class TrainSettings(Settings):
     preset: Literal["demo", "baseline", "pr1019", "pr1217", "pr1350"] = setting(
         "demo", "what to train, by defaults of the other settings: the model in this package, or a published stack"
     )
-    out: str = setting("demo.slotfast", "artifact to write; the tokenizer goes beside it as .model")
-    text: str | None = setting(None, "train on this text; default: the standard library's docstrings and comments")
-    tokens: str | None = setting(None, "train on token shards, a glob; needs --tokenizer")
-    data_path: str | None = setting(None, "folder of fineweb_train_*.bin and fineweb_val_*.bin", "DATA_PATH")
-    val_text: str | None = setting(None, "text that measures the training; default: some documents are held out")
-    val_tokens: str | None = setting(None, "token shards that measure the training, a glob")
+    out: str = setting("demo.slotfast", "artifact to write; the tokenizer goes beside it as .model", writes=MODEL)
+    text: str | None = setting(
+        None, "train on this text; default: the standard library's docstrings and comments", reads=one_file
+    )
+    tokens: str | None = setting(None, "train on token shards, a glob; needs --tokenizer", reads=matching_files)
+    data_path: str | None = setting(
+        None, "folder of fineweb_train_*.bin and fineweb_val_*.bin", "DATA_PATH", reads=shards
+    )
+    val_text: str | None = setting(
+        None, "text that measures the training; default: some documents are held out", reads=one_file
+    )
+    val_tokens: str | None = setting(None, "token shards that measure the training, a glob", reads=matching_files)
     max_val_tokens: int | None = setting(1 << 20, "measure on the start of it", "VAL_MAX_TOKENS", ge=2)
-    tokenizer: str | None = setting(None, "SentencePiece model; default: one is trained", "TOKENIZER_PATH")
+    tokenizer: str | None = setting(
+        None, "SentencePiece model; default: one is trained", "TOKENIZER_PATH", reads=one_file
+    )
     vocab_size: int = setting(1024, "pieces of the tokenizer that is trained", "VOCAB_SIZE", ge=300, le=65536)
     loader: Literal["coprime", "shuffle", "sequential"] = setting("shuffle", "order of the training windows")
 
@@ -90,8 +99,8 @@ class TrainSettings(Settings):
     ttt: Literal["off", "pr1306", "pr1351"] = setting(
         "off", "train the finished weights on one more stream, as published, before they are quantised"
     )
-    ttt_text: str | None = setting(None, "that stream, as text")
-    ttt_tokens: str | None = setting(None, "that stream, as token shards, a glob")
+    ttt_text: str | None = setting(None, "that stream, as text", reads=one_file)
+    ttt_tokens: str | None = setting(None, "that stream, as token shards, a glob", reads=matching_files)
     ttt_epochs: int | None = setting(None, "over it; default: the recipe's", "TTT_EPOCHS", ge=1)
     ttt_lr: float | None = setting(None, "AdamW's step size; default: the recipe's", "TTT_LR", gt=0)
     ttt_freeze: int | None = setting(None, "first blocks that stay; default: the recipe's", "TTT_FREEZE_BLOCKS", ge=0)
@@ -102,14 +111,18 @@ class TrainSettings(Settings):
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the forward; auto: the faster one here")
     compile: Literal["auto", "off"] = setting("auto", "auto: torch.compile on a GPU")
-    checkpoint: str | None = setting(None, "file that the state is saved to, to go on from")
+    checkpoint: str | None = setting(None, "file that the state is saved to, to go on from", writes=PROGRESS)
     checkpoint_steps: int = setting(500, "steps between two saves", ge=1)
     checkpoint_seconds: float = setting(60.0, "seconds between two saves", gt=0)
     resume: bool = setting(False, "go on from the checkpoint")
     log_every: int = setting(100, "steps between two lines", "TRAIN_LOG_EVERY", ge=1)
     val_every: int = setting(0, "steps between two measurements; 0: at the end", "VAL_LOSS_EVERY", ge=0)
-    json_: str | None = setting(None, "write a summary as JSON; - for standard output", alias="json")
-    plot: str | None = setting(None, "draw the loss as PNG; needs matplotlib: pip install 'slotfast[plot]'")
+    json_: str | None = setting(
+        None, "write a summary as JSON; - for standard output", alias="json", writes=JSON_OR_STDOUT
+    )
+    plot: str | None = setting(
+        None, "draw the loss as PNG; needs matplotlib: pip install 'slotfast[plot]'", writes=PICTURE
+    )
     show_config: bool = setting(False, "show every setting with its source and exit")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from .. import config, ops
-from ..command.files import check_outputs, write_json
+from ..command.files import write_json
 from ..command.plots import pyplot
 from ..command.ranks import join_ranks
 from ..command.run import no_exit, run_command
@@ -133,14 +133,8 @@ def _evaluate(
 
 def _check_outputs(settings: config.EvalSettings, rank: int) -> None:
     """Refuse before the work what could not be written after it."""
-    files = {"--per-token": settings.per_token, "--plot": settings.plot, "--resume": settings.resume}
-    for flag, path in files.items():
-        if path == "-":
-            raise InputError(f"{flag} -: expected a file; the table or the JSON goes to standard output")
-    if settings.resume:
-        files["--resume"] = rank_path(settings.resume, rank)
-    read = {"--artifact": settings.artifact, "--text": settings.text, "--tokenizer": settings.tokenizer}
-    check_outputs({"--json": settings.json_, **files}, read)
+    own = {f"--resume of rank {rank}": (rank_path(settings.resume, rank), config.PROGRESS)} if settings.resume else {}
+    config.check_outputs(settings, own if rank else None)
     if settings.plot:
         pyplot()
 

@@ -1,10 +1,10 @@
 """What a training reads: text or token shards to train on, a tokenizer, and tokens that measure the training."""
 
 import hashlib
+import io
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,7 +114,7 @@ def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Input
         # A resumed run must have the very tokenizer it had.
         going_on = settings.resume and Path(settings.checkpoint).exists() and tokenizer_path(settings).exists()
         if settings.tokenizer is None and rank == 0 and not going_on:
-            train_tokenizer(learned, settings.vocab_size, tokenizer_path(settings))
+            _write_tokenizer(settings, train_tokenizer(learned, settings.vocab_size))
         if world > 1:
             dist.barrier()
         tokenizer = Tokenizer(tokenizer_path(settings))
@@ -198,39 +198,58 @@ def _documents(settings: TrainSettings) -> tuple[list[str], list[str]]:
     return learned, documents[::_HELD_OUT_EVERY]
 
 
-def train_tokenizer(documents: list[str], vocab_size: int, path: Path) -> None:
+def _write_tokenizer(settings: TrainSettings, model: bytes) -> None:
+    path = tokenizer_path(settings)
+    if settings.resume and not settings.force and path.exists() and path.read_bytes() != model:
+        # the run that is resumed did not get as far as its first checkpoint, or never was
+        raise InputError(f"{path}: exists, and this run makes another one; --tokenizer takes it, --force overwrites it")
+    with atomic_write(path) as file:
+        file.write(model)
+
+
+def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
     """Train a SentencePiece BPE model that loses nothing: bytes for rare characters, no normaliser, white space kept.
 
     Args:
         documents: text; a sentence is a line.
         vocab_size: pieces, among them 256 bytes, unknown, BOS, EOS and padding.
-        path: the `.model` file to write.
+
+    Returns:
+        What the `.model` file holds.
+
+    Raises:
+        InputError: the text has too many or too few characters and pieces for that size.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        prefix = Path(folder) / "tokenizer"
-        try:
-            sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(line for text in documents for line in text.splitlines() if line.strip()),
-                model_prefix=str(prefix),
-                model_type="bpe",
-                vocab_size=vocab_size,
-                byte_fallback=True,
-                character_coverage=0.9999,
-                normalization_rule_name="identity",
-                remove_extra_whitespaces=False,
-                add_dummy_prefix=False,
-                split_digits=True,
-                pad_id=0,
-                bos_id=1,
-                eos_id=2,
-                unk_id=3,
-                max_sentence_length=1 << 16,
-                num_threads=2,
-                minloglevel=2,
-            )
-        except RuntimeError as error:
-            most = re.search(r"value <= (\d+)", str(error))
-            why = f"the text is enough for {most[1]}" if most else str(error).splitlines()[0]
-            raise InputError(f"tokenizer of {vocab_size} pieces: {why}; --vocab-size asks for fewer") from None
-        with atomic_write(path) as file:
-            file.write(prefix.with_suffix(".model").read_bytes())
+    written = io.BytesIO()  # a file's name would be part of it
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in documents for line in text.splitlines() if line.strip()),
+            model_writer=written,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            split_digits=True,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            max_sentence_length=1 << 16,
+            num_threads=2,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise InputError(f"--vocab-size {vocab_size}: {_why_not(str(error))}") from None
+    return written.getvalue()
+
+
+def _why_not(error: str) -> str:
+    """What SentencePiece has against a number of pieces, in words that do not name its own flags."""
+    if most := re.search(r"value <= (\d+)", error):
+        return f"the text is enough for {most[1]} pieces"
+    if least := re.search(r"required_chars\. \d+ vs (\d+)", error):
+        return f"the characters of the text and 256 bytes need at least {least[1]} pieces"
+    return f"no tokenizer can be trained on the text: {error.splitlines()[0]}"

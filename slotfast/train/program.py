@@ -17,10 +17,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__, config
-from ..artifact import Artifact, artifact_bytes, write_artifact
+from ..artifact import Artifact, artifact_bytes, read_artifact, write_artifact
 from ..calibrate import calibrate, summary
 from ..command import checkpoint
-from ..command.files import check_outputs, write_json
+from ..command.files import write_json
 from ..command.plots import pyplot, write_png
 from ..command.ranks import join_ranks
 from ..data import TokenStream
@@ -39,7 +39,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Settings that change no weight, or whose effect the data's fingerprint covers: a resumed run may have others.
 _FREE = {"out", "text", "tokens", "data_path", "val_text", "val_tokens", "max_val_tokens", "tokenizer", "preset"}
 _FREE |= {"device", "dtype", "compile", "checkpoint", "checkpoint_steps", "checkpoint_seconds", "resume", "log_every"}
-_FREE |= {"val_every", "json_", "plot", "show_config", "allow_noncausal", "target_bytes", "calibrate"}
+_FREE |= {"val_every", "json_", "plot", "show_config", "force", "allow_noncausal", "target_bytes", "calibrate"}
 _AFTERWARDS = ("ttt", "quantize")  # how the names begin of those that act after all that a checkpoint holds
 _CALIBRATION_BYTES = 1024  # more than a calibration's numbers take in the header
 _CALIBRATION_TOKENS = 100_000
@@ -325,18 +325,26 @@ def build_config(settings: config.TrainSettings, vocab_size: int, bos_id: int | 
 
 def _check_outputs(settings: config.TrainSettings) -> None:
     """Refuse before the work what could not be written after it."""
-    tokenizer = {"the tokenizer": str(tokenizer_path(settings))}
-    if Path(settings.out) == tokenizer_path(settings):
+    tokenizer = tokenizer_path(settings)
+    if Path(settings.out) == tokenizer:
         raise InputError(f"--out {settings.out}: the tokenizer is written there; choose another suffix")
-    files = {"--checkpoint": settings.checkpoint, "--json": settings.json_, "--plot": settings.plot}
-    files |= {"--out": settings.out} | (tokenizer if settings.tokenizer is None else {})
-    check_outputs(files, {} if settings.tokenizer is None else tokenizer)
+    own = config.Kind("what --out was trained with (--tokenizer takes it)", lambda path: _is_own(settings, path))
+    config.check_outputs(settings, None if settings.tokenizer else {"the tokenizer": (str(tokenizer), own)})
     if settings.resume and settings.checkpoint is None:
         raise InputError("--resume: needs --checkpoint FILE")
     if settings.checkpoint and not settings.resume and Path(settings.checkpoint).exists():
         raise InputError(f"--checkpoint {settings.checkpoint}: exists; add --resume to go on from it, or remove it")
     if settings.plot:
         pyplot()
+
+
+def _is_own(settings: config.TrainSettings, tokenizer: Path) -> bool:
+    """Whether the artifact that is replaced was trained with this tokenizer; a resumed run looks when it needs it."""
+    try:
+        expected = read_artifact(settings.out).metadata.get("tokenizer_sha256")
+    except InputError:
+        return settings.resume
+    return settings.resume or expected == hashlib.sha256(tokenizer.read_bytes()).hexdigest()
 
 
 def _logger(settings: config.TrainSettings, rank: int) -> Callable[[str], None]:

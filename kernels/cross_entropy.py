@@ -138,6 +138,15 @@ def _bias_cross_entropy_fwd_kernel(
 
 
 @triton.jit
+def _load_row_gradient(dnll_ptr, dlse_ptr, shift_ptr, sum_ptr, row, used, bad):
+    """d loss / d nll, NaN at bad targets; and slope, shift: d loss / d lse times p is slope exp2(z log2(e) - shift)."""
+    hit = tl.where(bad, float("nan"), tl.load(dnll_ptr + row, mask=used, other=0.0))
+    slope = hit if dlse_ptr is None else hit + tl.load(dlse_ptr + row, mask=used, other=0.0)
+    slope *= 1.0 / tl.load(sum_ptr + row, mask=used, other=1.0)
+    return hit, slope, tl.load(shift_ptr + row, mask=used, other=float("inf"))  # unused rows: exp2(-inf) = 0
+
+
+@triton.jit
 def _bias_cross_entropy_bwd_kernel(
     logits_ptr,
     bias_ptr,
@@ -176,16 +185,12 @@ def _bias_cross_entropy_bwd_kernel(
     acc = tl.zeros((CHUNKS, ROWS, COLS), tl.float32)
     for first in range(part * PART, min(part * PART + PART, T), ROWS):
         offs_t = first + tl.arange(0, ROWS)
-        target, used, bad = _load_targets(targets_ptr, window, offs_t, T, V, ignore_index)
+        _target, used, bad = _load_targets(targets_ptr, window, offs_t, T, V, ignore_index)
         row = window * T + offs_t
-        hit = tl.where(bad, float("nan"), tl.load(dnll_ptr + row, mask=used, other=0.0))
-        slope = hit if dlse_ptr is None else hit + tl.load(dlse_ptr + row, mask=used, other=0.0)
-        slope *= 1.0 / tl.load(sum_ptr + row, mask=used, other=1.0)
-        shift = tl.load(shift_ptr + row, mask=used, other=float("inf"))  # unused rows: exp2(-inf) = 0
+        _hit, slope, shift = _load_row_gradient(dnll_ptr, dlse_ptr, shift_ptr, sum_ptr, row, used, bad)
         x = _load_logits(logits_ptr, first, start, used, V, stride_lt, stride_lv, EVEN_V, CHUNKS, ROWS, COLS)
         z = _scores(x, bias, softcap, CAP)
         dz = tl.exp2(z * _LOG2E - shift[None, :, None]) * slope[None, :, None]
-        dz = tl.where(offs_v == target[None, :, None], dz - hit[None, :, None], dz)
         if CAP == "after":
             dz *= _slope(z, softcap)
         if dbias_ptr is not None:
@@ -199,10 +204,52 @@ def _bias_cross_entropy_bwd_kernel(
             mask = (rows < T)[:, None]
             mask = mask if EVEN_V else mask & (columns < V)
             tl.store(dlogits_ptr + (window * T + rows)[:, None] * V + columns, dlogits, mask=mask)
+    dbias_ptr = None if dbias_ptr is None else dbias_ptr + tl.program_id(0).to(tl.int64) * V
     if dbias_ptr is not None:
         # All rows' slots hold sums over the same columns.
         offs_v = start + tl.arange(0, CHUNKS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
-        tl.store(dbias_ptr + tl.program_id(0).to(tl.int64) * V + offs_v, tl.sum(acc, axis=1), mask=offs_v < V)
+        tl.store(dbias_ptr + offs_v, tl.sum(acc, axis=1), mask=offs_v < V)
+
+    # The targets' own part, a value a row instead of a comparison a logit.
+    tl.debug_barrier()  # dlogits and dbias are in memory
+    offs_t = part * PART + tl.arange(0, PART)
+    target, used, bad = _load_targets(targets_ptr, window, offs_t, T, V, ignore_index)
+    here = used & (target >= start) & (target < start + CHUNKS * COLS)
+    row = window * T + offs_t
+    hit, slope, shift = _load_row_gradient(dnll_ptr, dlse_ptr, shift_ptr, sum_ptr, row, used, bad)
+    x = tl.load(logits_ptr + offs_t.to(tl.int64) * stride_lt + target.to(tl.int64) * stride_lv, mask=here, other=0.0)
+    bias_target = None
+    if bias_ptr is not None:
+        bias_target = tl.load(bias_ptr + window * stride_bw + target, mask=here, other=0.0).to(tl.float32)
+    z = _scores(x, bias_target, softcap, CAP)  # (PART,)
+    if dlogits_ptr is not None:
+        dz = tl.exp2(z * _LOG2E - shift) * slope - hit
+        if CAP == "after":
+            dz *= _slope(z, softcap)
+        if CAP == "before":
+            dz *= _slope(_scores(x, None, softcap, CAP), softcap)
+        tl.store(dlogits_ptr + row * V + target, dz.to(dlogits_ptr.dtype.element_ty), mask=here)
+    if dbias_ptr is not None:
+        # Rows with the same target find the same sum and store the same bits, so that they need no atomics.
+        before = tl.load(dbias_ptr + target, mask=here, other=0.0)
+        hits = tl.zeros((PART,), tl.float32)
+        SLICE: tl.constexpr = 16 if PART > 16 else PART
+        for first in range(part * PART, part * PART + PART, SLICE):
+            offs_o = first + tl.arange(0, SLICE)
+            other, others_used, others_bad = _load_targets(targets_ptr, window, offs_o, T, V, ignore_index)
+            others_hit = tl.load(dnll_ptr + window * T + offs_o, mask=others_used, other=0.0)
+            others_hit = tl.where(others_bad, float("nan"), others_hit)
+            if CAP == "after":
+                offs_x = offs_o.to(tl.int64) * stride_lt + other.to(tl.int64) * stride_lv
+                others_x = tl.load(logits_ptr + offs_x, mask=others_used, other=0.0)
+                others_bias = None
+                if bias_ptr is not None:
+                    others_bias = tl.load(bias_ptr + window * stride_bw + other).to(tl.float32)
+                others_hit *= _slope(_scores(others_x, others_bias, softcap, CAP), softcap)
+            same = target[:, None] == other[None, :]  # (PART, SLICE)
+            hits += tl.sum(tl.where(same, others_hit[None, :], 0.0), axis=1)
+        tl.debug_barrier()  # everybody has read `before`
+        tl.store(dbias_ptr + target, before - hits, mask=here)
 
 
 # Launches

@@ -32,11 +32,11 @@ def _config(T, V, itemsize):
     | kernel                   | V    | registers | SASS instructions a logit, in the row loop | barriers a trip |
     |--------------------------|------|-----------|--------------------------------------------|-----------------|
     | value and bias gradient  | 1024 | 127 / 124 | 12.6 / 11.5                                | 0               |
-    |                          | 4096 | 127 / 128 | 12.3 / 10.9                                | 4               |
-    |                          | 8192 | 127 / 124 | 12.4 / 11.2                                | 4               |
+    |                          | 4096 | 128 / 128 | 12.0 / 10.9                                | 4               |
+    |                          | 8192 | 128 / 124 | 12.1 / 11.2                                | 4               |
     | the same, softcap before | 1024 | 163 / 162 | 32.4 / 31.3, three of them on the MUFU     | 0               |
-    | forward                  | 1024 |  56 /  76 | 9.2 / 8.1                                  | 0               |
-    | backward                 | 1024 | 177 / 204 | 12.3 / 11.4                                | 0               |
+    | forward                  | 1024 |  64 /  82 | 9.0 / 8.1                                  | 0               |
+    | backward                 | 1024 |  96 / 124 | 10.3 / 8.7                                 | 0               |
     """
     block_v = max(triton.next_power_of_2(V), 8)
     per_warp = 32 * 32

@@ -112,7 +112,7 @@ def _config(V: int) -> tuple[int, int]:
 
     16 numbers of each vector a thread: five vectors (q, a pair, the next pair) make 80 registers, far from spilling.
     Compiled for sm_90 by Triton 3.9 with H = 20 and V = 1024, 4096, 8192, a direction takes 96 to 102 registers and no
-    spills, and a pair 118 to 140 instructions and 2 barriers in each loop; a push takes 48 to 64 registers, 4 barriers.
+    spills, and a pair 118 to 140 instructions and 2 barriers in each loop; a push takes 47 to 51 registers, 4 barriers.
     Fewer warps would wait less at barriers, more would hide more latency; no GPU was asked yet.
     """
     block_v = max(triton.next_power_of_2(V), 64)  # two elements a lane: then all lanes round a fused sum alike

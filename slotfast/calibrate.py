@@ -178,8 +178,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{settings.text}: {documents} documents, {len(ids):,} tokens; calibration needs 2 and {_FEWEST_TOKENS:,}"
         )
     found = calibrate(artifact.model(), TokenStream([ids]), tokenizer.byte_table, tokenizer.bos_id, artifact.unigram)
+    print(summary(found), flush=True)
     size = write_artifact(settings.out, replace(artifact, metadata={**artifact.metadata, "calibration": found}))
-    print(summary(found))
     print(f"{settings.out}: {size:,} bytes")
 
 

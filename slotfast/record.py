@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from . import config
 from .bundle import CAP_BYTES
 from .command.files import write_json
-from .command.run import run_command
+from .command.run import deliver, run_command
 from .errors import InputError
 from .train.inputs import MAX_OVERLAP
 
@@ -279,9 +279,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparison = (
         compare(Sample.of([each.loss for each in runs]), _baseline(settings, runs)) if settings.baseline else None
     )
-    if settings.submission is not None:
-        write_json(settings.submission, submission(settings, runs, code_bytes, comparison))
-    return print(table(runs, code_bytes, comparison))
+    found = submission(settings, runs, code_bytes, comparison)
+    shown = table(runs, code_bytes, comparison)
+    return deliver(shown, (settings.submission, lambda path: write_json(path, found)))
 
 
 def _code_bytes(path: str | None, runs: Sequence[Run]) -> int | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -299,11 +300,44 @@ def test_a_pipe_stays_a_pipe(small, tmp_path):
     assert json.loads(read[0])["windows"] > 0 and not (tmp_path / "pipe").is_file()
 
 
+def _start(arguments, redirect="", **variables):
+    command = f"{shlex.join([sys.executable, '-m', 'slotfast.eval', *arguments])} {redirect}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, shell=True, text=True, env={**ENV, "OMP_NUM_THREADS": "1", **variables}, **pipes)
+
+
+def test_a_finished_evaluation_is_not_lost(small, tmp_path):
+    """Whatever fails at the end, the table comes, and every other file."""
+    arguments = _args(small, "--preset", "none", "causal", "--max-tokens", "200")
+    rows, result = str(tmp_path / "r.npz"), str(tmp_path / "r.json")
+    running = {
+        "a full disk": _start([*arguments, "--json", "/dev/full", "--per-token", rows]),
+        "full output": _start([*arguments, "--json", result], ">/dev/full"),
+        "closed output": _start(arguments, ">&-"),
+        "all closed": _start([*arguments, "--json", str(tmp_path / "closed.json")], ">&- 2>&-"),
+        "nobody reads": _start([*arguments, "--json", str(tmp_path / "pipe.json")], "| true"),
+        "no such letter": _start(arguments, PYTHONIOENCODING="ascii"),
+    }
+    done = {name: (*process.communicate(timeout=120), process.returncode) for name, process in running.items()}
+    out, err, code = done["a full disk"]
+    assert "± s.e." in out and err.splitlines()[-1] == "error: /dev/full: cannot be written: No space left on device"
+    assert code == 2 and len(np.load(rows)["position"]) == 199
+    out, err, code = done["full output"]
+    assert (out, code) == ("", 2) and "± s.e." in err and json.loads((tmp_path / "r.json").read_text())["tokens"] == 199
+    assert err.splitlines()[-1] == "error: standard output cannot be written: No space left on device"
+    out, err, code = done["closed output"]
+    assert (out, code) == ("", 0) and "± s.e." in err
+    assert done["all closed"] == ("", "", 0) and json.loads((tmp_path / "closed.json").read_text())["tokens"] == 199
+    assert json.loads((tmp_path / "pipe.json").read_text())["tokens"] == 199
+    out, err, code = done["no such letter"]
+    assert code == 0 and "? s.e." in out and "causal" in out
+
+
 def test_output_that_cannot_be_written(small):
     command = [sys.executable, "-m", "slotfast.eval", "--list-presets"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=ENV)
-    assert done.returncode == 2 and done.stderr == "error: output cannot be written: No space left on device\n"
+    assert done.returncode == 2 and done.stderr == "error: standard output cannot be written: No space left on device\n"
     closed = subprocess.run(
         f"{sys.executable} -m slotfast.eval --list-presets | true", shell=True, env=ENV, stderr=subprocess.PIPE
     )

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from .. import config
-from ..command.files import write_json
-from ..command.run import run_command
+from ..command.files import json_text, write_json
+from ..command.run import deliver, run_command
 from ..errors import InputError
 from ..quantize import QuantizedMatrix
 from .architecture import parse_overrides
@@ -38,9 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, _ = config.load(cls, f"python -m slotfast.artifact {name}", about, arguments)
     config.check_outputs(settings)
     found, text = (_show if name == "show" else _convert)(settings)
-    if settings.json_:
-        write_json(settings.json_, found)
-    return None if settings.json_ == "-" else print(text)
+    shown = json_text(found) if settings.json_ == "-" else text
+    return deliver(shown, (settings.json_, lambda path: write_json(path, found)))
 
 
 def _show(settings: config.ShowSettings) -> tuple[dict[str, Any], str]:

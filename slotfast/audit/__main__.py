@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .. import __version__, config
-from ..command.files import write_json
-from ..command.run import run_command
+from ..command.files import json_text, write_json
+from ..command.run import deliver, run_command
 from ..data import TokenStream
 from ..errors import InputError
 from . import audit_rows
@@ -60,14 +60,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     disagreements = [line for report in reports for line in _disagreement(report, subject)]
     result = _result(settings, subject, reports, disagreements, argv)
-    if settings.certificate:
-        write_json(settings.certificate, result, allow_nan=True)
-    if settings.json_:
-        write_json(settings.json_, result, allow_nan=True)
-    if settings.json_ != "-":
-        print("\n\n".join(map(str, reports)))
-        print("\n".join(["", *disagreements, result["summary"]]))
-    sys.stdout.flush()
+    shown = "\n".join(["\n\n".join(map(str, reports)), "", *disagreements, result["summary"]])
+    deliver(
+        json_text(result, allow_nan=True) if settings.json_ == "-" else shown,
+        (settings.certificate, lambda path: write_json(path, result, allow_nan=True)),
+        (settings.json_, lambda path: write_json(path, result, allow_nan=True)),
+    )
     if result["verdict"] != "clean":
         sys.exit(1)
 

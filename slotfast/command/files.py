@@ -15,33 +15,38 @@ from ..errors import InputError
 def atomic_write(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
     """Open a file for binary writing that appears under its name only when it is complete."""
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file():  # a pipe or a device: nothing to replace
-        with path.open("wb") as file:
-            yield file
-        return
+    is_device = path.exists() and not path.is_file()  # or a pipe: nothing to replace
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as file:
+        with (path if is_device else temporary).open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+            if not is_device:
+                os.fsync(file.fileno())
+        if not is_device:
+            temporary.replace(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, document: Any, allow_nan: bool = False) -> None:
-    """Write a document as indented JSON, whole or not at all; `-` is standard output.
+def json_text(document: Any, allow_nan: bool = False) -> str:
+    """A document as indented JSON.
 
     Raises:
         ValueError: NaN or infinite numbers, unless allowed.
     """
-    text = json.dumps(document, indent=2, allow_nan=allow_nan)
-    if path == "-":
-        print(text)
-        return
+    return json.dumps(document, indent=2, allow_nan=allow_nan)
+
+
+def write_json(path: str | os.PathLike, document: Any, allow_nan: bool = False) -> None:
+    """Write a document as indented JSON, whole or not at all.
+
+    Raises:
+        ValueError: NaN or infinite numbers, unless allowed.
+    """
+    text = json_text(document, allow_nan)
     with atomic_write(path) as file:
         file.write(text.encode() + b"\n")
 

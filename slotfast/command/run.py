@@ -1,6 +1,7 @@
 """How a command ends: one line and exit code 2 for bad input, 130 for Ctrl-C, never a traceback for either."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -60,7 +61,40 @@ def _run_in_child(main: Callable[[], None], foreign: str) -> None:
     _end(f"error: {foreign}: its code ended the process, with {how}: there is no result", 2)
 
 
+def deliver(text: str, *files: tuple[str | None, Callable[[str], object]]) -> None:
+    """Print a result, then write its files: whatever fails, the rest is done, and the first error is raised at the end.
+
+    Args:
+        text: for standard output, or standard error where that is full; empty: nothing.
+        files: where each goes, and what writes it; nothing is written to None and to `-`.
+    """
+    errors: list[OSError | InputError] = []
+    for path, write in (("standard output", lambda _: text and _print(text)), *files):
+        try:
+            if path not in (None, "-"):
+                write(path)
+        except (OSError, InputError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # its reader has seen enough
+        raise
+    except OSError:
+        print(text, file=sys.stderr)
+        raise
+
+
 def _run(main: Callable[[], None]) -> None:
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    sys.stdout = sys.stdout or sys.stderr  # closed: what is printed is not lost
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without a letter of ours shows a question mark
     try:
         main()
         sys.stdout.flush()
@@ -73,7 +107,7 @@ def _run(main: Callable[[], None]) -> None:
         sys.exit(141)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _end(f"error: output cannot be written: {error.strerror}", 2)
+        _end(f"error: standard output cannot be written: {error.strerror}", 2)
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         if not (isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text):

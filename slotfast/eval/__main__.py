@@ -10,10 +10,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from .. import config, ops
-from ..command.files import write_json
+from ..command.files import json_text, write_json
 from ..command.plots import pyplot
 from ..command.ranks import join_ranks
-from ..command.run import no_exit, run_command
+from ..command.run import deliver, no_exit, run_command
 from ..errors import InputError
 from ..slot import Adaptation, Adapter, Calibration
 from .inputs import choose_batch, choose_plan, choose_rows, choose_streaming, choose_training, read_inputs
@@ -43,13 +43,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         found, sliding, collected = _evaluate(settings, rows, rank, world, device, started)
     if rank:
         return None
-    if settings.per_token:
-        collected.write(settings.per_token, [row["preset"] for row in found["presets"]])
-    if settings.json_:
-        write_json(settings.json_, found)
-    if settings.plot:
-        draw(settings.plot, f"{found['text']['source']}, {found['tokens']:,} tokens", sliding.meter, sliding.along)
-    return None if settings.json_ == "-" else print(table(found))
+    title = f"{found['text']['source']}, {found['tokens']:,} tokens"
+    deliver(
+        json_text(found) if settings.json_ == "-" else table(found),
+        (settings.json_, lambda path: write_json(path, found)),
+        (settings.per_token, lambda path: collected.write(path, [row["preset"] for row in found["presets"]])),
+        (settings.plot, lambda path: draw(path, title, sliding.meter, sliding.along)),
+    )
+    return None
 
 
 def _evaluate(

@@ -20,9 +20,10 @@ from .. import __version__, config
 from ..artifact import Artifact, artifact_bytes, read_artifact, write_artifact
 from ..calibrate import calibrate, summary
 from ..command import checkpoint
-from ..command.files import write_json
+from ..command.files import json_text, write_json
 from ..command.plots import pyplot, write_png
 from ..command.ranks import join_ranks
+from ..command.run import deliver
 from ..data import TokenStream
 from ..errors import InputError
 from ..generate import sample
@@ -58,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         summary = _train(settings, rank, world, device, started)
     if rank:
         return None
-    if settings.plot:
-        _draw(settings.plot, summary)
-    if settings.json_:
-        write_json(settings.json_, summary)
-    return None
+    return deliver(
+        json_text(summary) if settings.json_ == "-" else "",
+        (settings.json_, lambda path: write_json(path, summary)),
+        (settings.plot, lambda path: _draw(path, summary)),
+    )
 
 
 def _train(settings: config.TrainSettings, rank: int, world: int, device: str, started: float) -> dict[str, Any]:

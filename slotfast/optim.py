@@ -51,8 +51,7 @@ def orthogonalize(matrix: Tensor, steps: int = 5, coefficients: Coefficients = "
         raise ValueError(f"steps {steps}: polar-express has coefficients for {len(_POLAR_EXPRESS)}")
     table = _POLAR_EXPRESS[:steps] if coefficients == "polar-express" else (_QUINTIC,) * steps
     tall = matrix.size(-2) > matrix.size(-1)
-    x = matrix.mT if tall else matrix
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = _over_its_norm(matrix.mT if tall else matrix, (-2, -1))
     for a, b, c in table:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -61,7 +60,14 @@ def orthogonalize(matrix: Tensor, steps: int = 5, coefficients: Coefficients = "
 
 def normalize_rows(matrix: Tensor) -> Tensor:
     """Rows of unit length, float [..., N, K]; an all-zero row stays zero (MuonEq-R, arXiv 2603.28254)."""
-    return matrix / matrix.norm(dim=-1, keepdim=True).clamp_min(1e-7)
+    return _over_its_norm(matrix, (-1,))
+
+
+def _over_its_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """x / |x|, of any size that the dtype holds; zero stays zero."""
+    largest = x.abs().amax(dims, keepdim=True)
+    x = x / largest.masked_fill(largest == 0, 1.0)  # squares of tiny numbers would vanish, of huge ones overflow
+    return x / x.norm(dim=dims, keepdim=True).clamp_min(1.0)  # at least its largest, 1, or all zero
 
 
 class Muon(torch.optim.Optimizer):
@@ -221,8 +227,8 @@ class _Bank:
 
     def load_momentum(self, momentum: Tensor) -> None:
         mine = momentum[self._mine()]
-        self.momentum.zero_()
-        self.momentum[: len(mine)].copy_(mine)
+        self.momentum[: len(mine)].copy_(mine)  # it may be this very tensor
+        self.momentum[len(mine) :].zero_()
 
     def _mine(self) -> slice:
         return slice(self.ranks.rank * self.owned, (self.ranks.rank + 1) * self.owned)

@@ -55,6 +55,24 @@ def test_orthogonalize_is_its_polynomial_on_singular_values(shape, coefficients,
     np.testing.assert_allclose(orthogonalize(matrix, steps, coefficients).numpy(), expected, atol=2e-5)
 
 
+@pytest.mark.parametrize("size", [1e-38, 1e-12, 1e-7, 1.0, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_of_a_gradient_does_not_matter(size, dtype):
+    generator = torch.Generator().manual_seed(3)
+    matrix = torch.randn(2, 6, 4, generator=generator)
+    singular = torch.linalg.svdvals(orthogonalize((matrix.double() * size).to(dtype)).float())
+    assert 0.5 < singular.min() and singular.max() < 1.3
+    assert torch.allclose(
+        normalize_rows((matrix.double() * size).to(dtype)).float().norm(dim=-1), torch.ones(2, 6), atol=2e-2
+    )
+
+
+def test_a_zero_row_stays_zero_among_others():
+    matrix = torch.tensor([[0.0, 0.0], [3e-30, 4e-30]])
+    assert torch.allclose(normalize_rows(matrix), torch.tensor([[0.0, 0.0], [0.6, 0.8]]))
+    assert not orthogonalize(matrix)[0].any()
+
+
 def test_zero_stays_zero_and_steps_beyond_the_table_are_refused():
     assert not orthogonalize(torch.zeros(2, 3, 4)).any() and not normalize_rows(torch.zeros(3, 4)).any()
     with pytest.raises(ValueError, match="steps 6: polar-express has coefficients for 5"):
@@ -101,6 +119,18 @@ def test_muoneq_differs_where_rows_differ_in_length_and_only_there():
     assert (results["equal", False] - results["equal", True]).abs().max() < 1e-5
     assert (results["unequal", False] - results["unequal", True]).abs().max() > 0.1
     assert (results["unequal", True] - results["equal", True]).abs().max() < 1e-5
+
+
+def test_muon_takes_its_own_state_back():
+    parameters = [torch.nn.Parameter(_random(4, 3, seed=i)) for i in range(3)]
+    muon = Muon(parameters)
+    for i, parameter in enumerate(parameters):
+        parameter.grad = _random(4, 3, seed=7 + i)
+    muon.step()
+    (before,) = (momentum.clone() for momentum in muon.state_dict()["momentum"])
+    muon.load_state_dict(muon.state_dict())
+    (after,) = muon.state_dict()["momentum"]
+    assert before.any() and torch.equal(after, before)
 
 
 def test_muon_continues_from_its_state():

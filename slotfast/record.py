@@ -25,7 +25,7 @@ from . import config
 from .bundle import CAP_BYTES
 from .command.files import write_json
 from .command.run import deliver, run_command
-from .errors import InputError
+from .errors import InputError, expected
 from .train.inputs import MAX_OVERLAP
 
 THRESHOLD_NATS = 0.005
@@ -235,7 +235,7 @@ def _read(path: Path, preset: str | None) -> Run:
     except pydantic.ValidationError as error:
         detail = error.errors()[0]
         where = ".".join(map(str, detail["loc"])) or "JSON"
-        raise InputError(f"{file}: not a result of slotfast.eval: {where}: {detail['msg']}") from None
+        raise InputError(f"{file}: not a result of slotfast.eval: {where}: {expected(detail)}") from None
     name = preset or result.preset
     row = next((row for row in result.presets if row.preset == name), None)
     if row is None:

@@ -268,7 +268,7 @@ def test_the_command_counts_every_byte(tmp_path, capsys):
         (["--script", "train_gpt.py", "--out", "x.py", "--kernels", "solverr"], "the nearest is 'solver'"),
         (["--script", "train_gpt.py", "--out", "x.py", "--artifact", "no"], "no: cannot be read: No such file"),
         (["--hub", "hub", "--kernels", "zzz"], "kernel 'zzz': no such file; expected one of attention"),
-        (["--hub", "hub", "--name", "Upper_Case"], "--name 'Upper_Case': String should match pattern"),
+        (["--hub", "hub", "--name", "Upper_Case"], "--name 'Upper_Case': expected the form "),
     ],
 )
 def test_wrong_input_is_one_clear_line(tmp_path, monkeypatch, arguments, message):

@@ -1,5 +1,7 @@
 """Settings: flags before variables before defaults, and errors that name what is right."""
 
+import re
+
 import pytest
 
 from slotfast import config
@@ -29,15 +31,51 @@ def test_flags_come_before_variables_before_defaults(monkeypatch):
         (["--strid", "3"], "--strid: no such flag; the nearest is --stride"),
         (["--strid=3"], "the nearest is --stride"),
         (["--zzzzzz"], "see --help"),
-        (["--stride", "x"], "--stride 'x': Input should be a valid integer"),
-        (["--stride", "0"], "--stride '0': Input should be greater than or equal to 1"),
-        (["--backend", "cuda"], "--backend 'cuda': Input should be 'auto', 'triton' or 'torch'"),
+        (["--stride", "x"], "--stride 'x': expected a whole number$"),
+        (["--stride", "0"], "--stride '0': expected at least 1$"),
+        (["--backend", "cuda"], "--backend 'cuda': expected 'auto', 'triton' or 'torch'"),
         (["--stride"], "--stride: expected one argument"),
+        (["--stride", "1.5"], "--stride '1.5': expected a whole number$"),
+        (["--budget", "0"], "--budget '0': expected more than 0.0$"),
+        (["--budget", "soon"], "--budget 'soon': expected a number$"),
+        (["--ttt-momentum", "1"], "--ttt-momentum '1': expected less than 1.0$"),
+        (["--seq-len", "1" * 5000], "expected a whole number"),
     ],
 )
 def test_wrong_flags(argv, message):
     with pytest.raises(InputError, match=message):
         load(*argv)
+
+
+def test_no_setting_answers_in_the_phrases_of_a_library():
+    """Every kind of value, each wrong in every way that it can be."""
+    wrong = ["x", "-1", "0", "1e999", "1.5", "nan", "99999999999999999999", ""]
+    for cls in set(config.Settings.__subclasses__()) - {config.ShowSettings}:  # whose settings are names alone
+        for name, field in cls.model_fields.items():
+            if field.json_schema_extra["positional"] or field.annotation is bool:
+                continue
+            for value in wrong:
+                try:
+                    config.load(cls, "", "", [f"--{name.strip('_').replace('_', '-')}={value}"])
+                except InputError as error:
+                    assert re.search(": expected (?!.*(Input|String|should))", str(error)), error
+
+
+@pytest.mark.parametrize("text", ["0", "false", "No", "OFF", "n", "f", " 0", "0\r"])
+def test_a_switch_is_turned_off(text, monkeypatch):
+    monkeypatch.setenv("SLOT_ENABLED", text)
+    assert config.switch("SLOT_ENABLED", True) is False
+
+
+def test_a_switch_is_on_off_or_refused(monkeypatch):
+    assert config.switch("SLOT_ENABLED", True) is True
+    for text in ("1", "true", "yes", "ON", "t", "y"):
+        monkeypatch.setenv("SLOT_ENABLED", text)
+        assert config.switch("SLOT_ENABLED", False) is True
+    for text in ("disabled", "none", "2", "-"):
+        monkeypatch.setenv("SLOT_ENABLED", text)
+        with pytest.raises(InputError, match=f"^SLOT_ENABLED '{text}': expected 1, 0, true, false"):
+            config.switch("SLOT_ENABLED", True)
 
 
 def test_a_wrong_variable_is_named(monkeypatch):

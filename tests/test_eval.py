@@ -184,8 +184,8 @@ WRONG = {
     ),
     "rows to standard output": (lambda s, t: _args(s, "--per-token", "-"), "expected a file"),
     "a folder to write to": (lambda s, t: _args(s, "--json", str(t)), "is a folder"),
-    "an empty path": (lambda s, t: _args(s, "--json", ""), "--json '': String should have at least 1 character"),
-    "a batch of a billion": (lambda s, t: _args(s, "--batch-windows", "1000000000"), "less than or equal to 65536"),
+    "an empty path": (lambda s, t: _args(s, "--json", ""), "--json '': expected at least 1 character"),
+    "a batch of a billion": (lambda s, t: _args(s, "--batch-windows", "1000000000"), "expected at most 65536"),
     "documents of no bytes": (_no_bytes, "stand for no bytes"),
 }
 

@@ -181,10 +181,10 @@ WRONG = {
     "nothing": (lambda t: [], "RUN ...: expected results"),
     "no such file": (lambda t: [str(t / "no.json")], "no.json: cannot be read: No such file"),
     "no JSON": (lambda t: _damaged(t, "{"), "bad.json: not a result of slotfast.eval: JSON: Invalid JSON"),
-    "other JSON": (lambda t: _damaged(t, "{}"), "not a result of slotfast.eval: preset: Field required"),
+    "other JSON": (lambda t: _damaged(t, "{}"), "not a result of slotfast.eval: preset: expected a value"),
     "NaN": (
         lambda t: _damaged(t, json.dumps(_result(1, math.nan)).replace("NaN", "null")),
-        "not a result .*nats: Input should be a valid number",
+        "not a result .*nats: expected a number",
     ),
     "an empty folder": (lambda t: [str(t)], "0 results of slotfast.eval in this folder"),
     "a folder of two": (lambda t: [str(Path(_write(t / "f", {1: 1.0, 2: 2.0})[0]).parent)], "2 results"),

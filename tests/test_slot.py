@@ -169,7 +169,7 @@ def test_options_and_their_errors():
         "pr135": "no such preset; the nearest is 'pr1350'",
         "causal:ridge=3": "'ridge' does nothing here",
         "causal-lbfgs:rigde=3": "the nearest is 'ridge'",
-        "causal-lbfgs:ridge=-1": "ridge=-1: Input should be greater than or equal to 0",
+        "causal-lbfgs:ridge=-1": "ridge=-1: expected at least 0",
         "causal-lbfgs:steps=x": "invalid literal",
         "causal-lbfgs:phases=3": "phases",
         "causal-lbfgs:ridge": "not of the form key=value",
@@ -184,10 +184,10 @@ def test_options_and_their_errors():
         "none:clamp=3": "does nothing here",
         "causal-lbfgs:focal=3": "'focal' does nothing here",
         "causal-lbfgs:name=x": "'name' does nothing here",
-        "pr1350:batch=1": "batch=1: Input should be greater than or equal to 2",
+        "pr1350:batch=1": "batch=1: expected at least 2",
         "pr1350:steps=3,phases=3x4": "say the same",
         "pr1350:phases=2x1000000000": "expected iterations and history of 1 to 1000",
-        "pr1350:clamp=inf": "clamp=inf: Input should be a finite number",
+        "pr1350:clamp=inf": "clamp=inf: expected a finite number",
     }.items():
         with pytest.raises(InputError, match=message) as caught:
             parse_preset(text)

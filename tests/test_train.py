@@ -94,7 +94,7 @@ WRONG = {
     "a seed beyond 63 bits": (["--seed", "9" * 23], "--seed"),
     "no folder to write to": (["--out", "nowhere/a.slotfast"], "its folder does not exist"),
     "one name for two files": (["--out", "same.model"], "the tokenizer is written there"),
-    "no name": (["--out", ""], "--out '': String should have"),
+    "no name": (["--out", ""], "--out '': expected at least 1 character"),
 }
 
 

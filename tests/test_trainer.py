@@ -486,7 +486,7 @@ WRONG = {
     "one file for two": (["--json", "OUT"], "--out and --json: both are"),
     "long windows": (["--seq-len", "1300"], "1300 tokens in the longest shard; one training window needs 1301"),
     "small tokenizer": (["--tokens", "BAD"], "token id 2000 in .*the tokenizer has 1024 pieces"),
-    "preset": (["--preset", "pr9"], "--preset 'pr9': Input should be 'demo', 'baseline'"),
+    "preset": (["--preset", "pr9"], "--preset 'pr9': expected 'demo', 'baseline'"),
 }
 
 

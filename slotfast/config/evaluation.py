@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from pydantic import NonNegativeInt
+
 from .outputs import (
     JSON,
     JSON_OR_STDOUT,
@@ -129,7 +131,7 @@ class AuditSettings(Settings):
     sinks: int = setting(0, "of our own loop in a stream: first tokens that stay visible", ge=0, le=1 << 10)
     ranks: int | None = setting(None, "ranks that the loop runs, one after the other; ours: 2", ge=1, le=1 << 10)
     max_tokens: int | None = setting(None, "tokens of a stream; default: two batches of every rank", ge=3)
-    seed: list[int] = setting([0], "of the altered streams; a round of everything for each", ge=0)
+    seed: list[NonNegativeInt] = setting([0], "of the altered streams; a round of everything for each")
     reruns: int | None = setting(
         None, "runs of a round, about; default: 48, or 32 of our own loop within 20 s a row", ge=1
     )

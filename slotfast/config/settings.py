@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_orig
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import InputError
+from ..errors import InputError, expected
 from ..slot import VARIABLES
 from .outputs import Kind, Reads
 
@@ -23,6 +23,7 @@ from .outputs import Kind, Reads
 _PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "TTT_", "V20_")
 # They change the rows of presets, not settings.
 ADAPTATION_VARIABLES = ("SLOT_ENABLED", *VARIABLES)
+_SWITCH = pydantic.TypeAdapter(bool)
 
 
 def setting(
@@ -114,8 +115,21 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         name = next(n for n, f in cls.model_fields.items() if first["loc"][0] in (n, f.alias))
         source = sources.get(name, "default")
         where = _flag(name, cls.model_fields[name]) if source == "flag" else source
-        raise InputError(f"{where} {first['input']!r}: {first['msg']}") from None
+        raise InputError(f"{where} {first['input']!r}: {expected(first)}") from None
     return settings, {name: sources.get(name, "default") for name in cls.model_fields}
+
+
+def switch(variable: str, default: bool) -> bool:
+    """What an environment variable says that turns something on or off, in the spellings that settings take.
+
+    Raises:
+        InputError: it says something else.
+    """
+    value = os.environ.get(variable, "")
+    try:
+        return _SWITCH.validate_python(value.strip()) if value else default
+    except pydantic.ValidationError as error:
+        raise InputError(f"{variable} {value!r}: {expected(error.errors()[0])}") from None
 
 
 def _preset(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:

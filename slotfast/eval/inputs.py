@@ -14,7 +14,7 @@ import torch
 
 from .. import corpus
 from ..artifact import Artifact, load_artifact, parse_overrides
-from ..config import EvalSettings
+from ..config import EvalSettings, switch
 from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError
 from ..foreign import ForeignModel, HuggingFaceTokenizer, read_foreign
@@ -115,8 +115,7 @@ def choose_rows(settings: EvalSettings) -> list[Adaptation]:
         InputError: unknown preset, one given twice, or one that leaks without --allow-noncausal.
     """
     rows = []
-    enabled = os.environ.get("SLOT_ENABLED", "1").lower() not in ("0", "false", "no", "off")
-    for text in settings.preset if enabled else []:
+    for text in settings.preset if switch("SLOT_ENABLED", True) else []:
         row = from_environment(parse_preset(text), text)
         if row.optimizer == "none":
             continue

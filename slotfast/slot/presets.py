@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import pydantic
 
-from ..errors import InputError
+from ..errors import InputError, expected
 from .rows import Adaptation
 
 _STREAM = {"scope": "prefix", "optimizer": "rates", "clamp": 5.0}
@@ -167,7 +167,7 @@ def _changed(row: Adaptation, changes: Mapping[str, str], where: str) -> Adaptat
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = f"{first['loc'][0]}={first['input']}: " if first["loc"] else ""
-        raise InputError(f"{where}: {key}{first['msg']}") from None
+        raise InputError(f"{where}: {key}{expected(first)}") from None
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
 

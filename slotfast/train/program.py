@@ -25,7 +25,7 @@ from ..command.plots import pyplot, write_png
 from ..command.ranks import join_ranks
 from ..command.run import deliver
 from ..data import TokenStream
-from ..errors import InputError
+from ..errors import InputError, expected
 from ..generate import sample
 from ..loader import open_loader
 from ..model import GPT, GPTConfig
@@ -319,9 +319,7 @@ def build_config(settings: config.TrainSettings, vocab_size: int, bos_id: int | 
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise InputError(
-            f"model: {where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
-        ) from None
+        raise InputError(f"model: {where + ': ' if where else ''}{expected(first)}") from None
 
 
 def _check_outputs(settings: config.TrainSettings) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from . import config
-from .artifact import read_artifact, write_artifact
+from .artifact import Artifact, read_artifact, write_artifact
 from .command.run import run_command
 from .data import ByteTable, Tokenizer, TokenStream, read_documents
 from .errors import InputError
@@ -19,6 +19,7 @@ from .eval.forward import Streaming, streams
 from .eval.inputs import block_that_fits, check_tokenizer, windows_that_fit
 from .eval.loop import Scored, SlidingPass
 from .model import GPT
+from .overlap import sketch
 from .score import Meter
 from .slot import Adapter, Calibration, parse_preset
 from .slot.repeats import CONTEXTS, DEFAULT_GATES, Followers, Repeats, fit_gates, mix
@@ -99,6 +100,12 @@ def calibrate(
     }
 
 
+def calibrated(artifact: Artifact, found: dict[str, Any], stream: TokenStream) -> Artifact:
+    """The artifact with what `calibrate` found, and a sketch of the stream that it was found on."""
+    sketches = {**artifact.metadata.get("sketches", {}), "calibration": sketch(stream)}
+    return replace(artifact, metadata={**artifact.metadata, "calibration": found, "sketches": sketches})
+
+
 def compare_forwards(
     model: GPT, stream: TokenStream, plan: Plan, byte_table: ByteTable, bos_id: int, **options: Any
 ) -> dict[str, Any]:
@@ -177,9 +184,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(
             f"{settings.text}: {documents} documents, {len(ids):,} tokens; calibration needs 2 and {_FEWEST_TOKENS:,}"
         )
-    found = calibrate(artifact.model(), TokenStream([ids]), tokenizer.byte_table, tokenizer.bos_id, artifact.unigram)
+    stream = TokenStream([ids])
+    found = calibrate(artifact.model(), stream, tokenizer.byte_table, tokenizer.bos_id, artifact.unigram)
     print(summary(found), flush=True)
-    size = write_artifact(settings.out, replace(artifact, metadata={**artifact.metadata, "calibration": found}))
+    size = write_artifact(settings.out, calibrated(artifact, found, stream))
     print(f"{settings.out}: {size:,} bytes")
 
 

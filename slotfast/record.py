@@ -26,7 +26,7 @@ from .bundle import CAP_BYTES
 from .command.files import write_json
 from .command.run import deliver, run_command
 from .errors import InputError, expected
-from .train.inputs import MAX_OVERLAP
+from .overlap import MAX_OVERLAP
 
 THRESHOLD_NATS = 0.005
 LARGEST_P = 0.01
@@ -40,7 +40,7 @@ _STATED = set(
     "json per_token resume plot force".split()
 )
 # Of a model's metadata, what its training measured; of a preset, what is then calibrated where its name does not say.
-_MEASURED = {"seed", "steps", "seconds", "tokens", "scale", "calibration"}
+_MEASURED = {"seed", "steps", "seconds", "tokens", "scale", "calibration", "sketches"}
 _CALIBRATED = {"scale", "decay", "gates"}
 
 
@@ -61,6 +61,7 @@ class _Preset(BaseModel):
 class _Text(BaseModel):
     sha256: str
     documents: int
+    seen: dict[str, float] = {}
 
 
 class Result(BaseModel):
@@ -109,6 +110,9 @@ class Run:
         overlap = trained.get("validation_overlap") or 0
         if trained.get("stream_sha256") == self.result.text.sha256 or overlap > MAX_OVERLAP:
             return f"its weights were trained on {trained.get('stream')}, the text that measures them"
+        for name, share in self.result.text.seen.items():
+            if share > MAX_OVERLAP and (name != "calibration" or self.row.resolved_preset.get("optimizer") == "rates"):
+                return f"its {name} text shares about {share:.1%} with the text that measures it"
         return "" if self.row.causal else self.row.why
 
     @property

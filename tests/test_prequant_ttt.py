@@ -83,32 +83,6 @@ def test_discriminative_rates_reach_the_matrices(model):
     assert named["tok_emb.weight"] == 1.0
 
 
-def test_overlap_counts_runs_wherever_they_are():
-    tokens = np.random.default_rng(0).integers(0, 1000, 32 * 100)
-    other = np.random.default_rng(1).integers(0, 1000, 5000)
-    assert prequant_ttt.overlap(_stream(tokens), _stream(other)) == 0
-    assert prequant_ttt.overlap(_stream(tokens), _stream(other, tokens)) == 1
-    within = np.concatenate([other[:777], tokens[32 * 10 : 32 * 35], other[777:]])  # shifted and cut out
-    assert prequant_ttt.overlap(_stream(tokens), _stream(within)) == pytest.approx(0.25)
-    changed = tokens.copy()
-    changed[5::32] += 1  # one token of each run
-    assert prequant_ttt.overlap(_stream(tokens), _stream(changed)) == 0
-    assert (
-        prequant_ttt.overlap(_stream(tokens[:31]), _stream(tokens))
-        == prequant_ttt.overlap(_stream(tokens), _stream())
-        == 0
-    )
-    repeated = np.tile(tokens[:32], 3)
-    assert prequant_ttt.overlap(_stream(repeated, tokens[32:64]), _stream(repeated)) == pytest.approx(0.75)
-
-
-def test_overlap_looks_across_its_pieces(monkeypatch):
-    tokens = np.random.default_rng(0).integers(0, 1000, 32 * 10)
-    pieces = prequant_ttt._hashes
-    monkeypatch.setattr(prequant_ttt, "_hashes", lambda stream: pieces(stream, size=64))
-    assert prequant_ttt.overlap(_stream(tokens), _stream(tokens[3:])) == pytest.approx(0.9)
-
-
 def _adapted(shards, out, *more):
     tokenizer = resources.files("slotfast") / "demo" / "demo.model"
     files = ["--data-path", shards, "--tokenizer", tokenizer, "--out", out]

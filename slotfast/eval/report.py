@@ -16,11 +16,13 @@ from .. import __version__
 from ..command.files import atomic_write
 from ..config import EvalSettings
 from ..errors import InputError
+from ..overlap import seen
 from ..score import Score
 from ..slot import PRESETS, Adaptation, Adapter, from_environment, parse_preset
 from ..windows import Plan
 from .inputs import Inputs, stored_forward
 from .loop import Scored, SlidingPass
+from .notes import seen_notes
 
 _COLUMNS = ("position", "token", "n_bytes", "nll")
 _CONTEST_WINDOWS = 969_057  # of the contest's validation stream, length 2048, stride 64
@@ -57,7 +59,9 @@ def report(
     passed = sum(result.seconds.values())
     speed = len(plan) / passed if passed else None
     projected = _CONTEST_WINDOWS / (8 * speed / where["ranks"]) if speed and device != "cpu" else None
+    metadata = inputs.artifact.metadata
     text = {"source": inputs.source, "sha256": inputs.stream.sha256(), "documents": len(meter.tokens)}
+    text["seen"] = seen(inputs.stream, metadata)
     if inputs.text_bytes:
         text |= asdict(inputs.text_bytes) | {"exact": inputs.text_bytes.exact}
     found = {
@@ -74,16 +78,17 @@ def report(
         "adapted": first["adapted"],
         "presets": presets,
         "stored_forward": stored_forward(inputs.artifact),
-        "calibrated": inputs.artifact.metadata.get("calibration") is not None,
+        "calibrated": metadata.get("calibration") is not None,
         "frequencies": inputs.artifact.unigram is not None,
         "text": text,
+        "notes": seen_notes(text["seen"]),
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "windows_per_second": speed,
         "projected_seconds_8gpu": projected,
         "peak_memory_bytes": where["peak_memory_bytes"],
         "artifact_bytes": inputs.artifact_bytes,
         "model": inputs.artifact.config.model_dump()
-        | {"metadata": None if inputs.artifact_bytes is None else dict(inputs.artifact.metadata)},
+        | {"metadata": None if inputs.artifact_bytes is None else _without_sketches(metadata)},
         "backend": where["backend"],
         "device": device,
         "ranks": where["ranks"],
@@ -102,6 +107,11 @@ def report(
             "within": seconds["total"] <= settings.budget,
         }
     return found
+
+
+def _without_sketches(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata for people; what the sketches say of the text stands in `text.seen`."""
+    return {name: value for name, value in metadata.items() if name != "sketches"}
 
 
 def merge_work(ranks: Sequence[dict[str, Counter]]) -> dict[str, Counter]:
@@ -166,6 +176,7 @@ def table(found: dict[str, Any]) -> str:
         chunks = found["plan"]["ttt_chunks"] - 1
         done = f"every row, after each of {chunks} chunks" if chunks > 0 else "nothing: the stream is a single chunk"
         lines.append(f"trained {done} (--ttt, --ttt-chunk)")
+    lines += found["notes"]
     if "budget" in found:
         budget = found["budget"]
         verdict = "within" if budget["within"] else "OVER"

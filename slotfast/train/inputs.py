@@ -21,12 +21,11 @@ from ..command.files import atomic_write
 from ..config import TrainSettings
 from ..data import Tokenizer, TokenStream, open_shards, read_documents, read_shard, shard_paths
 from ..errors import InputError
-from .prequant_ttt import overlap
+from ..overlap import MAX_OVERLAP, overlap, sketch
 
 _HELD_OUT_EVERY = 32  # every 32nd document measures the training and is not learned from
-MAX_OVERLAP = 0.01  # phrases that texts share by chance are less
 _NONCAUSAL = "weights that learn validation text are no honest score of it; --allow-noncausal does it anyway"
-_UNIGRAM_TOKENS = 100_000_000  # enough for frequencies; shards of the contest hold ten billion
+_SAMPLED_TOKENS = 100_000_000  # enough for frequencies and a sketch; shards of the contest hold ten billion
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,15 @@ class Inputs:
             InputError: a token that the tokenizer does not have.
         """
         counts = np.zeros(self.tokenizer.vocab_size, np.int64)
-        for chunk in TokenStream(self.shards, _UNIGRAM_TOKENS).chunks():
+        for chunk in TokenStream(self.shards, _SAMPLED_TOKENS).chunks():
             if chunk.max(initial=0) >= len(counts):
                 raise InputError(f"token id {chunk.max()} in {self.trained_on}: the tokenizer has {len(counts)} pieces")
             counts += np.bincount(chunk, minlength=len(counts))
         return torch.from_numpy(counts / counts.sum()).float()
+
+    def sketch(self) -> str:
+        """By which the model knows its training text again; see `slotfast.overlap`."""
+        return sketch(TokenStream(self.shards, _SAMPLED_TOKENS))
 
     def fingerprint(self) -> str:
         """A hash by which a resumed run knows its data: of each shard the name, the length, and both ends."""

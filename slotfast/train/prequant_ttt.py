@@ -1,7 +1,8 @@
 """Test-time training of the weights, after the training and before quantisation, on a stream that the user names.
 
 On text that the model is then scored on this is no honest score, whatever is frozen afterwards: the weights have seen
-the answers. `overlap` finds such streams; the command refuses them, and an artifact says what it was adapted to.
+the answers. `slotfast.overlap` finds such streams; the command refuses them, and an artifact says what it was adapted
+to.
 """
 
 import math
@@ -16,8 +17,6 @@ from torch import Tensor, nn
 from ..data import TokenStream
 from ..model import GPT
 from ..optim import average_gradients
-
-_BLOCK = 32  # tokens of the runs by which streams are compared
 
 
 @dataclass(frozen=True)
@@ -109,32 +108,6 @@ def parameter_groups(model: GPT, recipe: Recipe) -> list[dict]:
             groups.append({"params": list(block.parameters()), "rate": rate})
     others = [parameter for name, parameter in model.named_parameters() if not name.startswith("blocks.")]
     return [*groups, {"params": others, "rate": recipe.rate}]
-
-
-def overlap(stream: TokenStream, other: TokenStream) -> float:
-    """Share of a stream's runs of 32 tokens, cut one after the other, that occur anywhere in another stream; 0..1."""
-    keys, which = np.unique(
-        np.concatenate([np.empty(0, np.uint64), *(hashes[::_BLOCK] for hashes in _hashes(stream))]), return_inverse=True
-    )
-    if not len(keys):
-        return 0.0
-    found = np.zeros(len(keys), bool)
-    for hashes in _hashes(other):
-        place = np.searchsorted(keys, hashes).clip(max=len(keys) - 1)
-        found[place[keys[place] == hashes]] = True
-    return float(found[which].mean())
-
-
-def _hashes(stream: TokenStream, size: int = 1 << 20) -> Iterator[np.ndarray]:
-    """A hash of the run that starts at each position, uint64, `size` positions at a time."""
-    factors = np.random.default_rng(0).integers(1, 1 << 63, _BLOCK, np.uint64)
-    for start in range(0, len(stream) - _BLOCK + 1, size):
-        tokens = stream.read(start, start + size + _BLOCK - 1).astype(np.uint64) + np.uint64(1)
-        count = len(tokens) - _BLOCK + 1
-        hashes = np.zeros(count, np.uint64)
-        for offset, factor in enumerate(factors):  # sums modulo 2^64
-            hashes += factor * tokens[offset : offset + count]
-        yield hashes
 
 
 def _split(starts: range, size: int) -> Iterator[range]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .. import __version__, config
 from ..artifact import Artifact, artifact_bytes, read_artifact, write_artifact
-from ..calibrate import calibrate, summary
+from ..calibrate import calibrate, calibrated, summary
 from ..command import checkpoint
 from ..command.files import json_text, write_json
 from ..command.plots import pyplot, write_png
@@ -29,9 +29,10 @@ from ..errors import InputError, expected
 from ..generate import sample
 from ..loader import open_loader
 from ..model import GPT, GPTConfig
+from ..overlap import MAX_OVERLAP, sketch
 from ..quantize import TensorReport, format_report, quantize_model
 from . import prequant_ttt
-from .inputs import MAX_OVERLAP, Inputs, check_ttt, read_inputs, tokenizer_path
+from .inputs import Inputs, check_ttt, read_inputs, tokenizer_path
 from .trainer import Trainer, check_length, evaluate
 
 _COMMAND = "slotfast.train"
@@ -42,7 +43,7 @@ _FREE = {"out", "text", "tokens", "data_path", "val_text", "val_tokens", "max_va
 _FREE |= {"device", "dtype", "compile", "checkpoint", "checkpoint_steps", "checkpoint_seconds", "resume", "log_every"}
 _FREE |= {"val_every", "json_", "plot", "show_config", "force", "allow_noncausal", "target_bytes", "calibrate"}
 _AFTERWARDS = ("ttt", "quantize")  # how the names begin of those that act after all that a checkpoint holds
-_CALIBRATION_BYTES = 1024  # more than a calibration's numbers take in the header
+_CALIBRATION_BYTES = 8192  # more than a calibration's numbers and its sketch take in the header
 _CALIBRATION_TOKENS = 100_000
 
 
@@ -195,6 +196,7 @@ def _metadata(settings: config.TrainSettings, inputs: Inputs, trainer: Trainer) 
         "steps": trainer.step,
         "seconds": round(trainer.elapsed, 1),
         "seed": settings.seed,
+        "sketches": {"training": inputs.sketch()},
     }
     if inputs.ttt is not None:
         metadata["ttt"] = {
@@ -205,6 +207,7 @@ def _metadata(settings: config.TrainSettings, inputs: Inputs, trainer: Trainer) 
             "tokens": len(inputs.ttt),
             "validation_overlap": inputs.ttt_overlap,
         }
+        metadata["sketches"]["ttt"] = sketch(inputs.ttt)
     return metadata
 
 
@@ -243,16 +246,17 @@ def _calibrate(
 ) -> tuple[Artifact, int]:
     """The artifact with its adaptation calibrated on the documents held out, written again, and its size."""
     tokenizer = inputs.tokenizer
+    stream = TokenStream([inputs.held_out.read(0, min(len(inputs.held_out), _CALIBRATION_TOKENS))])
     found = calibrate(
         artifact.model().to(device),
-        TokenStream([inputs.held_out.read(0, min(len(inputs.held_out), _CALIBRATION_TOKENS))]),
+        stream,
         tokenizer.byte_table,
         tokenizer.bos_id,
         artifact.unigram,
         device=device,
     )
     log(summary(found))
-    artifact = replace(artifact, metadata={**artifact.metadata, "calibration": found})
+    artifact = calibrated(artifact, found, stream)
     return artifact, write_artifact(settings.out, artifact)
 
 

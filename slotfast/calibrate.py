@@ -28,6 +28,7 @@ from .windows import Plan
 SCALES = (0.0, 0.4, 0.7, 1.0, 1.3)  # 0: the rates are of no use to this model
 DECAYS = (0.94, 0.97, 0.985)  # of 64 tokens
 SINKS = (0, 4)  # of a stream; models that need any are whole again with four
+TOLERANCE_BPB = 0.001  # a stream may be this much worse than windows, which cost 8 to 32 times its arithmetic
 _FEWEST_TOKENS = 1000
 CLOSED_GATES = [[-30.0, 0.0]] * len(CONTEXTS)
 
@@ -109,15 +110,15 @@ def calibrated(artifact: Artifact, found: dict[str, Any], stream: TokenStream) -
 def compare_forwards(
     model: GPT, stream: TokenStream, plan: Plan, byte_table: ByteTable, bos_id: int, **options: Any
 ) -> dict[str, Any]:
-    """Windows, or a stream with no sinks or with four: the better stream, unless it is worse than windows.
+    """Windows, or a stream with no sinks or with four: the better stream, unless it is clearly worse than windows.
 
     Args:
         model, stream, plan, byte_table, bos_id, options: of the passes.
 
     Returns:
         forward, "stream" or "windows"; sinks; difference_bpb, of the better stream less windows, and difference_se, its
-        standard error clustered by document. A stream that is worse by more than two of them is not chosen, nor one
-        without any; both are None where the model has no stream.
+        standard error clustered by document. A stream that is worse by more than `TOLERANCE_BPB` and two of them is not
+        chosen, nor one without any; both are None where the model has no stream.
     """
     if not streams(model):
         return {"forward": "windows", "sinks": 0, "difference_bpb": None, "difference_se": None}
@@ -135,7 +136,7 @@ def compare_forwards(
     meter.add(document, n_bytes, nll)
     scores = {sinks: meter.score(row) for row, sinks in enumerate(SINKS, 1)}
     sinks, best = max(scores.items(), key=lambda item: item[1].gain_bpb)
-    holds = best.gain_se is not None and best.gain_bpb >= -2 * best.gain_se
+    holds = best.gain_se is not None and -best.gain_bpb <= TOLERANCE_BPB + 2 * best.gain_se
     found = {"difference_bpb": -best.gain_bpb, "difference_se": best.gain_se}
     return {"forward": "stream" if holds else "windows", "sinks": sinks if holds else 0, **found}
 

@@ -2,10 +2,12 @@
 
 The evaluation asks a model for `hidden(tokens, dtype)` and `head(hidden)`. A module that has `hidden(tokens)` and
 `head(hidden)` apart keeps them; of one that only maps tokens to logits, the logits are the hidden states and the head
-does nothing. Before anything is scored, a few tokens go through the model: it must give finite logits of one
+does nothing. A module with `stream(tokens, state)`, and one of a Hugging Face folder, can be forwarded as a stream.
+Before anything is scored, a few tokens go through the model: it must give finite logits of one
 vocabulary, and a changed token must leave the logits before it as they were.
 """
 
+import functools
 import hashlib
 import importlib
 import json
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from .config import EvalSettings
 from .data import ByteTable, Tokenizer
 from .errors import InputError
+from .foreign_stream import OwnStream, transformers_stream
 
 _NARROW = (torch.bfloat16, torch.float16)
 _PROBE_TOKENS = 16
@@ -53,6 +56,7 @@ class LanguageModel(nn.Module):
     Args:
         module: maps tokens int64 [B, T] to logits [B, T, V], or to something whose `logits` they are.
         hidden, head: where they are apart, tokens -> hidden states [B, T, D], and hidden states -> logits.
+        stream: window and sinks -> what reads a stream as `slotfast.stream.CachedForward` does; None: nothing does.
     """
 
     def __init__(
@@ -60,9 +64,10 @@ class LanguageModel(nn.Module):
         module: nn.Module,
         hidden: Callable[[Tensor], Tensor] | None = None,
         head: Callable[[Tensor], Tensor] | None = None,
+        stream: Callable[[int, int], Any] | None = None,
     ):
         super().__init__()
-        self.module, self._hidden, self._head = module, hidden, head
+        self.module, self._hidden, self._head, self.stream = module, hidden, head, stream
 
     @property
     def head_apart(self) -> bool:
@@ -81,9 +86,17 @@ class LanguageModel(nn.Module):
             except Exception as error:  # whatever somebody else's code raises
                 shape = list(tokens.shape)
                 raise InputError(f"--model: fails on tokens int64 {shape}: {_first_line(error)}") from error
-            if self._hidden is None:
-                return _at_least_float32(getattr(states, "logits", states))[:, first:]
-            return (states.to(dtype) if dtype in _NARROW else states)[:, first:]
+            return self._as_hidden(getattr(states, "logits", states), dtype)[:, first:]
+
+    def cached_forward(self, window: int, sinks: int, dtype: torch.dtype | None) -> "_Autocast":
+        """What reads a stream block by block; see `slotfast.stream.CachedForward`."""
+        return _Autocast(self, self.stream(window, sinks), dtype)
+
+    def _as_hidden(self, states: Tensor, dtype: torch.dtype | None) -> Tensor:
+        """States in a narrow `dtype`; of a model without a head apart they are logits, which are never narrow."""
+        if self._hidden is None:
+            return _at_least_float32(states)
+        return states.to(dtype) if dtype in _NARROW else states
 
     def head(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of hidden states, float32 (float64 for float64) [..., V]; a bias is added last: no cap is known of."""
@@ -93,6 +106,20 @@ class LanguageModel(nn.Module):
             with _autocast(hidden.device, hidden.dtype):
                 logits = _at_least_float32(self._head(hidden))
         return logits if bias is None else logits + bias
+
+
+class _Autocast:
+    """A stream whose blocks run as `LanguageModel.hidden` runs its windows."""
+
+    def __init__(self, model: LanguageModel, stream: Any, dtype: torch.dtype | None):
+        self._model, self._stream, self._dtype = model, stream, dtype
+
+    def __call__(self, tokens: Tensor, first: int = 0) -> Tensor:
+        with _autocast(tokens.device, self._dtype):
+            return self._model._as_hidden(self._stream(tokens, first), self._dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
@@ -175,7 +202,10 @@ def _from_factory(name: str) -> tuple[nn.Module, LanguageModel]:
         raise InputError(f"--model {name}: returned {type(module).__name__}, expected a torch.nn.Module")
     module = module.eval().requires_grad_(False)
     apart = callable(getattr(module, "hidden", None)) and callable(getattr(module, "head", None))
-    return module, LanguageModel(module, module.hidden, module.head) if apart else LanguageModel(module)
+    own = getattr(module, "stream", None)
+    stream = (lambda window, sinks: OwnStream(own, sinks)) if callable(own) else None
+    hidden, head = (module.hidden, module.head) if apart else (None, None)
+    return module, LanguageModel(module, hidden, head, stream)
 
 
 def _from_folder(folder: Path) -> tuple[nn.Module, LanguageModel]:
@@ -213,7 +243,13 @@ def _from_folder(folder: Path) -> tuple[nn.Module, LanguageModel]:
             apart = head is not None and torch.allclose(head(hidden(tokens)), logits, rtol=1e-5, atol=1e-5)
         except (AttributeError, TypeError, RuntimeError):
             apart = False
-    return module, LanguageModel(module, hidden, head) if apart else LanguageModel(module)
+    stream = functools.partial(
+        transformers_stream,
+        module,
+        module.base_model if apart else module,
+        _declared_length(module) or _LONGEST_DEFAULT,
+    )
+    return module, LanguageModel(module, *((hidden, head) if apart else (None, None)), stream)
 
 
 def _transformers(folder: Path) -> ModuleType:

@@ -238,7 +238,7 @@ def _torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = None
     if n < length:  # torch's own causal mask is that of the first positions
         mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
-    options = {"attn_mask": mask, "is_causal": n == length, "enable_gqa": group > 1}
+    options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": group > 1}  # a plain bool, traced or not
     return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
 

@@ -277,11 +277,11 @@ def _ends(windows: Sequence[Window], cut: int) -> Tensor:
 
 def streams(model: nn.Module) -> bool:
     """Whether a model can read a stream block by block."""
-    return isinstance(model, GPT) or hasattr(model, "cached_forward")
+    return isinstance(model, GPT) or getattr(model, "stream", None) is not None
 
 
 def _cached(model: nn.Module, window: int, sinks: int, dtype: torch.dtype) -> CachedForward:
     """The model's cached forward; one of another project brings its own."""
-    if hasattr(model, "cached_forward"):
-        return model.cached_forward(window, sinks, dtype)
-    return CachedForward(model, window, sinks, dtype=dtype)
+    if isinstance(model, GPT):
+        return CachedForward(model, window, sinks, dtype=dtype)
+    return model.cached_forward(window, sinks, dtype)

@@ -188,7 +188,9 @@ def choose_streaming(
                 )
         return None
     if isinstance(inputs.artifact, ForeignModel) and not streams(inputs.artifact.module):
-        raise InputError(f"--forward stream: {settings.model} keeps no keys and values; use --forward windows")
+        raise InputError(
+            f"--forward stream: {settings.model} has no stream(tokens, state) -> (states, state); use --forward windows"
+        )
     if settings.ttt and world > 1:
         raise InputError(
             f"--forward stream with --ttt on {world} processes: keys would come from weights of another process; "

@@ -62,7 +62,7 @@ def test_rows_of_zeros_and_of_one_value():
     assert (matrix.dequantize()[1] - 3).abs().max() < 3e-3
 
 
-def _rewritten(path, change_header=lambda header: None, payload=None):
+def _rewritten(path, change_header=lambda header: None, payload=None, write=json.dumps):
     """The file with its header changed and its hash made right again: what an attacker would write."""
     raw = path.read_bytes()
     _, version, header_bytes, _ = _PREFIX.unpack(raw[: _PREFIX.size])
@@ -70,7 +70,7 @@ def _rewritten(path, change_header=lambda header: None, payload=None):
     header = json.loads(raw[start : start + header_bytes])
     payload = raw[start + header_bytes :] if payload is None else payload
     header = change_header(header) or header
-    data = json.dumps(header).encode()
+    data = write(header).encode()
     prefix = _PREFIX.pack(MAGIC, version, len(data), len(payload))
     path.write_bytes(prefix + hashlib.sha256(prefix + data + payload).digest() + data + payload)
 
@@ -96,6 +96,17 @@ def test_damaged_files(artifact, tmp_path, spoil, message):
     with pytest.raises(InputError, match=message) as caught:
         read_artifact(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "again"), [('"config"', '"config": {}'), ('"codec"', '"codec": "raw"'), ('"layers"', '"layers": 1')]
+)
+def test_a_header_that_says_something_twice(artifact, tmp_path, key, again):
+    write_artifact(tmp_path / "a", artifact)
+    _rewritten(tmp_path / "a", write=lambda header: json.dumps(header).replace(key, f"{again}, {key}", 1))
+    name = key.strip('"')
+    with pytest.raises(InputError, match=f"key '{name}' is given twice"):
+        read_artifact(tmp_path / "a")
 
 
 def _set(*keys, value):

@@ -12,12 +12,12 @@ from slotfast.errors import InputError
 from slotfast.eval.__main__ import main as evaluate
 from slotfast.model import GPT, GPTConfig
 from slotfast.quantize import QuantizedMatrix
-from tests.community_files import pr1394, safetensors
+from tests.community_files import pr1394, pr1855, safetensors
 
 
 @pytest.fixture
 def model():
-    """Small, and such as is assumed of PR #1019's line."""
+    """Small, and such as PR #1019 has it."""
     torch.manual_seed(1)
     sizes = dict(vocab_size=1024, layers=2, width=16, heads=1, kv_heads=1, mlp_width=24, xsa_layers=2)
     model = GPT(GPTConfig(bigram_buckets=16, bigram_width=4, value_width=4, value_layers=(1,), **sizes))
@@ -56,27 +56,47 @@ def test_show(ours, capsys):
 
 def test_show_says_what_is_assumed(model, tmp_path, capsys):
     (tmp_path / "a.ptz").write_bytes(pr1394({**model.state_dict(), "mtp_heads.0.weight": torch.zeros(4, 4)})[0])
-    __main__.main(["show", str(tmp_path / "a.ptz"), "--model-config", "softcap=15"])
+    __main__.main(["show", str(tmp_path / "a.ptz"), "--model-config", "pr1019,softcap=15"])
     text = capsys.readouterr().out
     assert "form      brotli, shuffled" in text and "assumed   seq_len=2048, mlp_slope=0.5, rope_dims=16" in text
     assert "softcap" not in text and "left out  mtp_heads.0.weight" in text and "uncalibrated" in text
+    assert "pr1019 has it so" in text and "unsaid" not in text
     __main__.main(["show", str(tmp_path / "a.ptz"), "--json", "-"])
-    assert json.loads(capsys.readouterr().out)["config"]["softcap"] == 30.0
+    found = json.loads(capsys.readouterr().out)
+    assert found["config"]["softcap"] == 30.0 and found["config"]["layers"] == 2 and "mlp_slope" not in found["config"]
+
+
+def test_show_says_what_the_file_does_not(model, tmp_path, capsys):
+    """And what this model lacks; all that the file does hold is shown."""
+    (tmp_path / "a.ptz").write_bytes(pr1855({**model.state_dict()})[0])
+    __main__.main(["show", str(tmp_path / "a.ptz"), "--json", str(tmp_path / "a.json")])
+    lines, found = capsys.readouterr().out.splitlines(), json.loads((tmp_path / "a.json").read_text())
+    (unsaid,) = [line for line in lines if line.startswith("unsaid")]
+    assert "mlp_slope, rope_dims, rope_length, xsa_layers, ln_scale" in unsaid and "--model-config pr" in unsaid
+    lacks = [line for line in lines if line.startswith("lacks")]
+    assert any("'blocks.0.attn.attn_gate_w' (and 1 more): gated attention" in line for line in lacks)
+    assert any("'smear_gate.weight' (and 1 more): " in line for line in lacks)
+    assert any(line.startswith("blocks.0.attn.attn_gate_w") and " 2x12" in line and "int8" in line for line in lines)
+    assert found["unsaid"][0] == "mlp_slope" and found["generations"][0].startswith("pr") and found["missing_parts"]
+    assert found["config"]["width"] == 16 and not set(found["unsaid"]) & set(found["config"])
 
 
 def test_convert_there_and_back(ours, tmp_path, capsys):
     ptz, back = tmp_path / "b.ptz", tmp_path / "c.slotfast"
     __main__.main(["convert", str(ours), str(ptz)])
     assert "left out  window length, other metadata and training frequencies" in capsys.readouterr().out
-    __main__.main(["convert", str(ptz), str(back), "--json", "-"])
+    with pytest.raises(InputError, match="name its generation, --model-config pr1019"):
+        __main__.main(["convert", str(ptz), str(back)])
+    assert not back.exists()
+    __main__.main(["convert", str(ptz), str(back), "--model-config", "pr1019", "--json", "-"])
     found = json.loads(capsys.readouterr().out)
     assert found["out_bytes"] == back.stat().st_size and found["rounded"] == []
     before, after = read_artifact(ours), read_artifact(back)
     assert before.config == after.config and after.metadata["imported"]["format"] == "xz"
-    __main__.main(["convert", str(ptz), str(back), "--model-config", "softcap=15"])
+    __main__.main(["convert", str(ptz), str(back), "--model-config", "pr1019,softcap=15"])
     (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("assumed")]
     assert "seq_len=2048" in told and "softcap" not in told
-    __main__.main(["convert", str(ptz), str(back)])
+    __main__.main(["convert", str(ptz), str(back), "--model-config", "pr1019"])
     for name, tensor in before.tensors.items():
         other = after.tensors[name]
         if isinstance(tensor, QuantizedMatrix):
@@ -87,7 +107,8 @@ def test_convert_there_and_back(ours, tmp_path, capsys):
 
 def test_converting_a_checkpoint_rounds_it_and_says_so(model, tmp_path, capsys):
     (tmp_path / "a.safetensors").write_bytes(safetensors(model.state_dict())[0])
-    __main__.main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b.slotfast")])
+    files = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.slotfast")]
+    __main__.main(["convert", *files, "--model-config", "pr1019"])
     assert "rounded   all " in capsys.readouterr().out
     wanted = Artifact.from_model(model, {}).model()
     tokens = torch.arange(9)[None]
@@ -144,8 +165,10 @@ def test_evaluation_of_other_peoples_files(model, ours, tmp_path, capsys):
     write_community(tmp_path / "final_model.int6.ptz", read_artifact(ours))
     common = ["--max-tokens", "300", "--seq-len", "64", "--preset", "none", "causal", "--json"]
     results = []
-    for file in (ours, tmp_path / "final_model.int6.ptz"):
-        evaluate(["--artifact", str(file), *common, str(tmp_path / "r.json")])
+    with pytest.raises(InputError, match="neither the file nor its tensors say mlp_slope"):
+        evaluate(["--artifact", str(tmp_path / "final_model.int6.ptz"), *common, str(tmp_path / "r.json")])
+    for file, told in ((ours, []), (tmp_path / "final_model.int6.ptz", ["--model-config", "pr1019"])):
+        evaluate(["--artifact", str(file), *told, *common, str(tmp_path / "r.json")])
         results.append(json.loads((tmp_path / "r.json").read_text()))
         told = capsys.readouterr()
     assert results[0]["base"] == results[1]["base"] and results[0]["adapted"] != results[1]["adapted"]
@@ -153,7 +176,7 @@ def test_evaluation_of_other_peoples_files(model, ours, tmp_path, capsys):
     assert results[1]["model"]["metadata"]["assumed"]["rope_dims"] == 16
     assert "uncalibrated" in told.out and "scale 0.7, k = 2" in told.out
     assert "assumed: seq_len=2048, mlp_slope=0.5" in told.err and "--model-config" in told.err
-    override = ["--model-config", "softcap=5,xsa_layers=0"]
+    override = ["--model-config", "pr1019,softcap=5,xsa_layers=0"]
     evaluate(["--artifact", str(tmp_path / "final_model.int6.ptz"), *override, *common, str(tmp_path / "r.json")])
     other = json.loads((tmp_path / "r.json").read_text())
     assert other["model"]["softcap"] == 5 and other["base"] != results[1]["base"]

@@ -195,9 +195,9 @@ def test_another_model_of_the_same_shape_is_refused(small, tmp_path):
 def test_the_same_weights_in_another_model_are_refused(small, tmp_path):
     write_community(tmp_path / "m.ptz", load_artifact(small / "m"))
     args = ["--artifact", tmp_path / "m.ptz", "--resume", tmp_path / "c", "--seq-len", "64", "--max-tokens", "300"]
-    main(_args(small, *args, "--model-config", "softcap=30"))
+    main(_args(small, *args, "--model-config", "pr1019,softcap=30"))
     with pytest.raises(InputError, match="made with model_config '"):
-        main(_args(small, *args, "--model-config", "softcap=20"))
+        main(_args(small, *args, "--model-config", "pr1019,softcap=20"))
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "other state", "no state", "more windows"])

@@ -15,7 +15,7 @@ from ..errors import InputError
 from ..quantize import QuantizedMatrix
 from .architecture import parse_overrides
 from .codecs import order0_bytes
-from .community import write_community
+from .community import decode_community, write_community
 from .format import read_entries, write_artifact
 from .load import is_ours, load_artifact
 
@@ -43,11 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _show(settings: config.ShowSettings) -> tuple[dict[str, Any], str]:
-    artifact = load_artifact(settings.file, parse_overrides(settings.model_config_))
-    size = Path(settings.file).stat().st_size
-    stored = {entry.name: entry for entry in read_entries(settings.file)} if is_ours(settings.file) else {}
+    overrides = parse_overrides(settings.model_config_)
+    if is_ours(settings.file):
+        artifact = load_artifact(settings.file, overrides)
+        about = {"config": artifact.config.model_dump(), "metadata": dict(artifact.metadata)}
+        about["calibrated"] = artifact.unigram is not None
+        tensors, stored = artifact.tensors, {entry.name: entry for entry in read_entries(settings.file)}
+    else:
+        about, tensors, stored = *_show_community(settings.file, overrides), {}
     rows = []
-    for name, tensor in artifact.tensors.items():
+    for name, tensor in tensors.items():
         parts = [stored[part] for part in (name, f"{name}.scale") if part in stored]
         codes = tensor.codes if isinstance(tensor, QuantizedMatrix) else tensor
         rows.append(
@@ -63,14 +68,31 @@ def _show(settings: config.ShowSettings) -> tuple[dict[str, Any], str]:
         )
     found = {
         "file": settings.file,
-        "bytes": size,
+        "bytes": Path(settings.file).stat().st_size,
         "weights": sum(row["weights"] for row in rows),
-        "config": artifact.config.model_dump(),
-        "metadata": dict(artifact.metadata),
-        "calibrated": artifact.unigram is not None,
+        **about,
         "tensors": rows,
     }
     return found, _table(found)
+
+
+def _show_community(
+    file: str, overrides: Mapping[str, Any]
+) -> tuple[dict[str, Any], Mapping[str, Tensor | QuantizedMatrix]]:
+    """What can be said of somebody else's file, and all its tensors, whether or not this model has a place for them."""
+    decoded = decode_community(file)
+    description = decoded.describe(overrides)
+    if not description.unsaid and not description.lacks:
+        decoded.artifact(overrides)  # complete, so it has to be sound
+    about = {
+        "config": description.known,
+        "metadata": decoded.metadata(description, overrides),
+        "calibrated": False,
+        "unsaid": list(description.unsaid),
+        "generations": description.likely,
+        "missing_parts": description.missing_parts(""),
+    }
+    return about, decoded.tensors
 
 
 def _order0_bytes(tensor: Tensor | QuantizedMatrix) -> float | None:
@@ -96,6 +118,10 @@ def _table(found: dict[str, Any]) -> str:
     if "format" in metadata:
         lines.append(f"form      {metadata['format']}")
     lines += _assumed(metadata)
+    if found.get("unsaid"):
+        names = " or ".join(found["generations"])
+        lines.append(f"unsaid    {', '.join(found['unsaid'])}: losses depend on them; --model-config {names}")
+    lines += [f"lacks     {part}" for part in found.get("missing_parts", [])]
     if metadata.get("left_out"):
         lines.append(f"left out  {', '.join(metadata['left_out'])}: no part in scoring")
     if not found["calibrated"]:
@@ -106,7 +132,8 @@ def _table(found: dict[str, Any]) -> str:
 def _assumed(metadata: Mapping[str, Any]) -> list[str]:
     """A line, or none, about what the file does not say of its model."""
     found = ", ".join(f"{key}={value}" for key, value in metadata.get("assumed", {}).items())
-    return [f"assumed   {found}: nothing in the file says so; --model-config overrides"] if found else []
+    named = f", {metadata['generation']} has it so" if "generation" in metadata else ""
+    return [f"assumed   {found}: nothing in the file says so{named}; --model-config overrides"] if found else []
 
 
 def _sizes(size: int | None, weights: int, order0: float | None) -> str:

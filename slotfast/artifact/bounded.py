@@ -4,10 +4,15 @@ Each `un` function gives all the decoded bytes, or raises ValueError where the d
 their end, or decode to more than `limit` bytes.
 """
 
+import json
 import lzma
 import zlib
+from typing import Any
 
 import brotli
+import zstandard
+
+_ZSTD_PIECE = 256  # bytes of a zstd stream may come to 32 KiB each
 
 
 def unbrotli(data: bytes | memoryview, limit: int) -> bytes:
@@ -61,6 +66,39 @@ def unzlib(data: bytes | memoryview, limit: int) -> bytes:
     if decoder.unused_data:
         raise ValueError("data behind the end")
     return raw
+
+
+def unzstd(data: bytes | memoryview, limit: int) -> bytes:
+    """Decode a zstd frame of at most `limit` bytes."""
+    decoder, pieces, size = zstandard.ZstdDecompressor(max_window_size=1 << 27).decompressobj(), [], 0
+    try:
+        for start in range(0, len(data), _ZSTD_PIECE):
+            if decoder.eof:
+                raise ValueError("data behind the end")
+            pieces.append(decoder.decompress(data[start : start + _ZSTD_PIECE]))
+            size += len(pieces[-1])
+            _check(size, limit)
+    except zstandard.ZstdError as error:
+        raise ValueError(f"damaged: {error}") from None
+    if not decoder.eof:
+        raise ValueError("truncated")
+    if decoder.unused_data:
+        raise ValueError("data behind the end")
+    return b"".join(pieces)
+
+
+def unique_json(text: str | bytes) -> Any:
+    """What JSON says; ValueError also where an object has a key twice, of which readers would take one or the other."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"key {shortened(key, 100)!r} is given twice")
+            found[key] = value
+        return found
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def _check(size: int, limit: int) -> None:

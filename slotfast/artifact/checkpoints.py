@@ -10,12 +10,12 @@ Both raise InputError where a file is damaged, hostile, or holds what they do no
 """
 
 import io
-import json
 import math
 import pickletools
+import re
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .bounded import one_line
+from .bounded import one_line, shortened, unique_json
 
 _MAX_MEMBERS = 1 << 14
 _PIECE = 1 << 22
@@ -54,6 +54,9 @@ _SAFETENSORS = {
     "BOOL": torch.bool,
 }
 _FUNCTIONS = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"}
+# What packers of fewer bits leave in a pickle beside tensors: bytes, and float8, which has no storage of its own.
+_PACKED = {"_codecs encode", "torch._utils _rebuild_tensor_v3", "torch.storage UntypedStorage"}
+_PACKERS = re.compile(rb"X(.)\0\0\0(ternary\w*|binary\w*|fp8\w*|fp4\w*|nf4\w*|int4\w*)", re.DOTALL)
 
 
 def read_torch(file: BinaryIO) -> Any:
@@ -70,6 +73,8 @@ def read_torch(file: BinaryIO) -> Any:
             raise InputError(f"an archive of more than {_MAX_MEMBERS} members")
         with zipfile.ZipFile(file) as archive:
             members = {info.filename: info for info in archive.infolist()}
+            if len(members) < len(archive.infolist()):
+                raise InputError("two members of one name")
             if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
                 raise InputError("compressed members, which torch.save does not write")
             if sum(info.file_size for info in members.values()) > size:
@@ -80,7 +85,10 @@ def read_torch(file: BinaryIO) -> Any:
             (name,) = pickles
             prefix = name.removesuffix("data.pkl")
             if members[name].file_size > _MAX_PICKLE_BYTES:
-                raise InputError(f"a pickle of {members[name].file_size} bytes, expected at most {_MAX_PICKLE_BYTES}")
+                with archive.open(name) as member:
+                    found = _packing(member.read(_MAX_PICKLE_BYTES))
+                pickled = f"a pickle of {members[name].file_size} bytes, expected at most {_MAX_PICKLE_BYTES}"
+                raise InputError(found or pickled)
             if f"{prefix}byteorder" in members and archive.read(f"{prefix}byteorder") != b"little":
                 raise InputError("not little-endian")
             program = archive.read(name)
@@ -113,7 +121,7 @@ def read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
     if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
         raise InputError(f"a header of {length} bytes in a file of {size}")
     try:
-        header = json.loads(file.read(length))
+        header = unique_json(file.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         spans = [
             (*entry["data_offsets"], name, _SAFETENSORS[entry["dtype"]], tuple(entry["shape"]))
@@ -137,6 +145,18 @@ def read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
     return tensors
 
 
+def packed(kinds: Iterable[str]) -> str:
+    """What to say of tensors in packings that nobody here unpacks."""
+    return f"its tensors are packed as {' and '.join(sorted(set(kinds)))}: such packing is not supported"
+
+
+def _packing(program: bytes) -> str | None:
+    """What to say of a pickle that names packings; None where it names none."""
+    names = (match[2][: match[1][0]].decode() for match in _PACKERS.finditer(program))
+    kinds = {name for name in names if name.isidentifier()}
+    return packed(kinds) if kinds else None
+
+
 @dataclass(frozen=True)
 class _Function:
     """A function that a pickle names; it is only ever compared with those that are known."""
@@ -158,8 +178,10 @@ class _Machine:
     def __init__(self, member: Callable[[str], bytes]):
         self.member = member
         self.storages: dict[str, Tensor] = {}
+        self.program = b""
 
     def run(self, program: bytes) -> Any:
+        self.program = program
         stack: list[Any] = []
         memo: dict[int, Any] = {}
         try:
@@ -210,17 +232,19 @@ class _Machine:
                 _list(stack[-1]).extend(items)
             case "SETITEM":
                 value, key = stack.pop(), stack.pop()
-                _dictionary(stack[-1])[_key(key)] = value
+                _set(stack[-1], key, value)
             case "SETITEMS":
                 items = _down_to_mark(stack)
                 for key, value in zip(items[::2], items[1::2], strict=True):
-                    _dictionary(stack[-1])[_key(key)] = value
+                    _set(stack[-1], key, value)
             case "BUILD":  # attributes of an OrderedDict: torch's notes on versions of modules
                 stack.pop()
                 _dictionary(stack[-1])
             case "GLOBAL":
                 if argument not in _FUNCTIONS and argument not in _STORAGES:
-                    raise InputError(f"its pickle names {argument.replace(' ', '.')!r}: it holds more than tensors")
+                    found = _packing(self.program) if argument in _PACKED else None
+                    named = f"its pickle names {argument.replace(' ', '.')!r}: it holds more than tensors"
+                    raise InputError(found or named)
                 stack.append(_Function(argument))
             case "BINPERSID":
                 stack.append(self._storage(stack.pop()))
@@ -294,7 +318,9 @@ def _dictionary(value: Any) -> dict:
     return value
 
 
-def _key(value: Any) -> str | int:
-    if not isinstance(value, str | int):  # a tuple nested deep enough would exhaust the stack when it is hashed
-        raise InputError(f"a key of type {type(value).__name__}")
-    return value
+def _set(place: Any, key: Any, value: Any) -> None:
+    if not isinstance(key, str | int):  # a tuple nested deep enough would exhaust the stack when it is hashed
+        raise InputError(f"a key of type {type(key).__name__}")
+    if key in _dictionary(place):
+        raise InputError(f"key {shortened(str(key), 100)!r} is given twice")
+    place[key] = value

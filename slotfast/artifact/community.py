@@ -1,17 +1,20 @@
 """Other people's files: the contest's compressed artifacts and plain checkpoints in, PR #1019's form out.
 
-    xz(torch.save)               {"w": tensors, "m": meta}        PR #1019, #1350
+    xz(torch.save)               {"w": tensors, "m": meta}        PR #549, #1019, #1350
+    zstd or zlib(torch.save)     the same                         PR #287 and others of March, 5 to 8 bits
     brotli(shuffled torch.save)  the same                         PR #1179, #1217
-    brotli(shuffled torch.save)  the same, meta in words          PR #1394
-    zlib(torch.save)             "int8_clean_per_row_v1"          the baseline
+    brotli(shuffled torch.save)  the same, meta in words          PR #1394 to #1493, #1855
+    zlib or zstd(torch.save)     "int8_clean_per_row_v1"          the baseline, 3x MLP with QAT
     torch.save, .safetensors     a state dict                     checkpoints, banked or not
 
 "w" holds a quantised matrix as `name.q` (int8) and `name.scale` (float16, one a row), anything else under its own name;
-"m" says of each parameter which. Shuffled: "BSHF", the stride, then every stride-th byte from the first, from the
-second, and so on. None of these says how large it is, so they are decompressed as a stream under a bound from the
-file's size; none is trusted with its pickle (`checkpoints`). Which model the tensors belong to is guessed from their
-names and shapes (`architecture`). The scripts' own loaders round embeddings to bfloat16; so does a bfloat16 forward
-here, and a float32 forward does not.
+"m" says of each parameter which. PR #1855 adds gates of 8 bits (`name.gq`, `name.gs`) and low-rank corrections of the
+rounding error (`name.lqA...`, LQER), which are added here: a corrected matrix has no codes any more. Shuffled: "BSHF",
+the stride, then every stride-th byte from the first, from the second, and so on. None of these says how large it is, so
+they are decompressed as a stream under a bound from the file's size; none is trusted with its pickle (`checkpoints`).
+Which model the tensors belong to, their names and shapes say in part (`architecture`); the rest has to be told
+(`generations`). The scripts' own loaders round embeddings to bfloat16; so does a bfloat16 forward here, and a float32
+forward does not.
 """
 
 import io
@@ -19,6 +22,7 @@ import lzma
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +33,17 @@ from torch import Tensor
 from ..command.files import atomic_write
 from ..errors import InputError
 from ..quantize import QuantizedMatrix
-from .architecture import check_names, guess_config
-from .bounded import shortened, unbrotli, unlzma, unzlib
-from .checkpoints import read_safetensors, read_torch
-from .contents import Artifact, expansion_limit, parameter_shapes
+from .architecture import Description, check_tensors, describe
+from .bounded import shortened, unbrotli, unlzma, unzlib, unzstd
+from .checkpoints import packed, read_safetensors, read_torch
+from .contents import Artifact, expansion_limit
+from .generations import CODES, PER_ROW, WORDS
 
-_ZIP, _XZ, _SHUFFLED, _GROUPED = b"PK\3\4", b"\xfd7zXZ\0", b"BSHF", b"PGRP"
+_ZIP, _XZ, _ZSTD, _SHUFFLED = b"PK\3\4", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"BSHF"
+_LRZIP = {b"PGRP": "PR #1855's grouped container", b"LRZI": "an lrzip archive"}
 _MAX_COMPRESSED_BYTES = 1 << 28  # the contest's limit is 16,000,000
 _MAX_CHECKPOINT_BYTES = 1 << 32
-_BASELINE = "int8_clean_per_row_v1"
+_PER_ROW = r"(int\d_)*int\d_clean_per_row_v1"  # the baseline's, and those of fewer bits after it
 # Where checkpoints of training loops keep the state dict.
 _STATE_KEYS = ("model_state_dict", "state_dict", "model", "ema")
 _BANKS = {
@@ -50,18 +56,56 @@ _BANKS = {
 Tensors = dict[str, Tensor | QuantizedMatrix]
 
 
-def read_community(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Artifact:
-    """Read an artifact or a checkpoint of somebody else; executes nothing.
+@dataclass(frozen=True)
+class Decoded:
+    """What a file holds, whatever model it belongs to.
 
     Args:
-        overrides: settings of the model that replace what is guessed.
+        path: of the file.
+        size: of the file in bytes.
+        form: of its container.
+        kind: how matrices are stored, see `generations.Shown`.
+        tensors: by parameter name.
+    """
 
-    Returns:
-        The artifact, uncalibrated; its metadata say the `format`, what was `assumed` of the model and what was
-        `left_out` of the file.
+    path: Path
+    size: int
+    form: str
+    kind: str | None
+    tensors: Tensors
+
+    def describe(self, overrides: Mapping[str, Any] | None = None) -> Description:
+        """What its tensors say of their model, together with what is told of it; raises InputError as `describe`."""
+        try:
+            return describe(self.tensors, self.kind, overrides or {}, expansion_limit(self.size))
+        except InputError as error:
+            raise InputError(f"{self.path}: {shortened(str(error))}") from None
+
+    def artifact(self, overrides: Mapping[str, Any] | None = None) -> Artifact:
+        """See `read_community`."""
+        overrides = overrides or {}
+        description = self.describe(overrides)
+        try:
+            check_tensors(self.tensors, description)
+            tensors = {name: _checked(name, self.tensors[name]) for name in description.shapes}
+            if description.unsaid:
+                raise InputError(description.request)
+        except InputError as error:
+            raise InputError(f"{self.path}: {shortened(str(error))}") from None
+        return Artifact(description.config, tensors, self.metadata(description, overrides))
+
+    def metadata(self, description: Description, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Its form, the generation that was named, what is assumed of its model, what is left out."""
+        named = {"generation": overrides["generation"]} if "generation" in overrides else {}
+        about = {"assumed": dict(description.assumed), "left_out": list(description.left_out)}
+        return {"format": self.form, **named, **about}
+
+
+def decode_community(path: str | os.PathLike) -> Decoded:
+    """Read the tensors of somebody else's artifact or checkpoint; executes nothing.
 
     Raises:
-        InputError: damaged or hostile file, another kind of file, tensors that this model has no place for.
+        InputError: damaged or hostile file, another kind of file, a packing that is not supported.
     """
     path = Path(path)
     try:
@@ -73,14 +117,27 @@ def read_community(path: str | os.PathLike, overrides: Mapping[str, Any] | None 
     except ValueError as error:
         raise InputError(f"{path}: {shortened(str(error))}") from None
     try:
-        tensors, baseline = _tensors_of(contents)
-        config, assumed = guess_config(tensors, baseline, overrides or {})
-        shapes = parameter_shapes(config, limit=expansion_limit(size))
-        left_out = check_names(tensors, shapes)
-        tensors = {name: _checked(name, tensors[name]) for name in shapes}
+        tensors, kind = _tensors_of(contents)
     except InputError as error:
         raise InputError(f"{path}: {shortened(str(error))}") from None
-    return Artifact(config, tensors, {"format": form, "assumed": assumed, "left_out": left_out})
+    return Decoded(path, size, form, kind, tensors)
+
+
+def read_community(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Artifact:
+    """Read an artifact or a checkpoint of somebody else; executes nothing.
+
+    Args:
+        overrides: settings of the model; `generation` names one that gives those which the others do not.
+
+    Returns:
+        The artifact, uncalibrated; its metadata say the `format`, the `generation` that was named, what was `assumed`
+        of the model and what was `left_out` of the file.
+
+    Raises:
+        InputError: damaged or hostile file, another kind of file, tensors that this model has no place for, settings on
+            which losses depend and that neither the file nor the overrides say.
+    """
+    return decode_community(path).artifact(overrides)
 
 
 def write_community(path: str | os.PathLike, artifact: Artifact) -> int:
@@ -114,14 +171,16 @@ def _read(file: io.BufferedReader, size: int) -> tuple[str, Any]:
         if size > _MAX_CHECKPOINT_BYTES:
             raise ValueError(f"{size} bytes, expected at most {_MAX_CHECKPOINT_BYTES}")
         return ("checkpoint", read_torch(file)) if start.startswith(_ZIP) else ("safetensors", read_safetensors(file))
-    if start.startswith(_GROUPED):
-        raise ValueError("PR #1855's grouped container, which only the program lrzip unpacks")
+    if start[:4] in _LRZIP:
+        raise ValueError(f"{_LRZIP[start[:4]]}, which only the program lrzip unpacks")
     if size > _MAX_COMPRESSED_BYTES:
         raise ValueError(f"{size} bytes, expected at most {_MAX_COMPRESSED_BYTES} of a compressed artifact")
     file.seek(0)
     data, limit = file.read(), expansion_limit(size)
     if start.startswith(_XZ):
         form, raw = "xz", unlzma(data, limit)
+    elif start.startswith(_ZSTD):
+        form, raw = "zstd", unzstd(data, limit)
     elif start[:1] == b"\x78" and int.from_bytes(start[:2]) % 31 == 0:
         form, raw = "zlib", unzlib(data, limit)
     else:  # a brotli stream has no magic number
@@ -130,7 +189,7 @@ def _read(file: io.BufferedReader, size: int) -> tuple[str, Any]:
         except ValueError as error:
             if "more than" in str(error):
                 raise
-            known = "slotfast, xz, brotli and zlib artifacts, .pt, .safetensors"
+            known = "slotfast, xz, zstd, brotli and zlib artifacts, .pt, .safetensors"
             raise ValueError(f"starts with {start[:8]!r}: expected one of {known}; or damaged") from None
     del data
     if raw.startswith(_SHUFFLED):
@@ -156,14 +215,18 @@ def _unshuffled(data: bytes) -> bytes:
     return plain.tobytes()
 
 
-def _tensors_of(contents: Any) -> tuple[Tensors, bool]:
-    """Tensors by the names of our parameters, and whether they are the baseline's."""
+def _tensors_of(contents: Any) -> tuple[Tensors, str | None]:
+    """Tensors by the names of our parameters, and how matrices are stored."""
     if not isinstance(contents, dict):
         raise InputError(f"holds a {type(contents).__name__}, expected a dictionary of tensors")
-    if contents.get("__quant_format__") == _BASELINE:
-        return _baseline(contents), True
+    if "__quant_format__" in contents:
+        return _per_row(contents), PER_ROW
     if "w" in contents and "m" in contents:
-        return _unbanked(_quantized(contents["w"], contents["m"])), False
+        weights, meta = contents["w"], contents["m"]
+        if not isinstance(weights, dict) or not isinstance(meta, dict):
+            raise InputError("'w' and 'm': expected dictionaries")
+        words = any(isinstance(kind, str) and "(" in kind for kind in meta.values())
+        return _unbanked(_quantized(weights, meta)), WORDS if words else CODES
     for key in _STATE_KEYS:
         if isinstance(contents.get(key), dict):
             contents = contents[key]
@@ -171,44 +234,76 @@ def _tensors_of(contents: Any) -> tuple[Tensors, bool]:
     prefix = re.compile(r"^(module\.|_orig_mod\.)+")
     tensors: Tensors = {}
     for name, tensor in contents.items():
+        if isinstance(tensor, dict) and isinstance(tensor.get("type"), str):
+            raise InputError(packed(entry["type"] for entry in contents.values() if _is_packed(entry)))
         if not isinstance(tensor, Tensor) or not isinstance(name, str):
             raise InputError(f"entry {str(name)!r} is no tensor: expected a state dict")
-        tensors[prefix.sub("", name)] = tensor
-    later = any(name.startswith(("bigram.", "smear.", "ve_shared.", *_BANKS, "skip_gates")) for name in tensors)
-    return _unbanked(tensors), not later
+        _put(tensors, prefix.sub("", name), tensor)
+    return _unbanked(tensors), None
 
 
-def _quantized(weights: Any, meta: Any) -> Tensors:
+def _is_packed(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("type"), str)
+
+
+def _put(tensors: Tensors, name: str, tensor: Tensor | QuantizedMatrix) -> None:
+    if name in tensors:
+        raise InputError(f"tensor {name!r} is stored twice")
+    tensors[name] = tensor
+
+
+def _quantized(weights: Mapping[Any, Any], meta: Mapping[Any, Any]) -> Tensors:
     """PR #1019's and PR #1394's dictionaries: codes and scales, or float16, by what the meta say."""
-    if not isinstance(weights, dict) or not isinstance(meta, dict):
-        raise InputError("'w' and 'm': expected dictionaries")
     tensors: Tensors = {}
-    taken = set()
+    taken: set[str] = set()
+
+    def parts(name: str, kind: str, *suffixes: str) -> list[Tensor]:
+        missing = [f"{name}{suffix}" for suffix in suffixes if not isinstance(weights.get(f"{name}{suffix}"), Tensor)]
+        if missing:
+            raise InputError(f"tensor {name!r} is stored as {kind!r}, and tensor {missing[0]!r} is missing")
+        taken.update(f"{name}{suffix}" for suffix in suffixes)
+        return [weights[f"{name}{suffix}"] for suffix in suffixes]
+
     for name, info in meta.items():
         kind = info.get("type") if isinstance(info, dict) else info
         if not isinstance(kind, str) or not isinstance(name, str):
             raise InputError(f"meta of {str(name)!r}: expected the kind of a tensor")
+        bits = re.fullmatch(r"(?:int([2-8])|.*\(int([2-8])\))(\+lqer(?:_asym)?)?", kind)
         if kind.startswith("passthrough"):
-            tensors[name] = _of(weights, name)
-            taken.add(name)
-            continue
-        bits = re.fullmatch(r"int([2-8])|.*\(int([2-8])\)", kind)
-        if bits is None:
-            raise InputError(f"tensor {name!r} is stored as {kind!r}, which has no home in this model")
-        codes, scale = _of(weights, f"{name}.q"), _of(weights, f"{name}.scale")
-        tensors[name] = _matrix(name, codes, scale, int(bits[1] or bits[2]))
-        taken |= {f"{name}.q", f"{name}.scale"}
-    # What no meta name is left for `check_names` to refuse, or to know.
-    return tensors | {str(name): _of(weights, name) for name in weights if name not in taken}
+            (tensors[name],) = parts(name, kind, "")
+        elif kind == "gate_int8_row":
+            tensors[name] = _matrix(name, *parts(name, kind, ".gq", ".gs"), 8)
+        elif bits is None:
+            packing = ": packing is not supported" if re.match("ternary|binary|fp|nf", kind) else ""
+            raise InputError(f"tensor {name!r} is stored as {kind!r}, which has no home in this model{packing}")
+        else:
+            matrix = _matrix(name, *parts(name, kind, ".q", ".scale"), int(bits[1] or bits[2]))
+            if correction := bits[3]:
+                end = "_a" if correction.endswith("asym") else ""
+                factors = parts(name, kind, *(f".{part}{end}" for part in ("lqA", "lqAs", "lqB", "lqBs")))
+                matrix = _corrected(name, matrix, *factors)
+            tensors[name] = matrix
+    for name, tensor in weights.items():  # what no meta name is left to be refused, or known
+        if name not in taken:
+            if not isinstance(tensor, Tensor):
+                raise InputError(f"tensor {str(name)!r} is missing")
+            _put(tensors, str(name), tensor)
+    return tensors
 
 
-def _baseline(contents: Mapping[str, Any]) -> Tensors:
+def _per_row(contents: Mapping[str, Any]) -> Tensors:
+    """The baseline's dictionaries."""
+    form = str(contents["__quant_format__"])
+    if not re.fullmatch(_PER_ROW, form):
+        raise InputError(packed([repr(form)]))
     parts = [contents.get(key) for key in ("quantized", "scales", "passthrough")]
     if not all(isinstance(part, dict) for part in parts):
-        raise InputError(f"{_BASELINE}: expected the dictionaries 'quantized', 'scales' and 'passthrough'")
+        raise InputError(f"{form}: expected the dictionaries 'quantized', 'scales' and 'passthrough'")
     quantized, scales, passthrough = parts
     tensors: Tensors = {str(name): _of(passthrough, name) for name in passthrough}
-    return tensors | {str(name): _matrix(str(name), _of(quantized, name), _of(scales, name), 8) for name in quantized}
+    for name in quantized:
+        _put(tensors, str(name), _matrix(str(name), _of(quantized, name), _of(scales, name), 8))
+    return tensors
 
 
 def _of(tensors: Mapping[str, Any], name: Any) -> Tensor:
@@ -234,19 +329,33 @@ def _matrix(name: str, codes: Tensor, scale: Tensor, bits: int) -> Tensor | Quan
     return codes.float() * scale.float().reshape(-1, *[1] * (codes.ndim - 1))
 
 
+def _corrected(
+    name: str, matrix: Tensor | QuantizedMatrix, a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor
+) -> Tensor:
+    """A matrix and its low-rank correction; of A, a row or all have a scale, of B, a row or 64 values in a row."""
+    values = matrix.dequantize() if isinstance(matrix, QuantizedMatrix) else matrix
+    fits = a.ndim == b.ndim == 2 and (len(a), b.size(1)) == values.shape and a.size(1) == len(b)
+    groups = b_scale.numel()
+    if not fits or not groups or b.numel() % groups or a_scale.numel() not in (1, len(a)):
+        sizes = f"{list(a.shape)} x {list(b.shape)}, scales {a_scale.numel()} and {groups}"
+        raise InputError(f"tensor {name!r}: its correction, {sizes}, does not fit {list(values.shape)}")
+    left = a.float() * a_scale.float().reshape(-1, 1)
+    return values + left @ (b.float().reshape(groups, -1) * b_scale.float().reshape(-1, 1)).reshape(b.shape)
+
+
 def _unbanked(tensors: Tensors) -> Tensors:
     """Banks [layers or 2 * layers, N, K] as the matrices of each layer."""
     found: Tensors = {}
     for name, tensor in tensors.items():
         if name not in _BANKS:
-            found[name] = tensor
+            _put(found, name, tensor)
             continue
         layers = _BANKS[name]
         if not isinstance(tensor, Tensor) or tensor.ndim != 3 or len(tensor) % len(layers) or len(tensor) > 512:
             raise InputError(f"tensor {name!r}: expected a bank of matrices, [{len(layers)} * layers, N, K]")
         n = len(tensor) // len(layers)
         for index, matrix in enumerate(tensor):
-            found[f"blocks.{index % n}.{layers[index // n]}.weight"] = matrix
+            _put(found, f"blocks.{index % n}.{layers[index // n]}.weight", matrix)
     return found
 
 

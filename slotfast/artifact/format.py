@@ -30,7 +30,7 @@ from ..errors import InputError
 from ..model import GPTConfig
 from ..quantize import QuantizedMatrix
 from . import codecs
-from .bounded import one_line, shortened
+from .bounded import one_line, shortened, unique_json
 from .contents import Artifact, Metadata, expansion_limit, parameter_shapes
 
 MAGIC = b"slotfast"
@@ -125,7 +125,7 @@ def read_entries(path: str | os.PathLike) -> list[Entry]:
     """
     header, _ = _verified(Path(path))
     with _described(Path(path)):
-        return [Entry(**entry | {"shape": tuple(entry["shape"])}) for entry in json.loads(header)["tensors"]]
+        return [Entry(**entry | {"shape": tuple(entry["shape"])}) for entry in unique_json(header)["tensors"]]
 
 
 def _digest(*parts: bytes) -> bytes:
@@ -182,7 +182,7 @@ def _described(path: Path) -> Iterator[None]:
 
 def _parse(header: bytes, payload: memoryview) -> Artifact:
     """Header and payload, hash already verified, to an artifact; raises InputError or what malformed JSON leads to."""
-    fields = json.loads(header)
+    fields = unique_json(header)
     config = GPTConfig.model_validate(fields["config"])
     shapes = _expected_shapes(config, limit=expansion_limit(len(payload)))
     arrays: dict[str, tuple[str, np.ndarray]] = {}

@@ -28,10 +28,12 @@ def load_artifact(path: str | os.PathLike, overrides: Mapping[str, Any] | None =
     """Read a model from our artifact, a community artifact or a checkpoint; executes nothing.
 
     Args:
-        overrides: settings of the model that replace what is guessed of other people's files.
+        overrides: settings of the model that other people's files do not say; `generation` names one that gives the
+            rest, see `read_community`.
 
     Raises:
-        InputError: damaged or hostile file, another kind of file, overrides for a file that needs none.
+        InputError: damaged or hostile file, another kind of file, settings that are needed and missing, overrides for a
+            file that needs none.
     """
     if not is_ours(path):
         return read_community(path, overrides)

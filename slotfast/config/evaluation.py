@@ -26,7 +26,10 @@ class EvalSettings(Settings):
         None, "model to evaluate; default: the one in this package", "ARTIFACT_PATH", reads=one_file
     )
     model_config_: str | None = setting(
-        None, "settings of the model of other people's files: KEY=VALUE,KEY=VALUE or JSON", alias="model_config"
+        None,
+        "what other people's files do not say of their model: a generation (baseline, pr287, pr549, pr1019, pr1179, "
+        "pr1204, pr1217, pr1218, pr1350, pr1394, pr1413, pr1493), KEY=VALUE,KEY=VALUE, both, or JSON",
+        alias="model_config",
     )
     model: str | None = setting(
         None, "evaluate another project's model: package.module:factory, or a Hugging Face folder", reads=file_or_folder

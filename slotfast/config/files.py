@@ -46,7 +46,10 @@ class ShowSettings(Settings):
 
     file: str = setting("", "artifact or checkpoint", positional=True, reads=one_file)
     model_config_: str | None = setting(
-        None, "settings of the model of other people's files: KEY=VALUE,KEY=VALUE or JSON", alias="model_config"
+        None,
+        "what other people's files do not say of their model: a generation (baseline, pr287, pr549, pr1019, pr1179, "
+        "pr1204, pr1217, pr1218, pr1350, pr1394, pr1413, pr1493), KEY=VALUE,KEY=VALUE, both, or JSON",
+        alias="model_config",
     )
     json_: str | None = setting(
         None, "write the result as JSON; - for standard output", alias="json", writes=JSON_OR_STDOUT

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 
-TIMES = int(os.environ.get("SLOTFAST_KILLS", "2"))
+TIMES = int(os.environ.get("SLOTFAST_KILLS", "1"))
 
 
 def run_and_kill(command, saved, longest, **options):

@@ -134,7 +134,7 @@ def _result(path):
     "way", [[], ["--forward", "stream", "--sinks", "2", "--block-tokens", "100"]], ids=["windows", "stream"]
 )
 def test_killed_at_any_point_and_started_again_gives_the_same_result(small, tmp_path, way):
-    """Twice, or as often as SLOTFAST_KILLS says."""
+    """Once, or as often as SLOTFAST_KILLS says."""
     program = "import sys; from slotfast.eval import resume, __main__; resume._SECONDS = resume._SHARE = 0; "
     outputs = ["--json", "j", "--per-token", "t.npz", *way]
     command = [sys.executable, "-c", program + "__main__.main(sys.argv[1:])"]

@@ -552,7 +552,7 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def test_killed_at_any_point_and_resumed_ends_with_the_same_bits(shards, tmp_path):
-    """Twice, or as often as SLOTFAST_KILLS says."""
+    """Once, or as often as SLOTFAST_KILLS says."""
     long = {**EVERYTHING, "steps": max(150, 25 * TIMES), "warmdown": 80.0}
     train.main(_command(shards, tmp_path / "whole", **long))
     saving = ["--checkpoint", tmp_path / "c", "--checkpoint-steps", "7", "--resume"]

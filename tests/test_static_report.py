@@ -22,7 +22,7 @@ def report(monkeypatch):
 
 
 def test_quick_check(compiling, tmp_path):
-    """One production shape of each kernel: no spills, nothing worse than committed, compiles for another target, in turn."""
+    """One production shape of each kernel: no spills, nothing worse than committed, compiles for another target too."""
     import triton
 
     printed = compiling("-m", "bench.static_report", "--quick", "--check", "--json", tmp_path / "rows.json")

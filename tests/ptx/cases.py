@@ -1,0 +1,115 @@
+"""A kernel's cases on its PTX: no hazard, and as close to float64 as the spec promises."""
+
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from slotfast.kernels import Case, KernelSpec, specs
+from tests.test_kernels import check_close, evaluate
+
+from .launch import Emulation
+from .memory import Report
+
+# What is read but was never written differs between the runs, as do the last bits of approximate instructions.
+RUNS = ((0xFF, False), (0x71, True))
+
+
+def pairs(*wanted: str) -> list[tuple[KernelSpec, Case]]:
+    """Specs and their non-production cases whose "name | reason" contains one of these, or all."""
+    return [
+        (spec, case)
+        for spec in specs()
+        for case in spec.cases
+        if not case.production and (not wanted or any(part in f"{spec.name} | {case.reason}" for part in wanted))
+    ]
+
+
+def check(spec: KernelSpec, case: Case, target: str, runs=RUNS) -> tuple[list[str], Report]:
+    """What is wrong, and the reports of all runs as one."""
+    drawn = spec.inputs(torch.Generator().manual_seed(0), torch.device("cpu"), case.dtype, **case.shape)
+    wide = tree_map_only(torch.Tensor, lambda t: t.double() if t.is_floating_point() else t, drawn)
+    plain, exact = evaluate(spec.reference, spec, drawn), evaluate(spec.reference, spec, wide)
+    problems, whole = [], Report()
+    for poison, error in runs:
+        with Emulation(target, poison, error) as emulation:
+            outputs, gradients = evaluate(spec.fn, spec, drawn)
+        whole.merge(emulation.report)
+        triples = list(zip(outputs, plain[0], exact[0], strict=True))
+        named = {f"output {i}": triple for i, triple in enumerate(triples)}
+        named |= {f"gradient of {name}": (got, plain[1][name], exact[1][name]) for name, got in gradients.items()}
+        for name, triple in named.items():
+            try:
+                check_close(name, *triple, spec.atol)
+            except AssertionError as wrong:
+                problems.append(str(wrong).splitlines()[0])
+    return problems + whole.hard, whole
+
+
+@contextmanager
+def mutated(function, old: str, new: str = "") -> Iterator[None]:
+    """In this block a `triton.jit` function, and what calls it, are compiled with `old` replaced in its source."""
+    from triton.runtime.jit import JITFunction
+
+    source = function.src
+    if source.count(old) != 1:
+        raise ValueError(f"{function.__name__}: expected {old!r} once, found it {source.count(old)} times")
+    known = [
+        value
+        for name, module in list(sys.modules.items())
+        if name.startswith("slotfast.kernels")
+        for value in vars(module).values()
+        if isinstance(value, JITFunction)
+    ]
+
+    def become(text):
+        function._unsafe_update_src(text)
+        for each in known:
+            each.hash = None
+            each.device_caches.clear()
+
+    become(source.replace(old, new))
+    try:
+        yield
+    finally:
+        become(source)
+
+
+def function(module: str, name: str):
+    """A `triton.jit` function of a module of slotfast.kernels."""
+    return getattr(importlib.import_module(f"slotfast.kernels.{module}"), name)
+
+
+# For the suite: the fewest cases of each kernel that execute every instruction and take every branch that all its cases
+# do; and more windows than programs, where scratch is used again.
+SUITE = {
+    "bias_cross_entropy": (
+        "slice of a wider vocabulary", "large vocabulary", "float16", "another ignore index", "two parts",
+        "above a tile", "capped without bias", "rows that are NaN",
+    ),
+    "bias_cross_entropy_grad": (
+        "float16", "two parts", "large vocabulary", "weights, rows that are NaN", "above a tile", "strided", "a tile",
+    ),
+    "lbfgs_direction": ("one variable, one pair", "poor problems", "prime, history not a power of two", "largest V"),
+    "lbfgs_push": ("one variable, one pair", "refused pairs", "the contest's smallest vocabulary"),
+    "rate_scan": ("strided", "one token, one window"),
+    "slot_solve": ("primes, more windows than programs", "two phases", "above a tile", "no positions", "float16"),
+    "slot_solve_mm": ("primes, more windows than programs", "above a tile", "one element", "float16"),
+}  # fmt: skip
+
+# Faults that must be found: module, function, what is replaced in its source, by what; and the case that shows it.
+_BARRIER = "tl.debug_barrier()  # "
+MUTANTS = (
+    ("solver._window", "_evaluate", _BARRIER + "the store of u", "# ", "slot_solve | primes"),
+    ("solver._lbfgs", "_direction", _BARRIER + "the stores of the products", "# ", "slot_solve | primes"),
+    (
+        "cross_entropy_grad",
+        "_bias_cross_entropy_grad_kernel",
+        _BARRIER + "dbias and hits",
+        "# ",
+        "entropy_grad | primes",
+    ),
+)

@@ -20,7 +20,7 @@ _APPROXIMATE = {
     "ex2": "ex2", "lg2": "lg2", "rcp": "reciprocal", "sqrt": "square_root", "rsqrt": "reciprocal_square_root",
     "tanh": "tanh",
 }  # fmt: skip
-_ORDER_ONLY = {"fence", "wgmma.fence", "bar.warp"}  # nothing to do: what they order is in order here, or not seen
+_ORDER_ONLY = {"fence", "wgmma.fence"}  # nothing to do: what they order is in order here, or not seen
 
 
 class Unknown(Exception):
@@ -111,8 +111,8 @@ class Arithmetic:
     # Instructions
 
     def instruction(self, each: Instruction, number: int):
-        name = each.opcode.split(".")[0]
-        two = ".".join(each.opcode.replace("::", "_").split(".")[:2])
+        name = each.parts[0]
+        two = ".".join(each.parts[:2])
         if name in _ORDER_ONLY or two in _ORDER_ONLY:
             return
         handler = getattr(self, f"do_{name}", None)
@@ -206,11 +206,13 @@ class Arithmetic:
         self._simple(each, f"{a} * {b} + {c}", kind)
 
     def do_fma(self, each, number):
+        if each.parts[-1] in ("f16x2", "bf16x2"):
+            return self._packed(each, "fma")
         kind = self._kind(each)
-        if kind not in ("f4", "f8"):
-            return NotImplemented
         a, b, c = (self.value(operand, kind) for operand in each.operands[1:])
-        result = f"n.fma{8 * int(kind[1])}({a}, {b}, {c})"
+        result = f"n.fma64({a}, {b}, {c})" if kind == "f8" else f"n.fma32({a}, {b}, {c})"
+        if kind == "f2":
+            result = f"{result}.astype(n.f2)"
         self._simple(each, f"n.flush({result})" if "ftz" in each.parts else result, kind)
 
     def do_div(self, each, number):

@@ -77,6 +77,9 @@ class Memory:
         # Shared memory: what cp.async has not yet brought, and how many wgmma still read.
         self.arriving, self.busy = np.zeros(units, bool), np.zeros(units, np.int16)
         self.asynchronous = False
+        # A barrier of a warp orders its lanes: `sync` counts them a thread, and with an access its count is kept.
+        self.sync = np.zeros(0, np.int32)
+        self.write_sync, self.read_sync = np.zeros((2, units), np.int32)
 
     # Checks of an access
 
@@ -103,15 +106,14 @@ class Memory:
         first = (address // np.uint64(self.unit)).astype(np.int64)
         return first[:, None] + np.arange(length // self.unit)
 
-    def _race(self, kind, at, units, low, high, other_low, other_high, other_line, line, epoch=None, other_epoch=None):
-        """Names accesses `at` (indices into units) that conflict with an earlier one."""
+    def _race(self, kind, at, units, low, high, other, line):
+        """Names accesses `at` (indices into units) that conflict with an earlier one; `other` is what is kept of it."""
         at = np.flatnonzero(at)
-        if not len(at):
-            return
-        other, (a, b) = other_line[units[at]], (low[at], high[at])
-        near = np.minimum(a, other_low[units[at]]) // WARP == np.maximum(b, other_high[units[at]]) // WARP
+        other_low, other_high, other_line, other_sync = (kept[units[at]] for kept in other)
+        near = np.minimum(low[at], other_low) // WARP == np.maximum(high[at], other_high) // WARP
+        ordered = near & (other_sync != self.sync[low[at]])
         for soft in (False, True):
-            for before, count in Counter(other[near == soft].tolist()).items():
+            for before, count in Counter(other_line[(near == soft) & ~ordered].tolist()).items():
                 name = "within a warp" if soft else f"{self.name} race"
                 self.report.add(name, f"{kind} {self.lines[line]} after {self.lines[before]}", count)
 
@@ -126,8 +128,8 @@ class Memory:
         same = before == epoch
         if same.any():
             same &= (self.write_low[units] != low) | (self.write_high[units] != high) | (low != high)
-            kind = "write" if writes else "read"
-            self._race(kind, same, units, low, high, self.write_low, self.write_high, self.write_line, line)
+            kept = self.write_low, self.write_high, self.write_line, self.write_sync
+            self._race("write" if writes else "read", same, units, low, high, kept, line)
         if self.across:
             program = epoch // BARRIERS
             foreign = (before >= 0) & (before // BARRIERS != program)
@@ -137,13 +139,15 @@ class Memory:
             read = self.read_epoch[units] == epoch
             if read.any():
                 read &= (self.read_low[units] != low) | (self.read_high[units] != high)
-                self._race("write", read, units, low, high, self.read_low, self.read_high, self.read_line, line)
+                kept = self.read_low, self.read_high, self.read_line, self.read_sync
+                self._race("write", read, units, low, high, kept, line)
             if self.across:
                 foreign = (self.last_reader[units] > program) | (self.first_reader[units] < program)
                 if foreign.any():
                     self._across("written", foreign, units, self.read_line, line)
             self.write_epoch[units] = epoch
             self.write_line[units] = line
+            self.write_sync[units] = self.sync[high]
             self.write_low[units[::-1]] = low[::-1]  # of repeated places the last assignment stays
             self.write_high[units] = high
             if self.across and (self.write_epoch[units] != epoch).any():
@@ -155,6 +159,7 @@ class Memory:
                 high = np.where(again, np.maximum(self.read_high[units], high), high)
             self.read_epoch[units] = epoch
             self.read_line[units] = line
+            self.read_sync[units] = self.sync[high]
             self.read_low[units[::-1]] = low[::-1]
             self.read_high[units] = high
             if self.across:

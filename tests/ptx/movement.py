@@ -63,6 +63,12 @@ class Translator(Arithmetic):
             return NotImplemented
         return None
 
+    def do_bar(self, each, number):
+        if each.parts[1:] != ["warp", "sync"] or each.operands != ("-1",):
+            return NotImplemented
+        self.lines.append(f"m.synchronise_warps(mask, {number})")
+        return None
+
     def do_shfl(self, each, number):
         target, source, lane, clamp, members = each.operands
         if each.parts[1] != "sync" or each.parts[2] not in ("bfly", "idx") or (clamp, members) != ("31", "-1"):

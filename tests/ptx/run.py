@@ -59,6 +59,7 @@ class Machine(matrices.Matrices):
         for name in registers:
             width = kernel.widths[name.rstrip("0123456789")]
             self.registers.append(np.bool_(False) if width == 1 else words[width])
+        memory.sync = self.shared_.sync = np.zeros(size, np.int32)
         self.committed = np.zeros(size, np.int32)  # groups of cp.async
         self.copies: list = []
         self.reset_products()
@@ -238,6 +239,10 @@ class Machine(matrices.Matrices):
             self.report.add("a part of a warp", self.lines[number], parted.sum())
         return not parted.any()
 
+    def synchronise_warps(self, mask, number):
+        self.whole_warps(mask, number)
+        self.shared_.sync[mask] += 1
+
     def shuffle(self, mode, value, by, mask, number):
         self.whole_warps(mask, number)
         value, by = np.broadcast_to(value, self.lane.shape), np.broadcast_to(by, self.lane.shape)
@@ -260,8 +265,8 @@ class Machine(matrices.Matrices):
             return numbers.pack(numbers.to_bf16(low), numbers.to_bf16(high))
         return numbers.pack(*(np.asarray(x).astype(np.float16).view(np.uint16) for x in (low, high)))
 
-    def packed(self, operator, kind, a, b):
+    def packed(self, operator, kind, *operands):
         """One operation on both halves; float32 holds what is rounded once, to the halves' type."""
-        operate = {"+": np.add, "-": np.subtract, "*": np.multiply}[operator]
-        pairs = zip(self._floats(kind, a), self._floats(kind, b), strict=True)
-        return self.pack_floats(kind, *(operate(x, y) for x, y in pairs))
+        operate = {"+": np.add, "-": np.subtract, "*": np.multiply, "fma": numbers.fma32}[operator]
+        low, high = zip(*(self._floats(kind, x) for x in operands), strict=True)
+        return self.pack_floats(kind, operate(*low), operate(*high))

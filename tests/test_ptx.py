@@ -230,8 +230,32 @@ def test_a_parameter_extends_as_its_type_says():
     assert run(body, 32, number=-100, x=y.clone(), y=y)[0].tolist() == [-100] * 32
 
 
+SUM = """
+ld.global.b32 %r5, [%rd3]
+ld.global.b32 %r6, [%rd4]
+mul.f32 %r7, %r5, %r6
+shfl.sync.bfly.b32 %r8, %r7, 1, 31, -1
+fma.rn.f32 %r9, %r5, %r6, %r8
+"""
+
+
+@pytest.mark.parametrize(
+    "body, found",
+    [
+        (SUM, True),
+        (SUM.replace("fma.rn.f32 %r9, %r5, %r6, %r8", "add.f32 %r9, %r7, %r8"), True),
+        (SUM.replace("fma.rn.f32 %r9, %r5, %r6, %r8", "add.rn.f32 %r9, %r7, %r8"), False),
+        (SUM.replace("mul", "mul.rn").replace("fma.rn.f32 %r9, %r5, %r6, %r8", "add.f32 %r9, %r7, %r8"), False),
+        (SUM.replace("shfl", "fma.rn.f32 %r7, %r6, %r6, %r7\nshfl"), False),
+        (SUM.replace("bfly.b32 %r8, %r7", "bfly.b32 %r8, %r5"), False),
+    ],
+)
+def test_sums_of_products_whose_replicas_differ(body, found):
+    assert ("replicas may differ" in kinds(run(body)[1])) == found
+
+
 def test_the_kernels(compiling):
-    """No hazard and no wrong number in the suite's cases; and a removed barrier is found in each of three places."""
+    """No hazard and no wrong number in the suite's cases; and what is made wrong on purpose is found."""
     pytest.importorskip("triton", minversion="3.6", reason="hooks into the stages of a compilation")
     printed = compiling("-m", "tests.ptx", "--suite")
-    assert printed.count("mutant of") == 3 and "NOT FOUND" not in printed
+    assert printed.count("mutant of") == 4 and "NOT FOUND" not in printed

@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 
-from .cases import MUTANTS, SUITE, check, function, mutated, pairs
+from .cases import MUTANTS, SUITE, check, function, mutated, pairs, torn_pairs
 
 
 def run(chosen, targets) -> int:
@@ -38,7 +38,9 @@ def run_mutants() -> int:
             problems = check(*pairs(wanted)[0], "sm_90")[0]
         print(f"mutant of {name}: {problems[0] if problems else 'NOT FOUND'}", flush=True)
         missed += not problems
-    return missed
+    torn, as_launched = torn_pairs(block=32, fusion=True), torn_pairs()
+    print(f"lbfgs_push at its threshold: {as_launched} pairs torn; fused, an element a lane: {torn or 'NOT FOUND'}")
+    return missed + (not torn) + as_launched
 
 
 def main() -> int:

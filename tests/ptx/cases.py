@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -100,16 +101,34 @@ SUITE = {
     "slot_solve_mm": ("primes, more windows than programs", "above a tile", "one element", "float16"),
 }  # fmt: skip
 
+
+def torn_pairs(block: int | None = None, fusion: bool = False) -> int:
+    """Pairs that `lbfgs_push` stores in part, of 64 of 24 variables whose y.s is within rounding of the threshold.
+
+    With `block` elements in the place of what `_config` says, and `fusion`, as it once was launched.
+    """
+    from slotfast.kernels import lbfgs
+    from slotfast.kernels._rules import SMALLEST_CURVATURE
+
+    generator = torch.Generator().manual_seed(0)
+    s, y = torch.randn(64, 24, generator=generator), torch.rand(64, 24, generator=generator)
+    y *= s
+    s *= SMALLEST_CURVATURE / (s * y).sum(-1, keepdim=True)
+    history = lbfgs.lbfgs_history(64, 1, 24)
+    history.s.zero_()
+    given = lbfgs._config(24) if block is None else (block, 1)
+    with patch.multiple(lbfgs, _config=lambda V: given, _PUSH_OPTIONS={"enable_fp_fusion": fusion}), Emulation():
+        lbfgs.lbfgs_push_(history, s, y)
+    stored = history.s[:, 0] != 0
+    assert stored.all(1).any() and not stored.all()  # both sides of the threshold are there
+    return int((stored.any(1) & ~stored.all(1)).sum())
+
+
 # Faults that must be found: module, function, what is replaced in its source, by what; and the case that shows it.
 _BARRIER = "tl.debug_barrier()  # "
 MUTANTS = (
     ("solver._window", "_evaluate", _BARRIER + "the store of u", "# ", "slot_solve | primes"),
     ("solver._lbfgs", "_direction", _BARRIER + "the stores of the products", "# ", "slot_solve | primes"),
-    (
-        "cross_entropy_grad",
-        "_bias_cross_entropy_grad_kernel",
-        _BARRIER + "dbias and hits",
-        "# ",
-        "entropy_grad | primes",
-    ),
+    ("cross_entropy_grad", "_bias_cross_entropy_grad_kernel", _BARRIER + "dbias and", "# ", "entropy_grad | primes"),
+    ("solver._lbfgs", "_product", "tl.fma(a, b, tl.zeros_like(a))", "a * b", "slot_solve | primes"),
 )

@@ -11,6 +11,7 @@ import torch
 
 from .memory import Memory, Report
 from .parse import parse
+from .replicas import torn_sums
 from .run import Machine
 from .translate import translate
 
@@ -46,7 +47,7 @@ def _until_ptx(backend=None, stages=None, *_):
 @cache
 def _translated(ptx: str):
     kernel = parse(ptx)
-    return kernel, translate(kernel, {"global_smem": 0})
+    return kernel, translate(kernel, {"global_smem": 0}), torn_sums(kernel)
 
 
 def _bytes(storage) -> np.ndarray:
@@ -112,10 +113,12 @@ class Emulation:
 
 def execute(ptx: str, grid, values, shared: int, report: Report, poison: int = 0xFF, error: bool = False):
     """Runs the kernel of a module on CPU tensors and numbers; `shared` is bytes a program."""
-    kernel, translated = _translated(ptx)
+    kernel, translated, torn = _translated(ptx)
     grid = [*grid, 1, 1][:3]
     report.launches += 1
     report.opcodes.update(each.opcode for each in kernel.instructions)
+    for where in torn:
+        report.add("replicas may differ", where)
     unit, shared_unit = _units(kernel)
     # Every storage gets a place of its own, with a gap around it and the alignment that it has.
     storages, size = {}, _GAP

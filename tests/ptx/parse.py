@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 WIDTHS = {"pred": 1, "b8": 8, "b16": 16, "b32": 32, "b64": 64, "f32": 32, "f64": 64}
+_LIBRARY = "standard.py"
 _ENDS = ("bra", "ret", "exit", "bar", "barrier")  # what follows one of these begins a block
 
 
@@ -71,14 +72,19 @@ def _operand(text: str):
     return text
 
 
-def _statements(body: str):
-    """(label or None, statement or None, line of the source) in order."""
+def _statements(body: str, files: dict[str, str]):
+    """(label or None, statement or None, line of the kernel's source) in order."""
     where = "?"
     for line in body.splitlines():
         code, _, comment = line.partition("//")
         code = code.strip()
         if code.startswith(".loc"):
-            where = ":".join(comment.strip().split(":")[:2]) or where
+            # Inside Triton's own functions, the line that calls them; it may be that of the .loc before.
+            caller = re.search(r"inlined_at (\d+) (\d+)", code)
+            if files.get(code.split()[1]) != _LIBRARY:
+                where = ":".join(comment.strip().split(":")[:2]) or where
+            elif caller and files.get(caller.group(1), _LIBRARY) != _LIBRARY:
+                where = f"{files[caller.group(1)]}:{caller.group(2)}"
             continue
         if code.startswith(".pragma"):
             continue
@@ -104,7 +110,8 @@ def parse(text: str) -> Kernel:
     body = text[text.index("\n{", text.index(".reqntid")) + 2 :]
     body = body[: body.index("\n}")]
     widths = {each.group(2): WIDTHS[each.group(1)] for each in re.finditer(r"\.reg \.(\w+)\s+(%\w+)<", body)}
-    statements = list(_statements(body))
+    files = {each.group(1): each.group(2) for each in re.finditer(r'\.file\s+(\d+) "(?:.*/)?([^/]+)"', text)}
+    statements = list(_statements(body, files))
     targets = {s.split()[-1] for _, s, _ in statements if s and re.match(r"(@\S+ )?\s*bra\b", s)}
     blocks, labels = [Block()], {}
     for label, statement, where in statements:

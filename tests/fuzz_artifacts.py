@@ -52,8 +52,8 @@ class _Malice:
 def genuine(folder: Path) -> dict[str, bytes]:
     """A file of every form, all of one model."""
     torch.manual_seed(0)
-    small = dict(vocab_size=512, width=128, heads=4, kv_heads=2, mlp_width=512, seq_len=2048, rope_dims=16)
-    model = GPT(GPTConfig(layers=4, xsa_layers=4, value_layers=(2, 3), bigram_width=32, value_width=32, **small))
+    small = dict(vocab_size=512, width=128, heads=4, kv_heads=2, mlp_width=256, seq_len=2048, rope_dims=16)
+    model = GPT(GPTConfig(layers=2, xsa_layers=2, value_layers=(0, 1), bigram_width=32, value_width=32, **small))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
@@ -190,7 +190,7 @@ def _hostile_json(header: bytes, rng: random.Random) -> bytes:
 
 def hostile(touched: Path) -> Iterator[tuple[str, bytes]]:
     """Archives that expand without end, and pickles with code that would leave a trace."""
-    zeros = bytes(1 << 27)  # more than the limit on memory leaves
+    zeros = bytes(1 << 26)  # more than the limit on memory leaves
     xz = lzma.compress(zeros, preset=0)
     yield "xz bomb", xz
     yield "brotli bomb", brotli.compress(zeros, quality=1)

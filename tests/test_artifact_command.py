@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from slotfast.artifact import Artifact, __main__, codecs, load_artifact, read_artifact, write_artifact, write_community
+from slotfast.audit.inputs import read_subject
 from slotfast.command.run import run_command
+from slotfast.config import AuditSettings
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main as evaluate
 from slotfast.model import GPT, GPTConfig
@@ -60,7 +62,9 @@ def test_show_says_what_is_assumed(model, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "form      brotli, shuffled" in text and "assumed   seq_len=2048, mlp_slope=0.5, rope_dims=16" in text
     assert "softcap" not in text and "left out  mtp_heads.0.weight" in text and "uncalibrated" in text
-    assert "pr1019 has it so" in text and "unsaid" not in text
+    assert "pr1019 has it so" in text and "unsaid" not in text and "resembles" not in text
+    __main__.main(["show", str(tmp_path / "a.ptz"), "--model-config", "pr1218"])
+    assert "resembles pr1019 or pr1350 or pr549, not pr1218" in capsys.readouterr().out
     __main__.main(["show", str(tmp_path / "a.ptz"), "--json", "-"])
     found = json.loads(capsys.readouterr().out)
     assert found["config"]["softcap"] == 30.0 and found["config"]["layers"] == 2 and "mlp_slope" not in found["config"]
@@ -176,9 +180,16 @@ def test_evaluation_of_other_peoples_files(model, ours, tmp_path, capsys):
     assert results[1]["model"]["metadata"]["assumed"]["rope_dims"] == 16
     assert "uncalibrated" in told.out and "scale 0.7, k = 2" in told.out
     assert "assumed: seq_len=2048, mlp_slope=0.5" in told.err and "--model-config" in told.err
-    override = ["--model-config", "pr1019,softcap=5,xsa_layers=0"]
+    assert "looks like" not in told.err
+    override = ["--model-config", "pr287,softcap=5,xsa_layers=0"]
     evaluate(["--artifact", str(tmp_path / "final_model.int6.ptz"), *override, *common, str(tmp_path / "r.json")])
     other = json.loads((tmp_path / "r.json").read_text())
+    assert "looks like a file of pr1019 or pr1350 or pr549, not of pr287" in capsys.readouterr().err
     assert other["model"]["softcap"] == 5 and other["base"] != results[1]["base"]
+    audited = dict(artifact=str(tmp_path / "final_model.int6.ptz"), preset=["none"], seq_len=16)
+    with pytest.raises(InputError, match="name its generation"):
+        read_subject(AuditSettings(**audited), None)
+    subject = read_subject(AuditSettings(**audited, model_config="pr1019,softcap=5"), None)
+    assert subject.run.model.config.softcap == 5
     with pytest.raises(InputError, match="no such setting; the nearest is softcap"):
         evaluate(["--artifact", str(tmp_path / "final_model.int6.ptz"), "--model-config", "softcaps=5"])

@@ -130,10 +130,13 @@ def _table(found: dict[str, Any]) -> str:
 
 
 def _assumed(metadata: Mapping[str, Any]) -> list[str]:
-    """A line, or none, about what the file does not say of its model."""
+    """Lines, or none, about what the file does not say of its model."""
     found = ", ".join(f"{key}={value}" for key, value in metadata.get("assumed", {}).items())
     named = f", {metadata['generation']} has it so" if "generation" in metadata else ""
-    return [f"assumed   {found}: nothing in the file says so{named}; --model-config overrides"] if found else []
+    lines = [f"assumed   {found}: nothing in the file says so{named}; --model-config overrides"] if found else []
+    if "resembles" in metadata:
+        lines.append(f"resembles {' or '.join(metadata['resembles'])}, not {metadata['generation']}")
+    return lines
 
 
 def _sizes(size: int | None, weights: int, order0: float | None) -> str:

@@ -51,7 +51,7 @@ class Description:
 
     Args:
         config: its settings; those that are `unsaid` stand for nothing.
-        assumed: settings that nothing in the file says: its generation's, or the same in every generation.
+        assumed: settings that nothing in the file says: its generation's, or what generations have alike (`COMMON`).
         unsaid: settings on which losses depend and that nothing says.
         shapes: of each parameter of such a model.
         lacks: tensors that this model has no place for, with the reason.

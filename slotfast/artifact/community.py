@@ -95,8 +95,10 @@ class Decoded:
         return Artifact(description.config, tensors, self.metadata(description, overrides))
 
     def metadata(self, description: Description, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Its form, the generation that was named, what is assumed of its model, what is left out."""
+        """Its form, the generation that was named, what it resembles if not that, what is assumed, what is left out."""
         named = {"generation": overrides["generation"]} if "generation" in overrides else {}
+        if named and named["generation"] not in description.likely:
+            named["resembles"] = description.likely
         about = {"assumed": dict(description.assumed), "left_out": list(description.left_out)}
         return {"format": self.form, **named, **about}
 
@@ -130,8 +132,8 @@ def read_community(path: str | os.PathLike, overrides: Mapping[str, Any] | None 
         overrides: settings of the model; `generation` names one that gives those which the others do not.
 
     Returns:
-        The artifact, uncalibrated; its metadata say the `format`, the `generation` that was named, what was `assumed`
-        of the model and what was `left_out` of the file.
+        The artifact, uncalibrated; its metadata say the `format`, the `generation` that was named, those that the file
+        `resembles` where that is none of them, what was `assumed` of the model and what was `left_out` of the file.
 
     Raises:
         InputError: damaged or hostile file, another kind of file, tensors that this model has no place for, settings on

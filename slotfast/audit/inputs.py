@@ -77,6 +77,7 @@ def _own(settings: AuditSettings) -> Subject:
     if settings.sinks and settings.forward == "windows":
         raise InputError(f"--sinks {settings.sinks}: is for a stream; add --forward stream")
     given = {name: getattr(settings, name) for name in ("artifact", "tokens", "text", "tokenizer")}
+    given["model_config"] = settings.model_config_
     presets = [name for preset in settings.preset for name in (PRESETS if preset == "all" else [preset])]
     wanted = EvalSettings(**given, preset=presets, allow_noncausal=True, data_path=None)
     rows = {"none": PRESETS["none"]} if "none" in presets else {}
@@ -116,6 +117,8 @@ def _own(settings: AuditSettings) -> Subject:
 
 
 def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
+    if settings.model_config_ is not None:
+        raise InputError("--model-config: goes with --artifact; a loop given with --score makes its model as it likes")
     if settings.artifact is not None:
         raise InputError("--artifact: is for our own presets; a loop given with --score loads its own model")
     if settings.forward == "stream" or settings.sinks:

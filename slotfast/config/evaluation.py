@@ -16,7 +16,7 @@ from .outputs import (
     one_file,
     shards,
 )
-from .settings import Settings, setting
+from .settings import Settings, model_config_setting, setting
 
 
 class EvalSettings(Settings):
@@ -25,12 +25,7 @@ class EvalSettings(Settings):
     artifact: str | None = setting(
         None, "model to evaluate; default: the one in this package", "ARTIFACT_PATH", reads=one_file
     )
-    model_config_: str | None = setting(
-        None,
-        "what other people's files do not say of their model: a generation (baseline, pr287, pr549, pr1019, pr1179, "
-        "pr1204, pr1217, pr1218, pr1350, pr1394, pr1413, pr1493), KEY=VALUE,KEY=VALUE, both, or JSON",
-        alias="model_config",
-    )
+    model_config_: str | None = model_config_setting()
     model: str | None = setting(
         None, "evaluate another project's model: package.module:factory, or a Hugging Face folder", reads=file_or_folder
     )
@@ -113,6 +108,7 @@ class AuditSettings(Settings):
     artifact: str | None = setting(
         None, "model of our own loop; default: the one in this package", "ARTIFACT_PATH", reads=one_file
     )
+    model_config_: str | None = model_config_setting()
     tokens: str | None = setting(None, "glob of token shards; a short piece of them is used", reads=matching_files)
     text: str | None = setting(
         None, "text: .txt, .jsonl (key text), also .xz .gz .bz2 .zst; a piece of it is used", reads=one_file

@@ -1,7 +1,7 @@
 """Settings of what reads and writes files: bundle, record, artifact."""
 
 from .outputs import FOLDER, JSON, JSON_OR_STDOUT, MODEL, SCRIPT, one_file, results
-from .settings import Settings, setting
+from .settings import Settings, model_config_setting, setting
 
 
 class BundleSettings(Settings):
@@ -45,12 +45,7 @@ class ShowSettings(Settings):
     """Settings of python -m slotfast.artifact show."""
 
     file: str = setting("", "artifact or checkpoint", positional=True, reads=one_file)
-    model_config_: str | None = setting(
-        None,
-        "what other people's files do not say of their model: a generation (baseline, pr287, pr549, pr1019, pr1179, "
-        "pr1204, pr1217, pr1218, pr1350, pr1394, pr1413, pr1493), KEY=VALUE,KEY=VALUE, both, or JSON",
-        alias="model_config",
-    )
+    model_config_: str | None = model_config_setting()
     json_: str | None = setting(
         None, "write the result as JSON; - for standard output", alias="json", writes=JSON_OR_STDOUT
     )

@@ -45,6 +45,16 @@ def setting(
     return Field(default, description=help, json_schema_extra=extra, **options)
 
 
+def model_config_setting() -> Any:
+    """The field of every command that reads models."""
+    return setting(
+        None,
+        "what other people's files do not say of their model: a generation (baseline, pr287, pr549, pr1019, pr1179, "
+        "pr1204, pr1217, pr1218, pr1350, pr1394, pr1413, pr1493), KEY=VALUE,KEY=VALUE, both, or JSON",
+        alias="model_config",
+    )
+
+
 class Settings(BaseModel):
     """Base of every command's settings."""
 

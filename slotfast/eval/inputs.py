@@ -92,11 +92,12 @@ def _read_model(settings: EvalSettings) -> tuple[Artifact | ForeignModel, int | 
     artifact = load_artifact(artifact_path, parse_overrides(settings.model_config_))
     if assumed := artifact.metadata.get("assumed"):
         shown = ", ".join(f"{key}={value}" for key, value in assumed.items())
-        source = artifact.metadata.get("generation", "in every generation")
-        print(
-            f"warning: {artifact_path} does not say, so it is assumed: {shown} ({source}; --model-config overrides)",
-            file=sys.stderr,
-        )
+        source = artifact.metadata.get("generation", "pr1019")
+        shown += f" (as {source} has it; --model-config overrides)"
+        print(f"warning: {artifact_path} does not say, so it is assumed: {shown}", file=sys.stderr)
+    if resembles := artifact.metadata.get("resembles"):
+        others = " or ".join(resembles)
+        print(f"warning: {artifact_path} looks like a file of {others}, not of {source}", file=sys.stderr)
     tokenizer = Tokenizer(settings.tokenizer or str(shipped / "demo.model"))
     check_tokenizer(tokenizer, artifact)
     return artifact, artifact_path.stat().st_size, tokenizer

@@ -22,7 +22,7 @@ _SHARE, _FEW_SHARE = 0.4, 0.1  # of the budget: where all tokens can be put, and
 # many, and short streams are enough for them.
 _KINDS = ("end", "event", "given", "rare", "inside", "rare", "document", "rare", "rare")
 _LATE_KINDS = ("end", "given", "inside", "event")
-_LATE_EVERY = 3  # of the totals, one is late in the stream where the budget has room for it
+_LATE_SHARE = 1 / 3  # of what totals cost: each late one takes every token over most of the stream
 
 
 def share_budget(auditor: Auditor) -> None:
@@ -49,6 +49,7 @@ def take_totals(auditor: Auditor, source: Source, rounds: int) -> None:
     silent = np.flatnonzero(np.isnan(reference.total[1:])) + 1
     late = max(found.late for found in auditor.found.values())
     taken = refused = 0
+    cost = late_cost = 0.0  # in runs of the whole stream
     while budget.shares["sums"] and (not taken or budget.left("sums", rounds)) and refused < 8:
         affordable = _affordable(auditor, rounds)
         # One late total comes on top where a round's reruns would pay for it: nothing else clears such a loop
@@ -62,7 +63,7 @@ def take_totals(auditor: Auditor, source: Source, rounds: int) -> None:
         short = cut and (reach >= shortest or reach == length - 1)
         everything = short or affordable >= auditor.vocab_size
         reach = reach if short else length - 1
-        is_late = taken % _LATE_EVERY == 0 and everything and reach >= late
+        is_late = late_cost <= _LATE_SHARE * cost and everything and reach >= late
         kind = (_LATE_KINDS if is_late else _KINDS)[turn % len(_LATE_KINDS if is_late else _KINDS)]
         turn += 1
         if kind == "rare" and short:  # there are many rare tokens
@@ -90,6 +91,8 @@ def take_totals(auditor: Auditor, source: Source, rounds: int) -> None:
             return
         _put(auditor, stream, at, candidates, None if on_top else "sums")
         taken += 1
+        cost += len(candidates) * len(stream) / length
+        late_cost += len(candidates) * len(stream) / length if is_late else 0.0
 
 
 def _put(auditor: Auditor, stream: Tensor, at: int, candidates: Sequence[int], phase: str | None) -> None:

@@ -12,6 +12,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+from .audit_seeds import STATED
+
 if not torch.cuda.is_available():
     # Triton reads this when a kernel is decorated, that is at import of a kernel module.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -61,6 +63,10 @@ def tiny_model():
     return model.eval().requires_grad_(False)
 
 
+def pytest_report_header():
+    return STATED
+
+
 def pytest_terminal_summary(terminalreporter):
     """What the auditor says about published mechanisms, as a table."""
     lines = [
@@ -72,5 +78,6 @@ def pytest_terminal_summary(terminalreporter):
     ]
     if lines:
         terminalreporter.section("published mechanisms under the auditor")
+        terminalreporter.write_line(STATED)
         for line in lines:
             terminalreporter.write_line(line)

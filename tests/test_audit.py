@@ -63,12 +63,12 @@ from .audit_loops import (
     UpdateFirst,
     V,
     WholeStream,
-    bytes_by_rule,
     draw_tokens,
     losses_only,
     run_audit,
     token_by_token,
 )
+from .audit_seeds import SEEDS
 
 LEAKS = {
     SharedBatch: {"C1", "C3"},
@@ -107,18 +107,16 @@ LEAKS = {
 }
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize("leak", LEAKS, ids=lambda leak: leak.__name__)
 def test_a_leak_is_flagged_with_its_condition(leak, seed):
-    # a leak of one event in fifteen takes more looking, counted in reruns: what time allows differs with the machine
-    reruns = 400 if leak is OneEvent else None
-    options = {"byte_counts": bytes_by_rule, "bos_id": BOS, "hints": Hints(ranks=2), "seeds": [seed], "reruns": reruns}
-    report = audit(leak(), draw_tokens(seed=seed), V, **options)
+    # a leak of one event in fifteen takes more looking
+    report = run_audit(leak(), seed, hints=Hints(ranks=2), reruns=400 if leak is OneEvent else 64)
     assert report.failed >= LEAKS[leak], str(report)
     assert report.leaks and report.as_dict()["verdict"] == "leak"
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize(
     "loop",
     [Bigram(), Silent(), HalfRows(), Ranks(), Documents(), Noisy(), TakesBack(), losses_only, token_by_token],
@@ -232,7 +230,7 @@ def test_the_shortest_length_that_a_loop_takes_is_found(length):
     assert run_audit(LongLeak(), reruns=200).failed == {"C2"}
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_every_stream_starts_as_the_given_one_does(seed):
     class Starts(Silent):
         def start(self, tokens):
@@ -244,7 +242,7 @@ def test_every_stream_starts_as_the_given_one_does(seed):
     assert seen == {(BOS, True)}
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_noise_hides_nothing(seed):
     tokens = draw_tokens(seed=seed) % (V - 1)  # the last one never comes
     hidden, seldom = (audit(loop(), tokens, V, bos_id=BOS, seeds=[seed], reruns=400) for loop in (NoisyRows, Seldom))
@@ -252,7 +250,7 @@ def test_noise_hides_nothing(seed):
     assert seldom.failed & {"C1", "repeat"}, str(seldom)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_a_long_document_is_drawn_where_the_stream_has_none(seed):
     tokens = draw_tokens(400, seed)
     tokens[::40] = BOS
@@ -260,7 +258,7 @@ def test_a_long_document_is_drawn_where_the_stream_has_none(seed):
     assert "C1" in report.failed and report.leaks[0]["stream"] != "given", str(report)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_what_never_comes_may_have_no_probability(seed):
     tokens = synthetic(240, 20, BOS, np.random.default_rng(seed))
     report = audit(NoProbability(), tokens, V, bos_id=BOS, seeds=[seed])
@@ -270,7 +268,7 @@ def test_what_never_comes_may_have_no_probability(seed):
     assert report.failed == {"C4"} and "token 100 is charged inf nats; 1 such" in str(report)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_half_precision_neither_clears_nor_convicts(seed):
     def losses(tokens, log):
         own = Log()

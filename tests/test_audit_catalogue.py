@@ -5,13 +5,14 @@ import pytest
 
 from slotfast.audit import audit
 
+from .audit_seeds import SEEDS
 from .catalogue import PATTERNS
 
 BUDGETS = (16, 64, 256, 1000, 4000)  # reruns: most leaks show in a few
 CHANCE = {"honest when asked again", "noise to hide in"}  # about scores that do not repeat: to say so is a hit
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.name)
 def test_the_catalogue(pattern, seed):
     def byte_counts(tokens):

@@ -21,13 +21,13 @@ def test_every_preset_is_measured_as_it_is_computed(tiny_model):
     """All rows of one forward, two ranks, batches of 32 windows; few steps, as the verdict is not about numbers."""
     hints = Hints(32, 2, 32, 2)
     table = ByteTable(np.arange(64) % 5, np.arange(64) % 3 == 0, np.arange(64) < 4)
-    few = {"steps": 2, "phases": ((2, 4),)}
+    few = {"steps": 1, "phases": ((1, 2),)}
     loop = OwnLoop(
         tiny_model, {name: row.model_copy(update=few) for name, row in PRESETS.items()}, Calibration(), table, 1, hints
     )
     rng = np.random.default_rng(0)
     auditor = Auditor(
-        loop, list(PRESETS), synthetic(300, 64, 1, rng), 64,
+        loop, list(PRESETS), synthetic(176, 64, 1, rng), 64,
         bos_id=1, hints=hints, byte_rule=loop.byte_rule, budget=Budget(10, 0.01),
     )  # fmt: skip
     found = auditor.audit([0])
@@ -58,7 +58,7 @@ def _combinations(rng):
         "importance": (0.0, 0.5),
         "ridge": (0.0, 0.3, 3.0),
         "phases": (((2, 4),), ((1, 1), (2, 3))),
-        "steps": (2, 3),
+        "steps": (1, 2),
         "lr": (0.05, 0.2),
         "lr_end": (None, 0.01),
         "weight_decay": (0.0, 0.1),

@@ -1,16 +1,19 @@
 """The auditor's parts: what is counted, drawn, bet on, and where streams are altered."""
 
+import contextlib
 import math
+import random
 
 import numpy as np
 import pytest
 import torch
 
-from slotfast.audit import Hints
+from slotfast.audit import Hints, audit
 from slotfast.audit.checks import Bets, pairs
 from slotfast.audit.log import Log, read_log, run_loop
 from slotfast.audit.places import places
 from slotfast.audit.streams import Source, alter
+from slotfast.errors import InputError
 
 from .audit_loops import BOS, EVENT, Bigram, V, draw_tokens
 
@@ -70,3 +73,23 @@ def test_every_kind_of_place_is_where_it_should_be():
     assert near["rank border"] == {33 + 12 * 8} and len(near["batch border"]) == 13
     assert taken["far end"] == {238, 239} and min(taken["anywhere"]) < 5 and max(taken["anywhere"]) > 234
     assert all((p - 1) % EVENT for p in taken["inside an event"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_audit_leaves_the_global_generators_as_they_were(fails):
+    def draw():
+        return random.random(), np.random.random(), float(torch.rand(()))
+
+    def loop(tokens, log):
+        drawn.add(draw())
+        return 1 / 0 if fails else torch.full((len(tokens),), math.log(V))
+
+    drawn = set()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = draw()
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    with pytest.raises(InputError) if fails else contextlib.nullcontext():
+        audit(loop, draw_tokens(40), V, reruns=2, fresh=lambda: loop)
+    assert draw() == expected and len(drawn) == 1  # every run begins alike

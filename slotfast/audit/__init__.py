@@ -58,7 +58,7 @@ import torch
 from .engine import Auditor, ByteRule, Runs, check_stream
 from .findings import Budget
 from .first_runs import with_first_runs
-from .log import Log, Loop, Record, run_loop
+from .log import Log, Loop, Record, kept_generators, run_loop
 from .places import Hints
 from .report import Report, Test, judge
 
@@ -153,7 +153,8 @@ def audit_rows(
         budget = Budget(48, 0.3, limit) if reruns is None else Budget(reruns, 0.0, limit)
     options = {"bos_id": bos_id, "hints": hints, "byte_rule": byte_rule, "budget": budget}
     auditor = Auditor(run, names, tokens, vocab_size, **options)
-    found = auditor.audit(seeds)
+    with kept_generators():
+        found = auditor.audit(seeds)
     facts = {
         "seeds": list(map(int, seeds)),
         "runs": auditor.runs,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import checks
 from .checks import Noise
-from .log import Record
+from .log import Record, kept_generators
 from .report import MEMORY, Report, Test
 from .streams import Source, alter
 
@@ -34,7 +34,8 @@ def with_first_runs(
     """
     source = Source(tokens, vocab_size, bos_id, rng)
     probes = [alter(source, tokens, "", "resample", max(2, int(share * len(tokens)))) for share in _PLACES]
-    reference, *records = (run(stream) for stream in (tokens, *(probe.tokens for probe in probes)))
+    with kept_generators():
+        reference, *records = (run(stream) for stream in (tokens, *(probe.tokens for probe in probes)))
     noise, detail = report.noise if np.isfinite(report.noise) else 0.0, ""
     for probe, record in zip(probes, records, strict=True):
         moved = checks.moved_before(reference, record, probe.at, Noise(noise, noise), probe.same_shape)

@@ -20,7 +20,10 @@ def run_in_process(score: str, tokens: Tensor, vocab_size: int) -> Record:
     Raises:
         InputError: the loop failed there, or its process ended.
     """
-    context = multiprocessing.get_context("spawn")  # a forked process would remember too
+    # A process forked from this one would remember too; one forked from a server that has imported us, and no loop,
+    # begins at once
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe()
     process = context.Process(target=_child, args=(theirs, score, tokens.numpy(), vocab_size, torch.get_num_threads()))
     process.start()

@@ -1,7 +1,8 @@
 """What a loop reports while it scores a stream, kept as it was when it was reported."""
 
+import contextlib
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from traceback import extract_tb
@@ -102,19 +103,31 @@ class Record:
         return int(same[0]), int(same[-1])
 
 
+@contextlib.contextmanager
+def kept_generators() -> Iterator[None]:
+    """Runs of loops seed the global random generators: they are afterwards as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
 def run_loop(score: Loop, tokens: Tensor, vocab_size: int) -> Record:
     """Run a loop once, on a copy of the stream that it may spoil, with the global random generators seeded alike.
 
     Raises:
         InputError: the loop raised, or reported what cannot be read.
     """
-    log, states = Log(), (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    random.seed(0)
+    np.random.seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed takes a millisecond to find that there is no GPU
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
+    log = Log()
     try:
-        random.seed(0)
-        np.random.seed(0)
-        torch.default_generator.manual_seed(0)  # torch.manual_seed takes a millisecond to find that there is no GPU
-        if torch.cuda.is_initialized():
-            torch.cuda.manual_seed_all(0)
         with no_exit("the loop"):
             returned = score(tokens.clone(), log)
     except InputError:
@@ -125,10 +138,6 @@ def run_loop(score: Loop, tokens: Tensor, vocab_size: int) -> Record:
         if where.filename == __file__ and isinstance(error, TypeError):
             raise InputError(f"the loop cannot be called as loop(tokens, log): {text}") from error
         raise InputError(f"the loop failed at {Path(where.filename).name}, line {where.lineno}: {text}") from error
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
     return read_log(log, tokens, vocab_size, returned)
 
 

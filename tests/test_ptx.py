@@ -230,6 +230,83 @@ def test_a_parameter_extends_as_its_type_says():
     assert run(body, 32, number=-100, x=y.clone(), y=y)[0].tolist() == [-100] * 32
 
 
+MATRICES = """
+mad.wide.u32 %rd5, %r2, 16, %rd1
+shl.b32 %r5, %r2, 4
+ld.global.v4.b32 {%r6, %r7, %r8, %r9}, [%rd5]
+st.shared.v4.b32 [%r5], {%r6, %r7, %r8, %r9}
+bar.sync 0
+and.b32 %r10, %r2, 7
+bfe.u32 %r11, %r2, 3, 1
+bfe.u32 %r12, %r2, 4, 1
+mad.lo.s32 %r13, %r11, 8, %r10
+shl.b32 %r13, %r13, 5
+mad.lo.s32 %r13, %r12, 16, %r13
+shl.b32 %r14, %r10, 5
+mad.lo.s32 %r14, %r11, 16, %r14
+ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r20, %r21, %r22, %r23}, [%r13]
+ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r24, %r25}, [%r14]
+mov.b32 %r30, 0
+mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%r26, %r27, %r28, %r29}, {%r20, %r21, %r22, %r23}, {%r24, %r25}, {%r30, %r30, %r30, %r30}
+mad.wide.u32 %rd6, %r2, 8, %rd2
+st.global.v2.b32 [%rd6], {%r26, %r27}
+st.global.v2.b32 [%rd6+256], {%r28, %r29}
+"""  # noqa: E501
+
+
+def test_matrices_of_a_warp():
+    """A of 16 x 16 times the first 8 of its own rows."""
+    a = torch.randn(16, 16, generator=torch.Generator().manual_seed(0)).half()
+    y, report = run(MATRICES, 32, x=a, y=torch.zeros(16, 8))
+    assert not report.found and torch.allclose(y, a.float() @ a[:8].float().T, atol=1e-6)
+    stored = MATRICES.replace("ldmatrix", "stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r14], {%r2}\nldmatrix", 1)
+    assert kinds(run(stored, 32, x=a, y=torch.zeros(16, 8))[1]) == {"within a warp"}
+    ordered = stored.replace("\nldmatrix", "\nbar.warp.sync -1\nldmatrix", 1)
+    assert not run(ordered, 32, x=a, y=torch.zeros(16, 8))[1].found
+
+
+ACCUMULATORS = ", ".join(f"%r{20 + i}" for i in range(8))
+PRODUCT = "\n".join(
+    [
+        *(f"ld.global.b32 %r5, [%rd3+{512 * i}]\nst.shared.b32 [%r4+{512 * i}], %r5" for i in range(5)),
+        "bar.sync 0",
+        "fence.proxy.async.shared::cta",
+        f"mov.b64 %rd5, {3 << 62 | 16 << 32}",
+        f"mov.b64 %rd6, {3 << 62 | 16 << 32 | 2048 >> 4}",
+        "wgmma.fence.sync.aligned",
+        f"wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {{{ACCUMULATORS}}}, %rd5, %rd6, 0, 1, 1, 0, 0",
+        "wgmma.commit_group.sync.aligned",
+        "wgmma.wait_group.sync.aligned 0",
+        "mad.wide.u32 %rd7, %r2, 32, %rd2",
+        *(f"st.global.b32 [%rd7+{4 * i}], %r{20 + i}" for i in range(8)),
+    ]
+)
+
+
+def test_matrices_of_a_warpgroup():
+    """64 x 16 times 16 x 16, both with rows of 32 bytes whose halves are swapped in every other block of 128."""
+    ab = torch.randn(80, 16, generator=torch.Generator().manual_seed(0)).half()
+    image = ab.view(-1, 2, 4, 2, 8)
+    image = torch.stack((image[:, 0], image[:, 1].flip(2)), 1).reshape(80, 16)
+    y, report = run(PRODUCT, 128, shared=2560, x=image, y=torch.zeros(128, 8))
+    lane, register = torch.arange(128)[:, None], torch.arange(8)[None, :]
+    row = lane // 32 * 16 + lane % 32 // 4 + register % 4 // 2 * 8
+    column = register // 4 * 8 + lane % 4 * 2 + register % 2
+    expected = (ab[:64].float() @ ab[64:].float().T)[row, column]
+    assert not report.found and torch.allclose(y, expected, atol=1e-5)
+
+    def hazards(body):
+        return kinds(run(body, 128, shared=2560, x=image, y=torch.zeros(128, 8))[1])
+
+    assert hazards(PRODUCT.replace("bar.sync 0", "mov.b32 %r6, 0")) == {"shared race"}
+    write = "st.shared.b32 [%r4], %r4"
+    late = PRODUCT.replace("wgmma.wait_group.sync.aligned 0", f"bar.sync 0\n{write}\nwgmma.wait_group.sync.aligned 0")
+    assert hazards(late) == {"shared race"}
+    waited = PRODUCT.replace("wgmma.wait_group.sync.aligned 0", f"wgmma.wait_group.sync.aligned 0\n{write}")
+    assert hazards(waited) == {"shared race"}  # the other warps may not have waited
+    assert not hazards(waited.replace(write, f"bar.sync 0\n{write}"))
+
+
 SUM = """
 ld.global.b32 %r5, [%rd3]
 ld.global.b32 %r6, [%rd4]

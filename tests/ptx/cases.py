@@ -87,12 +87,19 @@ def function(module: str, name: str):
 # For the suite: the fewest cases of each kernel that execute every instruction and take every branch that all its cases
 # do; and more windows than programs, where scratch is used again.
 SUITE = {
+    "banded_attention": (
+        "one query behind a cache", "cache partly filled", "width 8", "bfloat16, tiles within the band", "float16",
+    ),
     "bias_cross_entropy": (
         "slice of a wider vocabulary", "large vocabulary", "float16", "another ignore index", "two parts",
         "above a tile", "capped without bias", "rows that are NaN",
     ),
     "bias_cross_entropy_grad": (
         "float16", "two parts", "large vocabulary", "weights, rows that are NaN", "above a tile", "strided", "a tile",
+    ),
+    "int6_matmul": (
+        "one row", "tile of rows and one", "several tiles of rows", "groups of 32, ragged", "library product",
+        "float32 primes",
     ),
     "lbfgs_direction": ("one variable, one pair", "poor problems", "prime, history not a power of two", "largest V"),
     "lbfgs_push": ("one variable, one pair", "refused pairs", "the contest's smallest vocabulary"),

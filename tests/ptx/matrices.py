@@ -99,7 +99,7 @@ class Matrices:
 
     def load_matrices(self, address, mask, count, transposed, number):
         lanes, (place, thread, epoch), warps = self._rows(address, mask, count, number)
-        words = self.shared_.load(place, 4, 4, thread, epoch, number)  # (4, rows)
+        words = self.shared_.load(place, 4, 4, thread, epoch, number, warps=True)  # (4, rows)
         elements = np.stack(numbers.halves(words), -1).transpose(1, 0, 2).reshape(-1, count, 8, 8)
         out = np.zeros((count, len(warps), 32), np.uint32)
         row, column = (_COLUMN, _ROW) if transposed else (_ROW, _COLUMN)
@@ -120,7 +120,7 @@ class Matrices:
             elements[:, index, row, column] = low[index]
             elements[:, index, row + step[0], column + step[1]] = high[index]
         words = np.ascontiguousarray(elements).view(np.uint32).reshape(-1, 4).T
-        self.shared_.store(place, 4, words, thread, epoch, number)
+        self.shared_.store(place, 4, words, thread, epoch, number, warps=True)
 
     def multiply_matrices(self, kind, a, b, c, mask, number):
         self.whole_warps(mask, number)

@@ -50,6 +50,11 @@ def _not_a_number(words):
     return np.zeros(len(words), bool) if kind is None else np.isnan(np.ascontiguousarray(words).view(kind))
 
 
+def _who(thread, warps):
+    """The lowest and the highest thread of accesses by one, or by all of its warp."""
+    return (thread // WARP * WARP, thread // WARP * WARP + WARP - 1) if warps else (thread, thread)
+
+
 class Memory:
     """Bytes with their history.
 
@@ -166,9 +171,9 @@ class Memory:
                 self.first_reader[units[::-1]] = np.minimum(self.first_reader[units], program)[::-1]
                 self.last_reader[units] = np.maximum(self.last_reader[units], program)
 
-    # Accesses: address and thread are a lane, epoch is a lane's too
+    # Accesses: an address, a thread and its epoch for each; with `warps`, all lanes of that thread's warp take part
 
-    def load(self, address, width, count, thread, epoch, line):
+    def load(self, address, width, count, thread, epoch, line, warps=False):
         """(count, lanes) of uint of `width` bytes, 0 where an address cannot be read."""
         ok = self.usable(address, width, count, line)
         out = np.zeros((count, len(address)), f"u{width}")
@@ -178,13 +183,13 @@ class Memory:
         flat, each = units.ravel(), units.shape[1]
         if self.asynchronous and self.arriving[flat].any():
             self.report.add("shared race", f"read {self.lines[line]} before cp.async has been waited for")
-        self.touch(flat, *(np.repeat(x, each) for x in (thread, thread, epoch)), False, line)
+        self.touch(flat, *(np.repeat(x, each) for x in (*_who(thread, warps), epoch)), False, line)
         place = (address // np.uint64(width)).astype(np.int64)
         for index in range(count):
             out[index, ok] = self.views[width][place + index]
         return out
 
-    def store(self, address, width, values, thread, epoch, line):
+    def store(self, address, width, values, thread, epoch, line, warps=False):
         """values: (count, lanes) of uint of `width` bytes."""
         count = len(values)
         ok = self.usable(address, width, count, line)
@@ -194,7 +199,7 @@ class Memory:
         flat, each = units.ravel(), units.shape[1]
         if self.asynchronous and (self.arriving[flat].any() or self.busy[flat].any()):
             self.report.add("shared race", f"write {self.lines[line]} while cp.async writes or wgmma reads")
-        self.touch(flat, *(np.repeat(x, each) for x in (thread, thread, epoch)), True, line)
+        self.touch(flat, *(np.repeat(x, each) for x in (*_who(thread, warps), epoch)), True, line)
         place = (address // np.uint64(width)).astype(np.int64)
         for index in range(count):
             self.views[width][place + index] = values[index]

@@ -110,7 +110,7 @@ def parse(text: str) -> Kernel:
     body = text[text.index("\n{", text.index(".reqntid")) + 2 :]
     body = body[: body.index("\n}")]
     widths = {each.group(2): WIDTHS[each.group(1)] for each in re.finditer(r"\.reg \.(\w+)\s+(%\w+)<", body)}
-    files = {each.group(1): each.group(2) for each in re.finditer(r'\.file\s+(\d+) "(?:.*/)?([^/]+)"', text)}
+    files = {each.group(1): each.group(2) for each in re.finditer(r'\.file\s+(\d+) "(?:.*/)?([^/"\n]+)"', text)}
     statements = list(_statements(body, files))
     targets = {s.split()[-1] for _, s, _ in statements if s and re.match(r"(@\S+ )?\s*bra\b", s)}
     blocks, labels = [Block()], {}

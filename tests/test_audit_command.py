@@ -231,6 +231,7 @@ def test_a_byte_rule_of_anybodys(here, capsys):
 
 WRONG = {
     "a file": (["--score", "sub/my_loops.py:clean", "--vocab-size", "16"], "--score sub.my_loops:clean$"),
+    "a file elsewhere": (["--score", "../lib/my_loops.py:clean"], r"--score my_loops:clean in \.\./lib$"),
     "a loop that leaves": (["--score", "my_loops:leaves", "--vocab-size", "16"], r"ended the process: sys.exit\(0\)"),
     "a module that leaves": (["--score", "my_exit:f"], r"importing my_exit ended the process: sys.exit\(0\)"),
     "one argument": (

@@ -8,11 +8,11 @@ import numpy as np
 from pydantic import ValidationError
 
 from slotfast.audit import Hints, audit_rows
+from slotfast.audit.budget import Budget
 from slotfast.audit.engine import Auditor
-from slotfast.audit.findings import Budget
 from slotfast.audit.own import OwnLoop
 from slotfast.audit.report import judge
-from slotfast.audit.streams import synthetic
+from slotfast.audit.streams import Stream, synthetic
 from slotfast.data import ByteTable
 from slotfast.slot import PRESETS, Adaptation, Calibration
 
@@ -27,12 +27,11 @@ def test_every_preset_is_measured_as_it_is_computed(tiny_model):
     )
     rng = np.random.default_rng(0)
     auditor = Auditor(
-        loop, list(PRESETS), synthetic(176, 64, 1, rng), 64,
-        bos_id=1, hints=hints, byte_rule=loop.byte_rule, budget=Budget(10, 0.01),
+        loop, list(PRESETS), Stream(synthetic(176, 64, 1, rng), 64, 1),
+        hints=hints, byte_rule=loop.byte_rule, budget=Budget(10, 0.01),
     )  # fmt: skip
     found = auditor.audit([0])
-    facts = {"seeds": [0], "runs": auditor.runs, "seconds": 1.0, "vocab_size": 64, "bytes_known": True}
-    reports = [judge(each, **facts, fixed_length=auditor.fixed_length, ranks=2) for each in found]
+    reports = [judge(each, seeds=[0], runs=auditor.runs, seconds=1.0, ranks=2) for each in found]
     assert {report.name: report.clean for report in reports} == {
         name: row.compliance.causal for name, row in PRESETS.items()
     }, "\n".join(map(str, reports))
@@ -87,8 +86,8 @@ def test_every_combination_is_measured_as_it_is_computed(tiny_model):
     table = ByteTable(np.arange(64) % 5, np.arange(64) % 3 == 0, np.arange(64) < 4)
     loop = OwnLoop(tiny_model, rows, Calibration(), table, 1, hints)
     reports = audit_rows(
-        loop, list(rows), synthetic(93, 64, 1, rng), 64,
-        byte_rule=loop.byte_rule, bos_id=1, hints=hints, seeds=[0], reruns=4,
+        loop, list(rows), Stream(synthetic(93, 64, 1, rng), 64, 1),
+        byte_rule=loop.byte_rule, hints=hints, seeds=[0], reruns=4,
     )  # fmt: skip
     wrong = [report for report in reports if report.clean != rows[report.name].compliance.causal]
     assert not wrong, "\n".join(f"{rows[report.name].summary()}\n{report}" for report in wrong)
@@ -114,6 +113,6 @@ def test_distributions_of_our_own_pass_are_checked_where_it_keeps_them(tiny_mode
     tokens = synthetic(120, 64, 1, np.random.default_rng(0))
     records = loop(tokens, ["none", "causal"])
     assert all(record.rows.shape == (120, 64) and (record.charges[1:] == 1).all() for record in records.values())
-    run_first = {"bos_id": 1, "hints": loop.hints, "byte_rule": loop.byte_rule, "seeds": [0]}
-    for report in audit_rows(loop, ["none", "causal"], tokens, 64, **run_first, seconds=0.1):
+    options = {"hints": loop.hints, "byte_rule": loop.byte_rule, "seeds": [0]}
+    for report in audit_rows(loop, ["none", "causal"], Stream(tokens, 64, 1), **options, seconds=0.1):
         assert report.clean and set(report.conditions.values()) == {"PASS"}

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from slotfast.audit import Hints, audit
-from slotfast.audit.checks import Bets, pairs
+from slotfast.audit import Hints, audit, checks
+from slotfast.audit.checks.bets import Gamblers
+from slotfast.audit.checks.future import pairs
 from slotfast.audit.log import Log, read_log, run_loop
 from slotfast.audit.places import places
-from slotfast.audit.streams import Source, alter
+from slotfast.audit.streams import Source, Stream, alter
 from slotfast.errors import InputError
 
 from .audit_loops import BOS, EVENT, Bigram, V, draw_tokens
@@ -20,7 +21,7 @@ from .audit_loops import BOS, EVENT, Bigram, V, draw_tokens
 
 def test_pairs_are_counted_as_they_are():
     tokens = draw_tokens(40)
-    source = Source(tokens, V, BOS, np.random.default_rng(0))
+    source = Source(Stream(tokens, V, BOS), np.random.default_rng(0))
     kinds = ("resample", "random", "copy", "echo", "delete", "scramble")
     probes = [alter(source, tokens, "", kinds[i % 6], 3 + 5 * i) for i in range(7)]
     counted = set()
@@ -35,7 +36,7 @@ def test_pairs_are_counted_as_they_are():
 def test_tokens_are_drawn_with_the_chances_they_say(uniform):
     rng = np.random.default_rng(1)
     tokens = torch.tensor([0, 3, 1, 3, 1, 3])
-    source = Source(tokens, 4, 0, rng)
+    source = Source(Stream(tokens, 4, 0), rng)
     counts, chance = np.zeros(4), np.zeros(4)
     for _ in range(4000):
         token, log_chance = source.draw(tokens, 1, torch.tensor([2]), uniform)
@@ -48,10 +49,10 @@ def test_tokens_are_drawn_with_the_chances_they_say(uniform):
 def test_bets_win_against_totals_above_one_only():
     rng = np.random.default_rng(0)
     tokens = draw_tokens(400)
-    source = Source(tokens, V, BOS, rng)
+    source = Source(Stream(tokens, V, BOS), rng)
     won = []
     for factor in (1.0, 1.3):
-        bets = Bets(len(tokens), V)
+        bets = Gamblers(len(tokens), V)
         for _ in range(20):
             drawn, chance = source.draw(tokens[:1], 300)
             stream = torch.cat([tokens[:1], drawn])
@@ -93,3 +94,22 @@ def test_an_audit_leaves_the_global_generators_as_they_were(fails):
     with pytest.raises(InputError) if fails else contextlib.nullcontext():
         audit(loop, draw_tokens(40), V, reruns=2, fresh=lambda: loop)
     assert draw() == expected and len(drawn) == 1  # every run begins alike
+
+
+def test_a_check_is_one_class_in_one_list(monkeypatch):
+    class Infrequent(checks.Check):
+        """Nobody charges more than one token in an event."""
+
+        longest = 0
+
+        def see_run(self, record):
+            self.longest = max(self.longest, np.bincount(record.event[1:]).max())
+
+        def tests(self):
+            verdict = "FAIL" if self.longest > 1 else "PASS"
+            return [checks.Test("one by one", verdict, (), detail=f"{self.longest} tokens", looks_like="batches")]
+
+    monkeypatch.setattr("slotfast.audit.engine.CHECKS", (*checks.CHECKS, Infrequent))
+    report = audit(Bigram(), draw_tokens(), V, reruns=2)
+    assert report.tests[-1].verdict == "FAIL" and report.leaks[-1]["looks_like"] == "batches"
+    assert f"one by one: {EVENT} tokens" in str(report) and report.clean  # it speaks about no condition

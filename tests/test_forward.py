@@ -8,7 +8,7 @@ import torch
 
 from slotfast.audit import Hints, audit_rows
 from slotfast.audit.own import OwnLoop
-from slotfast.audit.streams import synthetic
+from slotfast.audit.streams import Stream, synthetic
 from slotfast.calibrate import compare_forwards
 from slotfast.config import EvalSettings
 from slotfast.data import ByteTable, TokenStream
@@ -145,7 +145,7 @@ def test_the_auditor_passes_a_stream_and_every_causal_preset_on_it(tiny_model, s
     rows = {name: PRESETS[name] for name in names}
     loop = OwnLoop(tiny_model, rows, Calibration(), table, 1, hints, streaming=Streaming(sinks, 12))
     reports = audit_rows(
-        loop, names, synthetic(160, 64, 1, rng), 64,
-        byte_rule=loop.byte_rule, bos_id=1, hints=hints, seeds=[0], reruns=12,
+        loop, names, Stream(synthetic(160, 64, 1, rng), 64, 1),
+        byte_rule=loop.byte_rule, hints=hints, seeds=[0], reruns=12,
     )  # fmt: skip
     assert [report.clean for report in reports] == [True, True, True, True, True, False]

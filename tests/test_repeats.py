@@ -9,6 +9,7 @@ import torch
 
 from slotfast.audit import Hints, audit_rows
 from slotfast.audit.own import OwnLoop
+from slotfast.audit.streams import Stream
 from slotfast.data import ByteTable, TokenStream
 from slotfast.errors import InputError
 from slotfast.eval import SlidingPass
@@ -267,7 +268,7 @@ def test_causal_with_sorted_repeats_scores_like_with_tables(tiny_model, monkeypa
     row = {"causal": parse_preset("causal:decay=0.98")}
     loop = OwnLoop(tiny_model, row, Calibration(), table, BOS, hints)
     (report,) = audit_rows(
-        loop, ["causal"], tokens, 64, byte_rule=loop.byte_rule, bos_id=BOS, hints=hints, seeds=[0], reruns=12
+        loop, ["causal"], Stream(tokens, 64, BOS), byte_rule=loop.byte_rule, hints=hints, seeds=[0], reruns=12
     )
     assert report.clean, str(report)
 

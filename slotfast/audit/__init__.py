@@ -55,12 +55,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .engine import Auditor, ByteRule, Runs, check_stream
-from .findings import Budget
+from .budget import Budget
+from .checks import ByteRule, Test
+from .engine import Auditor, Runs
 from .first_runs import with_first_runs
 from .log import Log, Loop, Record, kept_generators, run_loop
 from .places import Hints
-from .report import Report, Test, judge
+from .report import Report, judge
+from .streams import Stream
 
 __all__ = ["Hints", "Log", "Report", "Test", "audit"]
 
@@ -101,15 +103,13 @@ def audit(
     Raises:
         InputError: the loop failed, or reported what cannot be read.
     """
-    tokens = check_stream(tokens, vocab_size, bos_id)
+    stream = Stream.checked(tokens, vocab_size, bos_id)
     name = name or getattr(score, "__name__", "loop")
     report = audit_rows(
-        lambda stream, names: {name: run_loop(score, stream, vocab_size)},
+        lambda tokens, names: {name: run_loop(score, tokens, vocab_size)},
         [name],
-        tokens,
-        vocab_size,
+        stream,
         byte_rule=_byte_rule(byte_counts),
-        bos_id=bos_id,
         hints=hints,
         seeds=seeds,
         reruns=reruns,
@@ -118,11 +118,10 @@ def audit(
     if fresh is None:
         return report
 
-    def first_run(stream: torch.Tensor) -> Record:
-        return run_loop(fresh(), stream, vocab_size)
+    def first_run(tokens: torch.Tensor) -> Record:
+        return run_loop(fresh(), tokens, vocab_size)
 
-    rng = np.random.default_rng([*seeds, 1])
-    return with_first_runs(report, "fresh loops", first_run, tokens, vocab_size, bos_id, rng)
+    return with_first_runs(report, "fresh loops", first_run, stream, np.random.default_rng([*seeds, 1]))
 
 
 def _byte_rule(counts: Any) -> ByteRule | np.ndarray | None:
@@ -134,34 +133,28 @@ def _byte_rule(counts: Any) -> ByteRule | np.ndarray | None:
 def audit_rows(
     run: Runs,
     names: Sequence[str],
-    tokens: torch.Tensor,
-    vocab_size: int,
+    stream: Stream,
     *,
     byte_rule: ByteRule | np.ndarray | None,
-    bos_id: int | None,
     hints: Hints | None,
     seeds: Sequence[int],
     reruns: int | None = None,
     seconds: float | None = None,
     limit: float = math.inf,
 ) -> list[Report]:
-    """Audit several loops that share every run; see `audit`, `engine.Auditor` for `run`, `Budget` for `limit`."""
+    """Audit several loops that share every run; see `audit`, `Auditor` for `run`, `Budget` for `limit`."""
     begin, rounds = time.perf_counter(), len(seeds)
     if seconds is not None:
         budget = Budget(0, seconds / max(1, rounds))
     else:
         budget = Budget(48, 0.3, limit) if reruns is None else Budget(reruns, 0.0, limit)
-    options = {"bos_id": bos_id, "hints": hints, "byte_rule": byte_rule, "budget": budget}
-    auditor = Auditor(run, names, tokens, vocab_size, **options)
+    auditor = Auditor(run, names, stream, hints=hints, byte_rule=byte_rule, budget=budget)
     with kept_generators():
         found = auditor.audit(seeds)
     facts = {
         "seeds": list(map(int, seeds)),
         "runs": auditor.runs,
         "seconds": time.perf_counter() - begin,
-        "vocab_size": vocab_size,
-        "bytes_known": byte_rule is not None,
-        "fixed_length": auditor.fixed_length,
         "ranks": auditor.hints.ranks,
     }
     return [judge(each, **facts) for each in found]

@@ -22,12 +22,13 @@ from ..command.run import deliver, run_command
 from ..data import TokenStream
 from ..errors import InputError
 from . import audit_rows
+from .checks import Test, Verdict
 from .engine import Runs
 from .first_runs import with_first_runs
 from .fresh_process import run_in_process
 from .inputs import DRAWN, Subject, read_subject
 from .log import Record
-from .report import Report, Test, Verdict
+from .report import Report
 
 _ABOUT = "Run an evaluation loop on altered tokens and find out whether its scores look at what they must not."
 _OWN_RERUNS, _OWN_SECONDS = 32, 20.0  # a round; of each row
@@ -75,10 +76,8 @@ def _audit(settings: config.AuditSettings, subject: Subject) -> list[Report]:
     reports = audit_rows(
         _Counted(subject.run),
         subject.names,
-        subject.tokens,
-        subject.vocab_size,
+        subject.stream,
         byte_rule=subject.byte_rule,
-        bos_id=subject.bos_id,
         hints=subject.hints,
         seeds=settings.seed,
         reruns=settings.reruns or (_OWN_RERUNS if own else None),
@@ -90,10 +89,8 @@ def _audit(settings: config.AuditSettings, subject: Subject) -> list[Report]:
             with_first_runs(
                 report,
                 "fresh processes",
-                lambda stream: run_in_process(settings.score, stream, subject.vocab_size),
-                subject.tokens,
-                subject.vocab_size,
-                subject.bos_id,
+                lambda tokens: run_in_process(settings.score, tokens, subject.stream.vocab_size),
+                subject.stream,
                 np.random.default_rng([*settings.seed, 1]),
             )
             for report in reports
@@ -130,7 +127,7 @@ def _denominator(subject: Subject) -> list[Test]:
     """The bytes of the whole stream, where something is known about what they must be."""
     if subject.whole is None or subject.byte_rule is None:
         return []
-    documents = subject.whole.count(subject.bos_id)
+    documents = subject.whole.count(subject.stream.bos_id)
     if subject.text_bytes is None and documents != _CONTEST_DOCUMENTS:
         return []
     verdict: Verdict
@@ -181,8 +178,8 @@ def _result(
         ],
         "stream": {
             "source": subject.source,
-            "tokens": len(subject.tokens),
-            "sha256": TokenStream([subject.tokens.numpy()]).sha256(),
+            "tokens": len(subject.stream.tokens),
+            "sha256": TokenStream([subject.stream.tokens.numpy()]).sha256(),
         },
         "sha256": subject.files,
         "hints": {name: getattr(subject.hints, name) for name in ("seq_len", "stride", "batch_windows", "ranks")},

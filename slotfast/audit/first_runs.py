@@ -6,11 +6,11 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from . import checks
-from .checks import Noise
+from .checks import Test
 from .log import Record, kept_generators
-from .report import MEMORY, Report, Test
-from .streams import Source, alter
+from .moves import Noise, moved_before
+from .report import MEMORY, Report
+from .streams import Source, Stream, alter
 
 _PLACES = (1 / 2, 7 / 8)  # of the stream, where its copies begin to differ
 
@@ -19,9 +19,7 @@ def with_first_runs(
     report: Report,
     name: str,
     run: Callable[[Tensor], Record],
-    tokens: Tensor,
-    vocab_size: int,
-    bos_id: int | None,
+    stream: Stream,
     rng: np.random.Generator,
 ) -> Report:
     """A report with one more test: first runs, of the stream and of copies with another future, are compared.
@@ -30,21 +28,23 @@ def with_first_runs(
         report: of the loop's other runs.
         name: of the test.
         run: gives a record of a stream by a loop that has run nothing before.
-        tokens: int64 [N].
+        stream: the given one.
     """
-    source = Source(tokens, vocab_size, bos_id, rng)
+    source, tokens = Source(stream, rng), stream.tokens
     probes = [alter(source, tokens, "", "resample", max(2, int(share * len(tokens)))) for share in _PLACES]
     with kept_generators():
-        reference, *records = (run(stream) for stream in (tokens, *(probe.tokens for probe in probes)))
+        reference, *records = (run(each) for each in (tokens, *(probe.tokens for probe in probes)))
     noise, detail = report.noise if np.isfinite(report.noise) else 0.0, ""
     for probe, record in zip(probes, records, strict=True):
-        moved = checks.moved_before(reference, record, probe.at, Noise(noise, noise), probe.same_shape)
+        moved = moved_before(reference, record, probe.at, Noise(noise, noise), probe.same_shape)
         if moved and not detail:
             detail = f"other tokens from {probe.at} on move the score of token {moved.score} by {moved.by:.3g} nats"
     test = Test(name, "FAIL" if detail else "PASS", ("C1",), f"{len(probes)} altered streams", detail)
     looks_like = "a memory of what was said before each token, which repeats itself wherever a stream begins alike"
     if report.conditions["C1"] == "FAIL":
-        looks_like = "as above: runs in one process show the leak too"
+        looks_like = (
+            "the leak above, seen again by loops that have run nothing before: it needs no memory of other runs"
+        )
     leak = {"relation": name, "text": f"{name}: {detail}", "looks_like": looks_like}
     return replace(
         report,

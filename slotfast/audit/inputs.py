@@ -22,11 +22,12 @@ from ..errors import InputError
 from ..eval import Streaming
 from ..eval.inputs import choose_rows, read_inputs
 from ..slot import PRESETS, Adaptation, Calibration
-from .engine import ByteRule, Runs, check_stream
+from .checks import ByteRule
+from .engine import Runs
 from .log import run_loop
 from .own import OwnLoop
 from .places import Hints
-from .streams import synthetic
+from .streams import Stream, synthetic
 
 DRAWN = "drawn tokens"
 _PIECES = 6  # documents that a short stream is cut from, at least
@@ -42,14 +43,13 @@ class Subject:
         names: of the loops.
         computed: for our own rows, the adaptation whose verdict is compared with what is measured.
         files: what the verdict depends on: name -> SHA-256.
-        whole: the stream that `tokens` is cut from, where there is one, and its bytes if it was text.
+        stream: what they are run on.
+        whole: the stream that it is cut from, where there is one, and its bytes if it was text.
     """
 
     run: Runs
     names: list[str]
-    tokens: Tensor
-    vocab_size: int
-    bos_id: int | None
+    stream: Stream
     hints: Hints
     byte_rule: ByteRule | None
     source: str
@@ -111,8 +111,8 @@ def _own(settings: AuditSettings) -> Subject:
     artifact_path = settings.artifact or str(shipped / "demo.slotfast")
     files = code_hashes(None) | {"artifact": _sha256(Path(artifact_path)), "tokenizer": tokenizer.sha256}
     return Subject(
-        loop, list(rows), tokens, artifact.config.vocab_size, tokenizer.bos_id, hints, loop.byte_rule, inputs.source,
-        rows, files, inputs.stream, inputs.text_bytes,
+        loop, list(rows), Stream(tokens, artifact.config.vocab_size, tokenizer.bos_id), hints, loop.byte_rule,
+        inputs.source, rows, files, inputs.stream, inputs.text_bytes,
     )  # fmt: skip
 
 
@@ -139,20 +139,19 @@ def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
         raise InputError("--tokens and --text: give one of them")
     hints = _hints(settings, None, None, None, None)
     n = settings.max_tokens or _enough(hints)
-    stream, text_bytes = None, None
+    whole, text_bytes = None, None
     if settings.text:
         if tokenizer is None:
             raise InputError("--text: expected --tokenizer beside it")
         ids, text_bytes = tokenizer.encode_documents(read_documents(settings.text))
-        stream = TokenStream([ids])
+        whole = TokenStream([ids])
     elif settings.tokens:
-        stream = open_shards(settings.tokens)
-    if stream is None:
+        whole = open_shards(settings.tokens)
+    if whole is None:
         tokens, source = synthetic(n, vocab_size, bos_id, rng), DRAWN
     else:
-        tokens, source = excerpt(stream, bos_id, n), settings.text or settings.tokens
-        stream.check_vocabulary(vocab_size)
-    tokens = check_stream(tokens, vocab_size, bos_id)
+        tokens, source = excerpt(whole, bos_id, n), settings.text or settings.tokens
+        whole.check_vocabulary(vocab_size)
     byte_rule = None
     if tokenizer:
         table = tokenizer.byte_table
@@ -170,7 +169,7 @@ def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
 
     files = code_hashes(score) | ({"tokenizer": tokenizer.sha256} if tokenizer else {})
     return Subject(
-        run, [name], tokens, vocab_size, bos_id, hints, byte_rule, source, {}, files, stream, text_bytes
+        run, [name], Stream.checked(tokens, vocab_size, bos_id), hints, byte_rule, source, {}, files, whole, text_bytes
     )  # fmt: skip
 
 
@@ -206,8 +205,10 @@ def load_function(flag: str, name: str) -> Callable[..., Any]:
     if not colon or not module or not path:
         raise InputError(f"{flag} {name}: expected package.module:function")
     if module.endswith(".py"):
-        dotted = ".".join(Path(module).with_suffix("").parts)
-        raise InputError(f"{flag} {name}: expected a module, not a file: {flag} {dotted}:{path}")
+        file = Path(module).with_suffix("")
+        inside = not file.is_absolute() and ".." not in file.parts
+        dotted, where = (".".join(file.parts), "") if inside else (file.name, f" in {file.parent}")
+        raise InputError(f"{flag} {name}: expected a module, not a file: {flag} {dotted}:{path}{where}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -3,14 +3,51 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, pairwise
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import InputError
+
 _REPEAT, _FREQUENT = 0.5, 0.3  # the rest is uniform
 _ECHO = 16  # tokens
 _BOS_SHARE = 0.01  # of a document start, where the stream has none to count
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The stream that a loop is run on.
+
+    Args:
+        tokens: int64 [N], on the CPU, 0..V-1.
+        vocab_size: V.
+        bos_id: the token that starts a document, or None.
+    """
+
+    tokens: Tensor
+    vocab_size: int
+    bos_id: int | None
+
+    @classmethod
+    def checked(cls, tokens: Any, vocab_size: int, bos_id: int | None) -> Self:
+        """A copy of anybody's tokens, int [N].
+
+        Raises:
+            InputError: fewer than 3 tokens, ids outside the vocabulary, a vocabulary of fewer than 2.
+        """
+        tokens = torch.as_tensor(tokens)
+        if tokens.ndim != 1 or tokens.is_floating_point() or len(tokens) < 3:
+            raise InputError(
+                f"tokens of shape {list(tokens.shape)} and type {tokens.dtype}: expected int [N], N at least 3"
+            )
+        tokens = tokens.to("cpu", torch.int64).clone()
+        if vocab_size < 2 or not 0 <= int(tokens.min()) <= int(tokens.max()) < vocab_size:
+            raise InputError(f"tokens {int(tokens.min())} to {int(tokens.max())}: expected 0 to {vocab_size - 1}")
+        if bos_id is not None and not 0 <= bos_id < vocab_size:
+            raise InputError(f"BOS {bos_id}: expected 0 to {vocab_size - 1}")
+        return cls(tokens, vocab_size, bos_id)
 
 
 class Source:
@@ -19,15 +56,14 @@ class Source:
     Every token is drawn from a distribution that is known and positive everywhere, given what came before it.
 
     Args:
-        tokens: int64 [N], the stream whose frequencies are taken.
-        vocab_size: tokens are 0..V-1.
-        bos_id: the token that starts a document, or None.
+        stream: whose frequencies are taken.
         rng: all draws come from it.
     """
 
-    def __init__(self, tokens: Tensor, vocab_size: int, bos_id: int | None, rng: np.random.Generator):
+    def __init__(self, stream: Stream, rng: np.random.Generator):
+        vocab_size, bos_id = stream.vocab_size, stream.bos_id
         self.vocab_size, self.bos_id, self.rng = vocab_size, bos_id, rng
-        counts = np.bincount(tokens.numpy(), minlength=vocab_size) + 1e-9
+        counts = np.bincount(stream.tokens.numpy(), minlength=vocab_size) + 1e-9
         self.frequency = counts / counts.sum()
         if bos_id is not None and self.frequency[bos_id] < _BOS_SHARE:
             self.frequency *= 1 - _BOS_SHARE
@@ -224,5 +260,5 @@ def synthetic(n: int, vocab_size: int, bos_id: int | None, rng: np.random.Genera
         counts[bos_id] = 0
     seed = torch.repeat_interleave(torch.arange(vocab_size), counts)
     first = torch.tensor([0 if bos_id is None else bos_id])
-    drawn, _ = Source(seed, vocab_size, bos_id, rng).draw(first, n - 1)
+    drawn, _ = Source(Stream(seed, vocab_size, bos_id), rng).draw(first, n - 1)
     return torch.cat([first, drawn])

@@ -1,18 +1,77 @@
-"""What a finding looks like: the pattern that usually causes it, with published cases; advice, not evidence."""
+"""A score that depends on what it must not: what moved it, how far that reaches, and the pattern it looks like."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import numpy as np
 
-from .checks import Moved
-from .findings import Findings, Leak
 from .log import Record
-
-if TYPE_CHECKING:
-    from .report import Test
+from .moves import Moved
+from .streams import Probe
 
 _NEAR = 64  # tokens
+
+
+@dataclass(frozen=True)
+class Leak:
+    """A score that depends on what it must not.
+
+    Args:
+        relation: `future` (a token that comes later), or `own` (the charged token itself).
+        token: position of the token that was changed.
+        moved: what moved.
+        place, change: where and how the stream was altered when it was first seen.
+        alone: whether changing that token alone suffices.
+        same_event: whether one event charged both; None where the loop reports no events.
+        events_apart: events from the moved score's to the changed token's; below 0 where the token was charged first.
+        stream: which stream it was.
+        one_event: whether the loop reported all its charges in one event.
+        whole: whether the stream's last token moves its first scores.
+        block: events that move one another's scores, where that is not the whole stream; 0 where it was not looked for.
+        became_bos: whether the change made the token a document's first, or no longer one.
+        moves_without_bos: where it became one, whether another change of it moves a score too; else None.
+    """
+
+    relation: str
+    token: int
+    moved: Moved
+    place: str
+    change: str
+    alone: bool
+    same_event: bool | None
+    events_apart: int
+    stream: str
+    one_event: bool = False
+    whole: bool = False
+    block: int = 0
+    became_bos: bool = False
+    moves_without_bos: bool | None = None
+
+    @classmethod
+    def of(cls, relation: str, token: int, moved: Moved, probe: Probe, base: Record, alone: bool, stream: str) -> Self:
+        """A leak between one token and one score of a stream that a probe altered."""
+        events = base.event[[moved.score, token]] if base.ordered else None
+        same = None if events is None else bool(events[0] == events[1])
+        apart = 0 if events is None else int(events[1] - events[0])
+        return cls(relation, token, moved, probe.kind, probe.change, alone, same, apart, stream)
+
+    @property
+    def text(self) -> str:
+        """What was changed, and what moved."""
+        what = "its own distribution" if self.relation == "own" else f"the score of token {self.moved.score}"
+        alone = "" if self.alone else " together with the ones before it"
+        more = f"; {self.moved.count:,} scores move, by up to {self.moved.largest:.3g}" if self.moved.count > 1 else ""
+        stream = "" if self.stream == "given" else f" (stream {self.stream})"
+        before, after = self.moved.before, self.moved.after
+        return f"changing token {self.token}{alone} moves {what} from {before:.6g} to {after:.6g} nats{more}{stream}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able keys."""
+        known = asdict(self)
+        # JSON has no infinities: a score that only one of the streams has is null
+        known["moved"] = {key: value if np.isfinite(value) else None for key, value in known["moved"].items()}
+        return {**known, "text": self.text, "looks_like": looks_like(self)}
 
 
 def reach_of(base: Record, leak: Leak, moved_by: Callable[[int], Moved | None]) -> dict[str, Any]:
@@ -101,47 +160,3 @@ def _another_order(leak: Leak) -> str:
         return text
     without = "scores move" if leak.moves_without_bos else "nothing moves"
     return f"{text}, and {without} where documents start as before"
-
-
-def charged_amiss(record: Record) -> str:
-    """What tokens that are charged never, or more than once, look like."""
-    length, charges = len(record.charges), record.charges[1:]
-    again, never = np.flatnonzero(charges > 1) + 1, np.flatnonzero(charges == 0) + 1
-    if record.charges[0] and record.ordered:
-        return "a charge for token 0, which nothing foretells"
-    if record.endless:
-        return "a charge that is no number, which a mean may skip"
-    if len(again) and not len(never):
-        if len(again) == length - again[0] and again[0] > length // 2:
-            return "tail windows: the last tokens are scored again until one is left (fixed in #1394)"
-        return "rescoring (#846), or the best of several passes (#573)"
-    if len(never) and not len(again):
-        if len(never) == length - never[0]:
-            return "the stream's end left out, as an incomplete last window or batch"
-        return "only a part of the stream: documents or tokens left out"
-    return "some tokens charged never and others more than once: windows that do not meet"
-
-
-_TOTALS = (
-    "a hashed cache with the target in its key (#779, #886), a gate or tilt that looks at its target (#1420), the "
-    "better of several models for each token (#573), a mixture over bytes (#1835, #1872), or a training loss"
-)
-_ADVICE = {
-    "repeats": "several passes, or a cache that survives the call (#846, #991)",
-    "charges": "a rescaled charge beside an honest distribution, or a training loss in its place",
-    "distributions": "weights or bonuses added after normalisation (#886, #978)",
-    "substituted totals": _TOTALS,
-    "drawn totals": _TOTALS,
-    "updates after charges": "an update before the score, as in pre-quantisation training (#1306)",
-    "left to right": "documents in another order (#402, #1530), or a second pass (#846)",
-    "bytes": "a leading space counted twice (#1719), byte pieces counted as 3 (#1143), a constant (#897, #2071)",
-}
-
-
-def patterns(tests: list["Test"], found: Findings) -> list[tuple["Test", str]]:
-    """Failed tests, each with the pattern that it looks like."""
-    advice = _ADVICE | {"every token once": found.once_cause}
-    if found.leak or found.own:  # a charge that knows its token, or what follows, need not come from a distribution
-        same = "what the leak above explains: charges that know what comes need not sum to 1"
-        advice |= {"substituted totals": same, "drawn totals": same}
-    return [(test, advice[test.name]) for test in tests if test.verdict == "FAIL" and test.name in advice]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from . import checks
+from .checks import Charges, Totals
 from .streams import Source, likely, rarest, recurring
 
 if TYPE_CHECKING:
@@ -28,12 +28,16 @@ _LATE_SHARE = 1 / 3  # of what totals cost: each late one takes every token over
 def share_budget(auditor: Auditor) -> None:
     """Divide the budget; distributions need no totals, and where not all tokens can be put, a few tell little."""
     auditor.budget.share(_SHARE)
-    complete = _affordable(auditor, 1) * len(auditor.tokens) >= SHORTEST_SUM * auditor.vocab_size
-    given = all(found.gives_rows for found in auditor.found.values())
+    length, vocab_size = len(auditor.tokens), auditor.stream.vocab_size
+    complete = _affordable(auditor, 1) * length >= SHORTEST_SUM * vocab_size
+    given = all(found.check(Charges).clear for found in auditor.found.values())
     auditor.budget.share(0.0 if given else _SHARE if complete else _FEW_SHARE)
-    for found in auditor.found.values():
-        late = found.late * auditor.vocab_size / len(auditor.tokens)
-        found.late_reruns = int(np.ceil(late / _SHARE)) + 1
+    for totals in _checks(auditor):
+        totals.late_reruns = int(np.ceil(totals.late * vocab_size / length / _SHARE)) + 1
+
+
+def _checks(auditor: Auditor) -> list[Totals]:
+    return [found.check(Totals) for found in auditor.found.values()]
 
 
 def take_totals(auditor: Auditor, source: Source, rounds: int) -> None:
@@ -47,21 +51,21 @@ def take_totals(auditor: Auditor, source: Source, rounds: int) -> None:
     reference = auditor.found[auditor.names[0]].reference
     starts = reference.starts[reference.starts > 0]  # nothing foretells token 0
     silent = np.flatnonzero(np.isnan(reference.total[1:])) + 1
-    late = max(found.late for found in auditor.found.values())
+    late, vocab_size = max(totals.late for totals in _checks(auditor)), auditor.stream.vocab_size
     taken = refused = 0
     cost = late_cost = 0.0  # in runs of the whole stream
     while budget.shares["sums"] and (not taken or budget.left("sums", rounds)) and refused < 8:
         affordable = _affordable(auditor, rounds)
         # One late total comes on top where a round's reruns would pay for it: nothing else clears such a loop
         extra = min(budget.reruns, budget.limit_left("sums", rounds) * auditor.speed)
-        on_top = not taken and late * auditor.vocab_size / length <= extra
+        on_top = not taken and late * vocab_size / length <= extra
         affordable = extra if on_top else affordable
         # A stream that ends early costs less: as long a one as every token can be put in
-        reach = min(int(affordable * length / auditor.vocab_size), length - 1)
+        reach = min(int(affordable * length / vocab_size), length - 1)
         cut = auditor.fixed_length is None
         shortest = max(SHORTEST_SUM, auditor.shortest - 1)
         short = cut and (reach >= shortest or reach == length - 1)
-        everything = short or affordable >= auditor.vocab_size
+        everything = short or affordable >= vocab_size
         reach = reach if short else length - 1
         is_late = late_cost <= _LATE_SHARE * cost and everything and reach >= late
         kind = (_LATE_KINDS if is_late else _KINDS)[turn % len(_LATE_KINDS if is_late else _KINDS)]
@@ -80,13 +84,13 @@ def take_totals(auditor: Auditor, source: Source, rounds: int) -> None:
         stream = tokens.clone() if kind == "given" else recurring(source, tokens, at)
         if kind == "rare":
             stream[at - 1] = next(behind)
-        if kind == "document" and auditor.bos_id is not None:
-            stream[max(0, at - 1 - int(source.rng.integers(2)))] = auditor.bos_id
+        if kind == "document" and auditor.stream.bos_id is not None:
+            stream[max(0, at - 1 - int(source.rng.integers(2)))] = auditor.stream.bos_id
         stream = stream[: last + 1] if cut else stream
         if not auditor.takes(stream):
             refused += 1
             continue
-        candidates = range(auditor.vocab_size) if everything else likely(source, stream, at, int(affordable))
+        candidates = range(vocab_size) if everything else likely(source, stream, at, int(affordable))
         if not candidates:
             return
         _put(auditor, stream, at, candidates, None if on_top else "sums")
@@ -96,27 +100,17 @@ def take_totals(auditor: Auditor, source: Source, rounds: int) -> None:
 
 
 def _put(auditor: Auditor, stream: Tensor, at: int, candidates: Sequence[int], phase: str | None) -> None:
-    """Add up the probabilities that candidates for one position are charged with; `phase` pays for the runs."""
-    totals, rounding = dict.fromkeys(auditor.names, 0.0), dict.fromkeys(auditor.names, 0.0)
+    """Show the checks what candidates for one position are charged; `phase` pays for the runs."""
+    nll: dict[str, list[float]] = {name: [] for name in auditor.names}
+    precision = 0.0
     for token in candidates:
         tokens = stream.clone()
         tokens[at] = token
         for name, record in auditor.records(tokens, phase).items():
-            loss = record.nll[at]
-            share = 0.0 if np.isnan(loss) else float(np.exp(min(-loss, 600)))
-            totals[name] += share
-            if share:  # rounded to nearest, twice: where the normaliser is subtracted as well
-                rounding[name] += record.nll_precision * share * (1 + abs(loss))
-    complete = len(candidates) == auditor.vocab_size
-    for name, total in totals.items():
-        found = auditor.found[name]
-        found.sums.append((at, len(candidates), total))
-        off = total - 1 if total > 1 or complete else 0.0
-        allowed = checks.SUM_TOLERANCE + checks.MARGIN * found.noise.nll
-        if abs(off) > allowed + rounding[name] and found.worst_sum is None:
-            found.worst_sum = at, total
-        elif abs(off) > allowed:
-            found.rounded_sums = max(found.rounded_sums, abs(off))
+            nll[name].append(record.nll[at])
+            precision = max(precision, record.nll_precision)
+    for name, found in auditor.found.items():
+        found.show("see_total", stream, at, candidates, np.array(nll[name]), precision)
 
 
 def _affordable(auditor: Auditor, rounds: int) -> float:

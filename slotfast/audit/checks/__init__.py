@@ -1,0 +1,30 @@
+"""What is asked of a loop: a file for each question, with what it takes notes of and what it concludes.
+
+A further question is a file with a `Check`, and its name in the two lists below.
+"""
+
+from .base import ByteRule, Check, Findings, Pair, Test, Verdict
+from .bets import Bets
+from .bytes import Bytes
+from .charges import Charges
+from .future import Future
+from .order import Order
+from .own import Own
+from .repeats import Repeats
+from .totals import Totals
+
+CHECKS: tuple[type[Check], ...] = (Repeats, Future, Own, Charges, Totals, Bets, Order, Bytes)  # in the report's order
+
+# A condition is kept where all tests of one of its lists pass, and broken where any test that names it fails
+NEEDED = {
+    "C1": [["future tokens"]],
+    "C2": [["own value", "charges", "distributions"], ["substituted totals"]],
+    "C3": [["scores before use"]],
+    "C4": [["every token once", "left to right"]],
+    "bytes": [["bytes"]],
+}
+
+__all__ = [
+    "CHECKS", "NEEDED", "Bets", "ByteRule", "Bytes", "Charges", "Check", "Findings", "Future", "Order", "Own", "Pair",
+    "Repeats", "Test", "Totals", "Verdict",
+]  # fmt: skip

@@ -1,0 +1,103 @@
+"""Whether the tokens of the vocabulary, each put in one position, are charged probabilities that sum to 1."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from ..log import Record
+from ..moves import MARGIN
+from .base import Check, Findings, Test
+from .charges import SUM_TOLERANCE, Charges
+from .excess import explain
+
+_LOOKS_LIKE = (
+    "a hashed cache with the target in its key (#779, #886), a gate or tilt that looks at its target (#1420), the "
+    "better of several models for each token (#573), a mixture over bytes (#1835, #1872), or a training loss"
+)
+_OF_A_LEAK = "what the leak above explains: charges that know what comes need not sum to 1"
+
+
+class Totals(Check):
+    """Totals by substitution."""
+
+    def __init__(self, found: Findings):
+        super().__init__(found)
+        self.sums: list[tuple[int, int, float]] = []  # position, tokens substituted, total
+        self.worst: tuple[int, int, float] | None = None
+        self.rounded = 0.0  # how far totals are off that charges in half precision explain
+        self._wrong: tuple[Tensor, int, np.ndarray] | None = None  # the first complete one: stream, position, charges
+        self._explained: str | None = None
+        self.late_reruns = 0  # runs of a round that have room for a late total; whoever divides the budget says it
+
+    @property
+    def late(self) -> int:
+        """First position behind three quarters of the stream and two events: totals from there on can clear a loop."""
+        length, starts = len(self.found.reference.tokens), self.found.reference.starts
+        behind = int(starts[2]) if len(starts) > 2 else 0
+        return min(max(3 * length // 4, behind), length - 1)
+
+    def see_total(self, stream: Tensor, at: int, tokens: Sequence[int], nll: np.ndarray, precision: float) -> None:
+        share = np.where(np.isnan(nll), 0.0, np.exp(np.minimum(-np.nan_to_num(nll), 600)))
+        # rounded to nearest, twice: where the normaliser is subtracted as well
+        rounding = precision * float((share * (1 + np.where(share > 0, np.abs(nll), 0))).sum())
+        total = float(share.sum())
+        self.sums.append((at, len(tokens), total))
+        off = abs(total - 1) if total > 1 or len(tokens) == self.found.stream.vocab_size else 0.0
+        allowed = SUM_TOLERANCE + MARGIN * self.found.noise.nll
+        if off > allowed + rounding:
+            self.worst = self.worst or self.sums[-1]
+            if self._wrong is None and len(tokens) == self.found.stream.vocab_size:
+                self._wrong = stream, at, nll
+        elif off > allowed:
+            self.rounded = max(self.rounded, off)
+
+    def see_last(self, record: Record) -> None:
+        if self._wrong and not self.found.leak and not self.found.own:
+            self._explained = explain(self.found, *self._wrong)
+
+    def tests(self) -> list[Test]:
+        name, vocab_size = "substituted totals", self.found.stream.vocab_size
+        complete = [(at, total) for at, n, total in self.sums if n == vocab_size]
+        tried, clear = sum(n for _, n, _ in self.sums), self.found.check(Charges).clear
+        if self.worst:
+            at, n, total = self.worst
+            detail = f"{n} of {vocab_size} tokens in position {at} together get probability {total:.6g}"
+            return [Test(name, "FAIL", ("C2",), f"{tried} runs", detail, len(self.sums), self.looks_like)]
+        if self.rounded:
+            why = f"up to {self.rounded:.1e} beside 1: charges in half precision leave that open"
+            return [Test(name, "UNTESTED", ("C2",), f"{tried} runs", why)]
+        # A state that takes most of the stream to fill has no part in earlier totals
+        deepest = max((at for at, _ in complete), default=0)
+        if complete and deepest < self.late and not clear:
+            why = (
+                f"only up to token {deepest}, {len(complete)} positions: one behind {self.late} needs about "
+                f"{self.late_reruns} reruns (--reruns), or logprobs= in log.score, which shows all totals"
+            )
+            return [Test(name, "UNTESTED", ("C2",), f"{tried} runs", why)]
+        if complete:
+            off = max(abs(total - 1) for _, total in complete)
+            about = f"{len(complete)} positions x {vocab_size}, up to token {deepest}"
+            return [Test(name, "PASS", ("C2",), about, f"within {off:.1e} of 1", tried)]
+        if clear:
+            return [Test(name, "UNTESTED", ("C2",), "", "the distributions themselves are added up")]
+        why = (
+            f"all {vocab_size} tokens need about {self.late_reruns} reruns (--reruns); logprobs= in log.score would "
+            "show all totals, and a gate or tilt that looks at its target"
+        )
+        if self.sums:
+            why += f"; {tried // len(self.sums)} of them get {max(total for *_, total in self.sums):.3g}"
+        return [Test(name, "UNTESTED", ("C2",), "", why)]
+
+    @property
+    def looks_like(self) -> str:
+        """What totals beside 1 look like, by substitution or by bets."""
+        return _OF_A_LEAK if self.found.leak or self.found.own else self._explained or _LOOKS_LIKE
+
+    def unreached(self) -> list[str]:
+        if self.worst or self.found.check(Charges).clear:
+            return []
+        return [
+            "positions where no total was taken, though a gate or tilt that looks at its target may act there alone: "
+            "logprobs= in log.score shows every total"
+        ]

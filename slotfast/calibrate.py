@@ -24,6 +24,7 @@ from .score import Meter
 from .slot import Adapter, Calibration, parse_preset
 from .slot.repeats import CONTEXTS, DEFAULT_GATES, Followers, Repeats, fit_gates, mix
 from .windows import Plan
+from .words import counted
 
 SCALES = (0.0, 0.4, 0.7, 1.0, 1.3)  # 0: the rates are of no use to this model
 DECAYS = (0.94, 0.97, 0.985)  # of 64 tokens
@@ -183,7 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     documents = int((ids == tokenizer.bos_id).sum())
     if documents < 2 or len(ids) < _FEWEST_TOKENS:
         raise InputError(
-            f"{settings.text}: {documents} documents, {len(ids):,} tokens; calibration needs 2 and {_FEWEST_TOKENS:,}"
+            f"{settings.text}: {counted(documents, 'document')}, {counted(len(ids), 'token')}; calibration needs 2 and "
+            f"{_FEWEST_TOKENS:,}"
         )
     stream = TokenStream([ids])
     found = calibrate(artifact.model(), stream, tokenizer.byte_table, tokenizer.bos_id, artifact.unigram)
@@ -204,7 +206,7 @@ def summary(found: dict[str, Any]) -> str:
     return (
         f"calibrated on {found['tokens']:,} tokens: rates {strength if found['scale'] else 'off'}; repeats "
         f"{'off' if found['gates'] == CLOSED_GATES else 'on'}, {repeats:+.4f} ± {spread} bpb in cross-validation; "
-        f"forward {forward['forward']}, {forward['sinks']} sinks{against} bpb"
+        f"forward {forward['forward']}, {counted(forward['sinks'], 'sink')}{against} bpb"
     )
 
 

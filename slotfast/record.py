@@ -11,13 +11,11 @@ import hashlib
 import json
 import math
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,9 +25,9 @@ from .command.files import write_json
 from .command.run import deliver, run_command
 from .errors import InputError, expected
 from .overlap import MAX_OVERLAP
+from .welch import LARGEST_P, THRESHOLD_NATS, Comparison, Sample, compare
+from .words import counted
 
-THRESHOLD_NATS = 0.005
-LARGEST_P = 0.01
 _ABOUT = (
     f"Mean, spread and Welch's test of several runs of python -m slotfast.eval; a record is {THRESHOLD_NATS} nats a "
     f"token better at p < {LARGEST_P}."
@@ -133,72 +131,6 @@ class Run:
             "where": {"backend": result.backend, "device": result.device, "ranks": result.ranks},
             "versions": result.versions,
         }
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Losses of several runs in nats a token: mean, standard deviation (None for one run), number of runs."""
-
-    mean: float
-    std: float | None
-    n: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Sample":
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Welch's test against a baseline.
-
-    Args:
-        gain_nats: baseline's mean less ours, nats a token.
-        t, df: statistic of the gain over the threshold, and its degrees of freedom.
-        p: of a gain no more than the threshold.
-        p_any: of no gain at all.
-    """
-
-    baseline: Sample
-    gain_nats: float
-    t: float
-    df: float
-    p: float
-    p_any: float
-
-    @property
-    def is_record(self) -> bool:
-        return self.gain_nats >= THRESHOLD_NATS and self.p < LARGEST_P
-
-
-def upper_tail(t: float, df: float) -> float:
-    """Probability that Student's t with `df` >= 1 degrees of freedom exceeds t.
-
-    The integral of the density, which x = sqrt(df) / tan(angle) turns into that of sin(angle)^(df - 1), by
-    Gauss-Legendre quadrature: relative error below 1e-6, and below 1e-10 from df = 2.
-    """
-    nodes, weights = np.polynomial.legendre.leggauss(200)
-    half = math.atan2(math.sqrt(df), t) / 2
-    integral = half * float(weights @ np.sin(half * (nodes + 1)) ** (df - 1))
-    return math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi) * integral
-
-
-def compare(ours: Sample, baseline: Sample) -> Comparison:
-    """Welch's one-sided test of whether ours has a lower loss.
-
-    Raises:
-        InputError: a sample of one run, or no spread at all.
-    """
-    if ours.std is None or baseline.std is None:
-        raise InputError(f"{ours.n} runs against {baseline.n}: a test needs at least 2 on both sides")
-    parts = ours.std**2 / ours.n, baseline.std**2 / baseline.n
-    variance = sum(parts)
-    if not variance:
-        raise InputError("no spread between the runs of either side: nothing to test with")
-    df = variance**2 / (parts[0] ** 2 / (ours.n - 1) + parts[1] ** 2 / (baseline.n - 1))
-    gain, error = baseline.mean - ours.mean, math.sqrt(variance)
-    t = (gain - THRESHOLD_NATS) / error
-    return Comparison(baseline, gain, t, df, upper_tail(t, df), upper_tail(gain / error, df))
 
 
 def read_runs(paths: Sequence[str], preset: str | None = None, allow_noncausal: bool = False) -> list[Run]:
@@ -395,8 +327,9 @@ def table(runs: Sequence[Run], code_bytes: int | None, comparison: Comparison | 
     verdict = f"NOT causal: {runs[0].leak}" if runs[0].leak else "causal"
     lines += [
         "",
-        f"Preset `{row.preset}`, {verdict}. {first.tokens:,} tokens, {first.bytes:,} bytes, {first.text.documents:,} "
-        f"documents; text SHA-256 {first.text.sha256[:12]}, configuration SHA-256 {configuration_sha256(runs)[:12]}.",
+        f"Preset `{row.preset}`, {verdict}. {counted(first.tokens, 'token')}, {counted(first.bytes, 'byte')}, "
+        f"{counted(first.text.documents, 'document')}; text SHA-256 {first.text.sha256[:12]}, configuration SHA-256 "
+        f"{configuration_sha256(runs)[:12]}.",
         f"{first.device}, {', '.join(f'{name} {version}' for name, version in first.versions.items())}.",
     ]
     if first.config.get("max_tokens") is not None:

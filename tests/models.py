@@ -1,7 +1,9 @@
 """Small models for tests: settings of one with every part, and of one with none but a transformer's; an artifact."""
 
+import io
 from importlib import resources
 
+import sentencepiece
 import torch
 
 from slotfast.artifact import Artifact, write_artifact
@@ -63,10 +65,23 @@ def random_model(**changes):
     return model.eval().requires_grad_(False)
 
 
-def write_tiny(path, seed=0):
-    """Write a tiny random model of the demo tokenizer, of length 64."""
+SENTENCES = ["the cat sat on the mat", "a dog and a cat", "  two  spaces  here"] * 20
+
+
+def write_tokenizer(path, sentences=SENTENCES, **options):
+    """Train and write a small tokenizer that loses nothing, unless the options say otherwise."""
+    written = io.BytesIO()
+    settings = {"vocab_size": 300, "byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2}
+    settings |= {"remove_extra_whitespaces": False, "hard_vocab_limit": False, "model_type": "bpe", **options}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(sentences), model_writer=written, **settings)
+    path.write_bytes(written.getvalue())
+    return Tokenizer(path)
+
+
+def write_tiny(path, seed=0, tokenizer=None):
+    """Write a tiny random model, of length 64, of a tokenizer: by default the demo's."""
     torch.manual_seed(seed)
-    tokenizer = Tokenizer(str(resources.files("slotfast") / "demo" / "demo.model"))
+    tokenizer = tokenizer or Tokenizer(str(resources.files("slotfast") / "demo" / "demo.model"))
     sizes = {"seq_len": 64, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 16, "rope_dims": 4}
     config = GPTConfig(**sizes, bigram_buckets=0, value_width=0, vocab_size=tokenizer.vocab_size)
     write_artifact(path, Artifact.from_model(GPT(config), {"tokenizer_sha256": tokenizer.sha256}))

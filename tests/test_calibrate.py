@@ -96,7 +96,7 @@ def test_the_command_writes_the_same_model_calibrated(files, capsys):
 
 def test_what_cannot_work_is_one_line(files, tmp_path):
     for changes, message in (
-        ({"text": "one.txt"}, "1 documents, 2 tokens; calibration needs 2 and 1,000"),
+        ({"text": "one.txt"}, "1 document, 2 tokens; calibration needs 2 and 1,000"),
         ({"text": "empty.jsonl"}, "stands for no bytes"),
         ({"text": "nothing.txt"}, "nothing.txt"),
     ):

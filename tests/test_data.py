@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from slotfast.data import ByteTable, Tokenizer, TokenStream, open_shards, read_documents, read_shard, write_shard
 from slotfast.errors import InputError
+from tests.models import SENTENCES, write_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the experiments' data are not on this machine")
@@ -111,6 +112,14 @@ def test_documents_of_every_format(tmp_path, suffix, pack):
         ("a.txt.gz", b"\x1f\x8b\x08" + bytes(7) + b"\xff" * 30, "truncated or corrupt"),
         ("a.txt.gz", gzip.compress(b"hello" * 99, mtime=0)[:-12], "truncated or corrupt"),
         ("a.jsonl.zst", b"not zstd at all", "truncated or corrupt"),
+        ("a.jsonl.zst", b"", "truncated or corrupt"),
+        ("a.csv", b"id,text\n1,one\n", "a table, expected plain text, or .jsonl with a key 'text'"),
+        ("a.tsv.gz", gzip.compress(b"id\ttext\n1\tone\n"), "a table, expected plain text"),
+        ("a.json", b'\xef\xbb\xbf [{"text": "one"},\n {"text": "two"}]\n', "JSON, expected plain text"),
+        ("a.txt", b'{"text": "one"}\n{"text": "two"}\n', "its first line is a JSON object; .*, by its name"),
+        ("a.txt", b"PAR1\x15\x04 all of it ASCII PAR1", "a Parquet file"),
+        ("a.txt", gzip.compress(b"hello"), r"compressed by gzip: its name must end with \.gz"),
+        ("a.txt", "wide".encode("utf-16-le"), "a zero at byte 1: a binary file, or not UTF-8"),
     ],
 )
 def test_broken_text_says_what_is_wrong(tmp_path, name, content, message):
@@ -122,6 +131,42 @@ def test_broken_text_says_what_is_wrong(tmp_path, name, content, message):
 def test_missing_text(tmp_path):
     with pytest.raises(InputError, match="no such file"):
         list(read_documents(tmp_path / "a.txt"))
+    with pytest.raises(InputError, match="is a folder, expected a file"):
+        list(read_documents(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text", ["[sic] he said\n", "{a} {b}\n", "[1] A footnote.\n[2] Another.\n", "17", '"quoted"', "one, two\n"]
+)
+def test_plain_text_that_resembles_something_else_is_taken(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert list(read_documents(tmp_path / "a.txt")) == [text]
+
+
+SKIPPABLE = b"\x50\x2a\x4d\x18\x05\0\0\0hello"  # a frame of other people's notes
+PACKERS = {
+    ".xz": lzma.compress,
+    ".gz": lambda data: gzip.compress(data, mtime=0),
+    ".bz2": bz2.compress,
+    ".zst": zstandard.ZstdCompressor().compress,
+}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_that_is_cut_anywhere_is_refused_and_all_of_its_parts_are_read(tmp_path, suffix, name):
+    path, rng = tmp_path / f"{name}{suffix}", np.random.default_rng(0)
+    text = " ".join(map(str, rng.integers(0, 1 << 30, 40_000)))  # of several blocks
+    content = (json.dumps({"text": text}) + "\n" if name == "a.jsonl" else text).encode()
+    packed = PACKERS[suffix](content)
+    for end in (1, 5, 30, len(packed) // 2, len(packed) - 1):
+        path.write_bytes(packed[:end])
+        with pytest.raises(InputError, match="truncated or corrupt"):
+            list(read_documents(path))
+    half = len(content) // 2
+    between = SKIPPABLE if suffix == ".zst" else b""
+    path.write_bytes(between + PACKERS[suffix](content[:half]) + between + PACKERS[suffix](content[half:]) + between)
+    assert list(read_documents(path)) == [text]
 
 
 # bytes
@@ -152,6 +197,61 @@ def test_a_cut_keeps_the_counts_true(tokenizer):
     tokens, count = tokenizer.encode_documents(documents, max_tokens=17)
     assert len(tokens) == 17
     assert count.rule == int(tokenizer.byte_table.count(tokens[1:], tokens[:-1]).sum()) and count.exact
+
+
+def test_what_a_cut_leaves_out_and_carriage_returns_are_known(tokenizer):
+    whole, _ = tokenizer.encode_documents(["ab", "cd"])
+    for limit, cut in ((None, False), (len(whole), False), (len(whole) - 1, True), (3, True)):
+        tokens, count = tokenizer.encode_documents(["ab", "cd"], limit)
+        assert count.cut == cut == (len(tokens) < len(whole)) and count.crlf == 0
+        assert TokenStream([whole[:3], whole[3:]], limit).cut == cut
+    assert tokenizer.encode_documents(["a\r\nb", "c\rd", "e\r\n"])[1].crlf == 2
+
+
+TEXTS = [" the cat", "the cat", "  two  spaces ", "", " ", "cat\n dog", "naïve"]
+
+
+@pytest.mark.parametrize("dummy", [True, False])
+@pytest.mark.parametrize("fallback", [True, False])
+def test_a_space_in_front_of_every_text_changes_none(tmp_path, dummy, fallback):
+    tokenizer = write_tokenizer(tmp_path / "t.model", add_dummy_prefix=dummy, byte_fallback=fallback)
+    for text in TEXTS if fallback else TEXTS[:5]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        if dummy:  # as the tokenizer itself does it
+            assert ids[1:] == sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path)).encode(text)
+        _, count = tokenizer.encode_documents([text, "x" * fallback])
+        if dummy or fallback:
+            assert count.exact and count.rule == len(text.encode()) + fallback
+    assert tokenizer.byte_table.fault is None
+
+
+@pytest.mark.parametrize(
+    ("options", "example"),
+    [
+        ({"treat_whitespace_as_suffix": True}, "the▁"),
+        ({"allow_whitespace_only_pieces": True}, "▁▁"),
+        ({"user_defined_symbols": ["▁▁", "the▁cat"]}, "the▁cat"),
+    ],
+)
+def test_a_vocabulary_shows_what_the_byte_rule_misjudges(tmp_path, options, example):
+    tokenizer = write_tokenizer(tmp_path / "t.model", add_dummy_prefix=False, **options)
+    fault = tokenizer.byte_table.fault
+    assert "U+2581 behind their start" in fault.why
+    pieces = [tokenizer._processor.id_to_piece(token) for token in range(tokenizer.vocab_size)]
+    assert fault.excess[pieces.index(example)] == 2 and fault.excess[pieces.index("<0x41>")] == 0
+    tokens, count = tokenizer.encode_documents(["the cat sat on the mat and two  spaces here"])
+    assert count.rule - int(fault.excess[tokens].sum()) == count.raw < count.rule
+
+
+def test_a_vocabulary_without_the_rules_space_is_misjudged(tmp_path):
+    glued = [text.replace(" ", "\u0120") for text in SENTENCES]
+    spelt = write_tokenizer(tmp_path / "g.model", glued, add_dummy_prefix=False)
+    assert "have a letter for a byte" in spelt.byte_table.fault.why
+    tokens, count = spelt.encode_documents(["the\u0120cat"])
+    assert count.rule - int(spelt.byte_table.fault.excess[tokens].sum()) == len("the cat")
+    none = write_tokenizer(tmp_path / "n.model", [text.replace(" ", "") for text in SENTENCES], add_dummy_prefix=False)
+    assert "no piece has U+2581" in none.byte_table.fault.why and none.byte_table.fault.excess is None
 
 
 def _rule_in_words(processor, tokens) -> int:

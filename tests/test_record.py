@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from slotfast.errors import InputError
-from slotfast.record import Sample, compare, main, read_runs, upper_tail
+from slotfast.record import main, read_runs
+from slotfast.welch import Sample, compare, upper_tail
 
 RESULT = Path(__file__).parents[1] / "bench" / "results" / "amd-epyc-2-threads" / "eval.json"
 # PR #1307 of openai/parameter-golf: losses of its four seeds, and what it states against PR #1019
@@ -93,7 +94,7 @@ def test_a_folder_of_one_result_is_a_run_and_one_run_has_no_spread(tmp_path, cap
     assert "standard deviation" not in capsys.readouterr().out
     found = json.loads((tmp_path / "s.txt").read_text())
     assert (found["val_loss_std"], found["bytes_total"], found["comparison"]) == (None, None, None)
-    with pytest.raises(InputError, match="1 runs against 3: a test needs at least 2"):
+    with pytest.raises(InputError, match="1 run against 3: a test needs at least 2"):
         main([path, "--baseline", "1.9,0.001,3"])
 
 

@@ -7,6 +7,7 @@ from .. import config
 from ..command.files import atomic_write
 from ..command.run import run_command
 from ..errors import InputError
+from ..words import counted
 from .hub import write_hub
 from .inline import inline
 from .pack import CAP_BYTES, self_extracting
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.hub is not None:
         variant = write_hub(Path(settings.hub), settings.name, settings.kernels)
         files = sum(1 for _ in variant.rglob("*.py"))
-        print(f"{variant}: {files} files, loaded by get_local_kernel(Path({settings.hub!r}))")
+        print(f"{variant}: {counted(files, 'file')}, loaded by get_local_kernel(Path({settings.hub!r}))")
     return None
 
 

@@ -16,6 +16,7 @@ from ..command.ranks import join_ranks
 from ..command.run import deliver, no_exit, run_command
 from ..errors import InputError
 from ..slot import Adaptation, Adapter, Calibration
+from ..words import counted
 from .inputs import choose_batch, choose_plan, choose_rows, choose_streaming, choose_training, read_inputs
 from .loop import SlidingPass
 from .plot import draw
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         found, sliding, collected = _evaluate(settings, rows, rank, world, device, started)
     if rank:
         return None
-    title = f"{found['text']['source']}, {found['tokens']:,} tokens"
+    title = f"{found['text']['source']}, {counted(found['tokens'], 'token')}"
     deliver(
         json_text(found) if settings.json_ == "-" else table(found),
         (settings.json_, lambda path: write_json(path, found)),

@@ -21,6 +21,7 @@ from ..foreign import ForeignModel, HuggingFaceTokenizer, read_foreign
 from ..slot import Adaptation, first_position, from_environment, is_published, parse_preset
 from ..ttt import ScoreFirst
 from ..windows import Plan
+from ..words import counted
 from .forward import Streaming, streams
 
 _MAX_BATCH_WINDOWS = 32
@@ -73,7 +74,7 @@ def read_inputs(settings: EvalSettings) -> Inputs:
         ids, text_bytes = tokenizer.encode_documents(documents, settings.max_tokens)
         stream = TokenStream([ids])
     if len(stream) < 2:
-        raise InputError(f"{source}: {len(stream)} tokens; scoring needs at least 2")
+        raise InputError(f"{source}: {counted(len(stream), 'token')}; scoring needs at least 2")
     stream.check_vocabulary(tokenizer.vocab_size)
     return Inputs(artifact, artifact_bytes, tokenizer, stream, source, text_bytes)
 

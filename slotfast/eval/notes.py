@@ -2,7 +2,12 @@
 
 from collections.abc import Mapping
 
+from ..config import EvalSettings
+from ..data import RuleFault, TokenStream
 from ..overlap import MAX_OVERLAP
+from ..windows import Plan
+from ..words import counted
+from .inputs import Inputs
 
 _SEEN = {
     "calibration": "`causal` was calibrated on",
@@ -11,15 +16,43 @@ _SEEN = {
 }
 
 
-def seen_notes(seen: Mapping[str, float]) -> list[str]:
-    """Warnings of a text that the model, or its adaptation, was made from.
+def notes(settings: EvalSettings, inputs: Inputs, plan: Plan, seen: Mapping[str, float], n_bytes: int) -> list[str]:
+    """All of them, warnings first.
 
     Args:
         seen: see `slotfast.overlap.seen`.
+        n_bytes: that the byte rule counts.
     """
-    return [
+    found = [
         f"warning: {_SEEN.get(name, name)} text that shares about {share:.1%} of its runs of 32 tokens with this one: "
         "no honest score"
         for name, share in seen.items()
         if share > MAX_OVERLAP
+    ]
+    if fault := inputs.tokenizer.byte_table.fault:
+        found += _fault_notes(fault, inputs.stream, n_bytes)
+    if inputs.text_bytes is None and (unknown := inputs.stream.count(inputs.tokenizer.unknown_id)):
+        found.append(f"warning: {counted(unknown, 'unknown piece')}, of which no byte is counted: bpb is too high")
+    if inputs.stream.cut or (inputs.text_bytes and inputs.text_bytes.cut):
+        found.append(f"only the first {counted(len(inputs.stream), 'token')} were read (--max-tokens)")
+    if inputs.text_bytes and inputs.text_bytes.crlf:
+        found.append("lines of the text end in CRLF: each carriage return is a byte that is scored")
+    last = plan[len(plan) - 1]
+    if settings.ttt and (first_scored := last.start + last.context_end) < settings.ttt_chunk:
+        how = f"--ttt-chunk {first_scored} or less makes more of it" if first_scored else "it has a single window"
+        found.append(f"nothing was trained: the stream is one chunk, after which --ttt has none to score; {how}")
+    return found
+
+
+def _fault_notes(fault: RuleFault, stream: TokenStream, n_bytes: int) -> list[str]:
+    """A warning, where the tokens that were scored are such as the byte rule misjudges."""
+    if fault.excess is None:
+        return [f"warning: the byte rule may misjudge this vocabulary: {fault.why}"]
+    excess = sum(int(fault.excess[chunk].sum()) for chunk in stream.chunks())
+    if not excess:
+        return []
+    share = (n_bytes - excess) / n_bytes
+    return [
+        f"warning: the byte rule counts {excess:,} bytes more than the pieces spell: {fault.why}; bpb is about "
+        f"{share:.2f} of what it is in bytes of text"
     ]

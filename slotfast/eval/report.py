@@ -15,14 +15,16 @@ import torch
 from .. import __version__
 from ..command.files import atomic_write
 from ..config import EvalSettings
+from ..data import is_jsonl
 from ..errors import InputError
 from ..overlap import seen
 from ..score import Score
 from ..slot import PRESETS, Adaptation, Adapter, from_environment, parse_preset
 from ..windows import Plan
+from ..words import counted
 from .inputs import Inputs, stored_forward
 from .loop import Scored, SlidingPass
-from .notes import seen_notes
+from .notes import notes
 
 _COLUMNS = ("position", "token", "n_bytes", "nll")
 _CONTEST_WINDOWS = 969_057  # of the contest's validation stream, length 2048, stride 64
@@ -62,6 +64,7 @@ def report(
     metadata = inputs.artifact.metadata
     text = {"source": inputs.source, "sha256": inputs.stream.sha256(), "documents": len(meter.tokens)}
     text["seen"] = seen(inputs.stream, metadata)
+    text["plain"] = settings.text is not None and inputs.text_bytes is not None and not is_jsonl(settings.text)
     if inputs.text_bytes:
         text |= asdict(inputs.text_bytes) | {"exact": inputs.text_bytes.exact}
     found = {
@@ -81,7 +84,7 @@ def report(
         "calibrated": metadata.get("calibration") is not None,
         "frequencies": inputs.artifact.unigram is not None,
         "text": text,
-        "notes": seen_notes(text["seen"]),
+        "notes": notes(settings, inputs, plan, text["seen"], int(meter.bytes.sum())),
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         "windows_per_second": speed,
         "projected_seconds_8gpu": projected,
@@ -143,12 +146,12 @@ def peak_memory_bytes(device: str) -> int:
 def table(found: dict[str, Any]) -> str:
     """The result for people."""
     text, speed = found["text"], found["windows_per_second"] or 0.0
-    size = "" if found["artifact_bytes"] is None else f"{found['artifact_bytes']:,} bytes; "
+    size = "" if found["artifact_bytes"] is None else f"{counted(found['artifact_bytes'], 'byte')}; "
     width = max(22, *(len(row["preset"]) for row in found["presets"])) + 2
     lines = [
-        f"text    {text['source']}: {text['documents']:,} documents, {found['bytes']:,} bytes, {found['tokens']:,} "
-        f"tokens, SHA-256 {text['sha256'][:12]}",
-        f"model   {size}{found['windows']:,} windows, {speed:.1f} a second, on {found['device']}",
+        f"text    {text['source']}{', plain text' * text['plain']}: {counted(text['documents'], 'document')}, "
+        f"{counted(found['bytes'], 'byte')}, {counted(found['tokens'], 'token')}, SHA-256 {text['sha256'][:12]}",
+        f"model   {size}{counted(found['windows'], 'window')}, {speed:.1f} a second, on {found['device']}",
         f"forward {_forward_line(found)}",
         "",
         f"{'preset':<{width}}{'bpb':>9}{'gain':>10}{'± s.e.':>9}   causal",
@@ -157,7 +160,7 @@ def table(found: dict[str, Any]) -> str:
         lines.insert(
             1,
             f"bytes   by the rule {text['rule']:,}, normalised {text['normalized']:,}, raw {text['raw']:,}; "
-            f"{text['unknown']:,} unknown pieces: the tokenizer changes the text, and bpb counts the rule's bytes",
+            f"{counted(text['unknown'], 'unknown piece')}: {_inexact(text)}, and bpb counts the rule's bytes",
         )
     for row in found["presets"]:
         adapted = row["adapted"]
@@ -172,10 +175,8 @@ def table(found: dict[str, Any]) -> str:
         scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(row["scale"] for row in rates))
         k = "from its token frequencies" if found["frequencies"] else "= 2"
         lines.append(f"uncalibrated: nothing was fitted to this model; scale {scales}, k {k}, unless set")
-    if found["plan"]["ttt"]:
-        chunks = found["plan"]["ttt_chunks"] - 1
-        done = f"every row, after each of {chunks} chunks" if chunks > 0 else "nothing: the stream is a single chunk"
-        lines.append(f"trained {done} (--ttt, --ttt-chunk)")
+    if (chunks := found["plan"]["ttt_chunks"] - 1) > 0:
+        lines.append(f"trained every row, after each of {counted(chunks, 'chunk')} (--ttt, --ttt-chunk)")
     lines += found["notes"]
     if "budget" in found:
         budget = found["budget"]
@@ -184,11 +185,18 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _inexact(text: Mapping[str, Any]) -> str:
+    """Why the rule's bytes are not those of the text."""
+    if text["altered"] or text["unknown"]:
+        return "the tokenizer changes the text"
+    return "the rule misjudges the tokenizer's pieces"
+
+
 def _forward_line(found: dict[str, Any]) -> str:
     if found["forward"] == "windows":
         return "windows, each recomputed"
     sinks, stored = found["sinks"], found["stored_forward"]
-    line = f"stream: every token once, {sinks or 'no'} sink{'' if sinks == 1 else 's'}"
+    line = f"stream: every token once, {counted(sinks, 'sink') if sinks else 'no sinks'}"
     if not stored or stored["forward"] != "stream" or stored["sinks"] != sinks:
         return line
     difference = f"{stored['difference_bpb']:+.4f} ± {stored['difference_se']:.4f}"

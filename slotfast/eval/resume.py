@@ -17,6 +17,7 @@ from ..config import EvalSettings
 from ..errors import InputError
 from ..slot import Adapter
 from ..windows import Plan
+from ..words import counted
 from .inputs import Inputs
 from .loop import SlidingPass
 from .report import TokenRows
@@ -90,7 +91,7 @@ class Saver:
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
                 raise InputError(f"{path}: its state does not fit this evaluation: damaged") from None
             self.seconds = sum(sliding.seconds.values())
-            print(f"{path}: {sliding.windows} windows are scored, going on", file=sys.stderr, flush=True)
+            print(f"{path}: going on behind {counted(sliding.windows, 'window')}", file=sys.stderr, flush=True)
         self._due = time.perf_counter() + _SECONDS
 
     def save(self) -> None:

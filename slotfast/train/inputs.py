@@ -22,6 +22,7 @@ from ..config import TrainSettings
 from ..data import Tokenizer, TokenStream, open_shards, read_documents, read_shard, shard_paths
 from ..errors import InputError
 from ..overlap import MAX_OVERLAP, overlap, sketch
+from ..words import counted
 
 _HELD_OUT_EVERY = 32  # every 32nd document measures the training and is not learned from
 _NONCAUSAL = "weights that learn validation text are no honest score of it; --allow-noncausal does it anyway"
@@ -111,7 +112,7 @@ def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Input
         names = shard_paths(tokens, flag)
         shards, held_out, trained_on = [read_shard(name) for name in names], [], tokens
         tokenizer = Tokenizer(tokenizer_path(settings))
-        about = f"{len(shards)} shards"
+        about = counted(len(shards), "shard")
     else:
         learned, held_out = _documents(settings)
         # A resumed run must have the very tokenizer it had.
@@ -123,7 +124,7 @@ def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Input
         tokenizer = Tokenizer(tokenizer_path(settings))
         trained_on = (settings.text and Path(settings.text).name) or "standard library"
         names, shards = [trained_on], [tokenizer.encode_documents(learned)[0]]
-        about = f"{len(learned):,} documents"
+        about = counted(len(learned), "document")
     val, val_bytes = _read_val(settings, tokenizer, val_tokens, held_out, settings.max_val_tokens)
     if val is not None and not val_bytes:
         raise InputError("the documents that are held out to measure the training are empty: give more text")
@@ -132,9 +133,9 @@ def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Input
         # compared with all of the validation text, measured on its start or not
         whole, _ = _read_val(settings, tokenizer, val_tokens, held_out, None)
         ttt, shared = _read_ttt(settings, tokenizer, whole)
-    about += f", {sum(map(len, shards)):,} tokens"
+    about += f", {counted(sum(map(len, shards)), 'token')}"
     if held_out:
-        about += f"; {len(held_out)} documents held out"
+        about += f"; {counted(len(held_out), 'document')} held out"
     return Inputs(tokenizer, names, shards, val, val_bytes, val if held_out else None, ttt, shared, trained_on, about)
 
 
@@ -174,7 +175,7 @@ def _read_ttt(
         stream = TokenStream([tokenizer.encode_documents(read_documents(settings.ttt_text))[0]])
     stream.check_vocabulary(tokenizer.vocab_size)
     if len(stream) <= settings.seq_len:
-        raise InputError(f"{name}: {len(stream)} tokens; one training window needs {settings.seq_len + 1}")
+        raise InputError(f"{name}: {counted(len(stream), 'token')}; one training window needs {settings.seq_len + 1}")
     if val is None:
         return stream, None
     # Both ways: a little of a long validation stream is much of what such training would see.
@@ -197,7 +198,7 @@ def _documents(settings: TrainSettings) -> tuple[list[str], list[str]]:
         return documents, []
     learned = [text for i, text in enumerate(documents) if i % _HELD_OUT_EVERY]
     if not learned:
-        raise InputError(f"{len(documents)} documents: too few to hold one out and learn from the rest")
+        raise InputError(f"{counted(len(documents), 'document')}: too few to hold one out and learn from the rest")
     return learned, documents[::_HELD_OUT_EVERY]
 
 

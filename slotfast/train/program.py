@@ -31,6 +31,7 @@ from ..loader import open_loader
 from ..model import GPT, GPTConfig
 from ..overlap import MAX_OVERLAP, sketch
 from ..quantize import TensorReport, format_report, quantize_model
+from ..words import counted
 from . import prequant_ttt
 from .inputs import Inputs, check_ttt, read_inputs, tokenizer_path
 from .trainer import Trainer, check_length, evaluate
@@ -81,7 +82,7 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
     )
     model = GPT(model_config).to(device)
     parameters = sum(p.numel() for p in model.parameters())
-    log(f"{parameters:,} parameters; {inputs.about}")
+    log(f"{counted(parameters, 'parameter')}; {inputs.about}")
     run = _describe(settings, inputs, model_config, world)
     resumed = checkpoint.load(settings.checkpoint, _COMMAND, run) if settings.resume else None
     dtype = _DTYPES[resumed["dtype"]] if resumed else _choose_dtype(settings, model, device, world)
@@ -117,7 +118,8 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
     ready = time.perf_counter()
     trainer.run()
     log(
-        f"{trainer.step} steps of {settings.batch_windows * settings.seq_len} tokens in {trainer.elapsed:.0f} s, "
+        f"{counted(trainer.step, 'step')} of {settings.batch_windows * settings.seq_len} tokens in "
+        f"{trainer.elapsed:.0f} s, "
         f"{dtype}; loss {float(trainer.loss_mean):.4f}"
     )
     seconds = {"load": ready - started, "train": trainer.elapsed}

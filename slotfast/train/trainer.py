@@ -19,6 +19,7 @@ from ..errors import InputError
 from ..loader import Loader
 from ..model import GPT
 from ..optim import Muon, WeightAverage, average_gradients
+from ..words import counted
 from . import qat
 from .schedule import Moment, moment
 
@@ -183,7 +184,10 @@ class Trainer:
         self.load_state_dict(before)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        self.log(f"warm-up: {steps * len(forms)} steps in {time.perf_counter() - started:.1f} s, undone and not timed")
+        self.log(
+            f"warm-up: {counted(steps * len(forms), 'step')} in {time.perf_counter() - started:.1f} s, undone and not "
+            "timed"
+        )
 
     def _agree(self, seconds: float) -> float:
         """Rank 0's clock: ranks that go by their own would part."""

@@ -1,0 +1,24 @@
+"""Tokens and text: shards of token ids, text files, SentencePiece tokenizers with their byte tables.
+
+A stream is one long row of token ids in which every document starts with BOS. Bits per byte need the number of UTF-8
+bytes behind each token; `ByteTable.count` counts them by the rule the contest uses, and `encode_documents` keeps
+beside that count the true one, so that a difference is reported and never hidden.
+"""
+
+from .documents import is_jsonl, read_documents
+from .shards import TokenStream, open_shards, read_shard, shard_paths, write_shard
+from .tokenizers import ByteCount, ByteTable, RuleFault, Tokenizer
+
+__all__ = [
+    "ByteCount",
+    "ByteTable",
+    "RuleFault",
+    "TokenStream",
+    "Tokenizer",
+    "is_jsonl",
+    "open_shards",
+    "read_documents",
+    "read_shard",
+    "shard_paths",
+    "write_shard",
+]

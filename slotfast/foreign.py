@@ -54,7 +54,7 @@ class LanguageModel(nn.Module):
     """A module of somebody else behind the two methods that the evaluation calls.
 
     Args:
-        module: maps tokens int64 [B, T] to logits [B, T, V], or to something whose `logits` they are.
+        module: maps tokens int64 [B, T] to logits [B, T, V], or to what has them as `logits` or as its first element.
         hidden, head: where they are apart, tokens -> hidden states [B, T, D], and hidden states -> logits.
         stream: window and sinks -> what reads a stream as `slotfast.stream.CachedForward` does; None: nothing does.
     """
@@ -73,10 +73,12 @@ class LanguageModel(nn.Module):
     def head_apart(self) -> bool:
         return self._head is not None
 
-    def hidden(self, tokens: Tensor, dtype: torch.dtype | None = None, first: int = 0) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, dtype: torch.dtype | None = None, first: int = 0, length: int | None = None
+    ) -> Tensor:
         """Hidden states, from position `first` on, of tokens int64 [B, T]; without a head apart, logits.
 
-        In `dtype` where that is a narrow one.
+        In `dtype` where that is a narrow one. The `length` of windows that are longer than T is not told to the module.
         """
         with _autocast(tokens.device, dtype):
             try:
@@ -86,6 +88,8 @@ class LanguageModel(nn.Module):
             except Exception as error:  # whatever somebody else's code raises
                 shape = list(tokens.shape)
                 raise InputError(f"--model: fails on tokens int64 {shape}: {_first_line(error)}") from error
+            if self._hidden is None and isinstance(states, tuple | list) and not hasattr(states, "logits"):
+                states = next(iter(states), states)  # nanoGPT's logits and loss
             return self._as_hidden(getattr(states, "logits", states), dtype)[:, first:]
 
     def cached_forward(self, window: int, sinks: int, dtype: torch.dtype | None) -> "_Autocast":
@@ -286,7 +290,8 @@ def _probe(model: LanguageModel, where: str, length: int) -> int:
         raise InputError(f"{where}: fails on tokens int64 [2, {length}]: {_first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != (2, length):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"{where}: gives {shape} for tokens [2, {length}], expected logits [2, {length}, V]")
+        last = ", of every position and not of the last alone" if shape[:2] == [2, 1] else ""
+        raise InputError(f"{where}: gives {shape} for tokens [2, {length}], expected logits [2, {length}, V]{last}")
     if not bool(torch.isfinite(logits).all()):
         raise InputError(f"{where}: gives NaN or infinite logits")
     before, after = logits[:, :-1]

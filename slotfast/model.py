@@ -265,10 +265,11 @@ class WindowAttention:
         length: positions of the window.
         config: of the model.
         device: of the tokens.
+        base_length: sets the rotary base; default: as many.
     """
 
-    def __init__(self, length: int, config: GPTConfig, device: torch.device):
-        self.rope = rotary_table(length, config, torch.arange(length, device=device))
+    def __init__(self, length: int, config: GPTConfig, device: torch.device, base_length: int | None = None):
+        self.rope = rotary_table(base_length or length, config, torch.arange(length, device=device))
 
     def __call__(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool) -> Tensor:
         """See `Attend`."""
@@ -365,18 +366,21 @@ class GPT(nn.Module):
         self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in scales)
         self.lm_head = None if config.tied else Linear(config.width, config.vocab_size)
 
-    def hidden(self, tokens: Tensor, dtype: torch.dtype | None = None, first: int = 0) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, dtype: torch.dtype | None = None, first: int = 0, length: int | None = None
+    ) -> Tensor:
         """Normalised states before the output matrix, of windows.
 
         Args:
             tokens: int [B, T].
             dtype: of the computation; the embedding's where None.
             first: position from which on states are wanted; the last layer leaves out what those before it alone need.
+            length: that the windows would have, were there more of the stream; T by default.
 
         Returns:
             [B, T - first, width] in that dtype.
         """
-        attend = WindowAttention(tokens.size(1), self.config, tokens.device)
+        attend = WindowAttention(tokens.size(1), self.config, tokens.device, length)
         return self.states(tokens, attend, dtype or self.tok_emb.weight.dtype, first=first)
 
     @property

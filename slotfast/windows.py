@@ -59,6 +59,11 @@ class Plan:
         if not 1 <= self.stride <= self.seq_len:
             raise InputError(f"stride {self.stride}: expected 1 to the sequence length {self.seq_len}")
 
+    @property
+    def positions(self) -> int:
+        """Of a window, as far as the stream fills one: seq_len, or fewer where it is shorter."""
+        return min(self.seq_len, self.predictions)
+
     def __len__(self) -> int:
         if self.predictions <= self.seq_len:
             return int(self.predictions > 0)

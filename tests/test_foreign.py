@@ -55,6 +55,18 @@ class Apart(Causal):
 def stored_narrow():
     return Apart().bfloat16()
 
+class WithLoss(Causal):
+    def forward(self, tokens, targets=None):
+        return super().forward(tokens), None
+
+class Listed(Causal):
+    def forward(self, tokens):
+        return [super().forward(tokens), [], 1]
+
+class Empty(Causal):
+    def forward(self, tokens):
+        return ()
+
 class Sees(Causal):
     def forward(self, tokens):
         x = self.embed(tokens)
@@ -117,6 +129,13 @@ def test_a_factory_with_its_head_apart_scores_like_the_same_model_in_one_piece(p
     assert whole["adapted"]["nats"] != pytest.approx(whole["base"]["nats"], rel=1e-4)
 
 
+def test_logits_may_be_the_first_of_several_things(project, capsys):
+    expected = _run(capsys, "--model", "theirs:Causal", "--text", project / "t.txt", "--preset", "none")
+    for name in ("WithLoss", "Listed"):
+        found = _run(capsys, "--model", f"theirs:{name}", "--text", project / "t.txt", "--preset", "none")
+        assert found["base"] == expected["base"]
+
+
 def test_the_shipped_model_scores_alike_as_an_artifact_and_as_a_module(project, capsys):
     row = "causal-unigram:scale=0.7,k=2,decay=0.999"
     arguments = ("--max-tokens", 700, "--preset", row, "causal-lbfgs")
@@ -160,7 +179,11 @@ def test_a_large_vocabulary_scores_its_shards_like_plain_torch(project, capsys, 
         (["--model", "theirs:nothing"], "AttributeError: .*nothing"),
         (["--model", "theirs:fails"], "RuntimeError: no such checkpoint$"),
         (["--model", "theirs:number"], "returned int, expected a torch.nn.Module"),
-        (["--model", "theirs:Short"], r"gives \[2, 1, 1024\] for tokens \[2, 16\], expected logits"),
+        (
+            ["--model", "theirs:Short"],
+            r"gives \[2, 1, 1024\] for tokens \[2, 16\], expected logits .*of every position",
+        ),
+        (["--model", "theirs:Empty"], "'tuple'|tuple"),
         (["--model", "theirs:Sees"], "moves logits before it by up to .*: not a causal language model"),
         (["--model", "theirs:broken"], "parameter 'out.bias' holds NaN"),
         (["--model", "theirs:narrow"], "1024 pieces; the model gives 60 logits: pass its own --tokenizer"),

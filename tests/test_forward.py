@@ -13,13 +13,13 @@ from slotfast.calibrate import compare_forwards
 from slotfast.config import EvalSettings
 from slotfast.data import ByteTable, TokenStream
 from slotfast.errors import InputError
-from slotfast.eval import Streaming
+from slotfast.eval import SlidingPass, Streaming
 from slotfast.eval.__main__ import main
 from slotfast.eval.inputs import choose_plan, choose_rows, choose_streaming, read_inputs
 from slotfast.model import GPT, GPTConfig
-from slotfast.slot import PRESETS, Calibration
+from slotfast.slot import PRESETS, Adapter, Calibration, parse_preset
 from slotfast.windows import Plan
-from tests.models import write_tiny
+from tests.models import random_model, write_tiny
 
 V, L, BOS = 32, 16, 1
 BYTES = ByteTable(np.ones(V, np.int64), np.zeros(V, bool), np.arange(V) < 2)
@@ -149,3 +149,39 @@ def test_the_auditor_passes_a_stream_and_every_causal_preset_on_it(tiny_model, s
         byte_rule=loop.byte_rule, hints=hints, seeds=[0], reruns=12,
     )  # fmt: skip
     assert [report.clean for report in reports] == [True, True, True, True, True, False]
+
+
+@pytest.mark.parametrize("way", [None, Streaming(0, 7)], ids=["windows", "stream"])
+@pytest.mark.parametrize("length", [40, 41, 5000])
+def test_a_window_longer_than_the_stream_computes_no_more_than_the_stream(monkeypatch, way, length):
+    model = random_model(rope_length=8)  # longer windows have another rotary base
+    tokens = np.random.default_rng(0).integers(0, 37, 41)
+    stream, plan = TokenStream([tokens]), Plan(40, length, 16)
+    padded = torch.from_numpy(np.r_[tokens, np.zeros(max(length - 41, 0), np.int64)])[None]
+    logits = model.head(model.hidden(padded[:, :length]))[0, :40]
+    expected = torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens[1:]), reduction="none")
+    forwarded, states = [], GPT.states
+    monkeypatch.setattr(GPT, "states", lambda self, t, *a, **k: forwarded.append(t.numel()) or states(self, t, *a, **k))
+    rows = [Adapter(parse_preset(name), Calibration(None), BOS) for name in ("causal", "pr1350-window")]
+    table = ByteTable(np.ones(37, np.int64), np.zeros(37, bool), np.zeros(37, bool))
+    options = {"batch_windows": 1, "streaming": way, "dtype": torch.float64}
+    found = []
+    SlidingPass(model, stream, plan, rows, table, BOS, **options).run(on_scored=found.append)
+    nll = np.concatenate([part.nll for part in found], 1)
+    np.testing.assert_allclose(nll[0], expected.numpy(), rtol=1e-9)
+    np.testing.assert_array_equal(nll[2], nll[0])  # nothing to fit to
+    assert sum(forwarded) <= 2 * 41 and nll.shape == (3, 40)
+
+
+def test_a_length_beyond_the_training_and_a_default_stride_within_it(tmp_path, capsys):
+    write_tiny(tmp_path / "m")
+    given = ["--artifact", str(tmp_path / "m"), "--max-tokens", "40", "--preset", "none", "--json", "-"]
+    main([*given, "--seq-len", "70"])
+    found = json.loads(capsys.readouterr().out)
+    assert "windows have 70 positions, and the model was trained on 64 (--seq-len)" in found["notes"]
+    for length in (1, 64):
+        main([*given, "--seq-len", str(length)])
+        found = json.loads(capsys.readouterr().out)
+        assert found["plan"]["stride"] == length and not any("trained on" in note for note in found["notes"])
+    with pytest.raises(InputError, match="stride 64: expected 1 to the sequence length 8"):
+        main([*given, "--seq-len", "8", "--stride", "64"])

@@ -73,6 +73,8 @@ class WindowForward:
         self.model, self.stream, self.plan, self.batch_windows = model, stream, plan, batch_windows
         self.dtype, self.device, self.backend = dtype, device, backend
         self.keep_hidden, self.first_needed = _needs(adapters, plan)
+        # A stream that fills no window has this one, which has no context that a position in it could be counted from.
+        self.shorter = {"length": plan.seq_len} if plan.positions < plan.seq_len else {}
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
         """See `Forward`."""
@@ -81,7 +83,7 @@ class WindowForward:
         for first in range(0, len(indices), self.batch_windows):
             windows = [self.plan[index] for index in indices[first : first + self.batch_windows]]
             tokens = self._gather(windows)
-            hidden = self.model.hidden(tokens[:, :-1].to(self.device), self.dtype, cut)
+            hidden = self.model.hidden(tokens[:, :-1].to(self.device), self.dtype, cut, **self.shorter)
             ends = _ends(windows, cut)
             ends = torch.cat([ends, ends.new_zeros(self.batch_windows - len(ends), 2)])
             kept = (hidden,) if self.keep_hidden else ()
@@ -103,8 +105,8 @@ class WindowForward:
         """Nothing to go on from."""
 
     def _gather(self, windows: Sequence[Window]) -> Tensor:
-        """Tokens int64 [batch_windows, seq_len + 1], zero behind the stream's end and in unused places."""
-        length, first = self.plan.seq_len + 1, windows[0].start
+        """Tokens int64 [batch_windows, positions + 1], zero behind the stream's end and in unused places."""
+        length, first = self.plan.positions + 1, windows[0].start
         tokens = np.zeros((self.batch_windows, length), np.int64)
         span = self.stream.read(first, windows[-1].start + length)
         for place, window in zip(tokens, windows, strict=False):
@@ -145,12 +147,12 @@ class StreamForward:
         """See `Forward`. The batch is good until the next call."""
         windows = [self.plan[index] for index in indices]
         cut = self.first_needed if indices.start else 0
-        begin, length = windows[0].start + cut, self.plan.seq_len - cut
+        begin, length = windows[0].start + cut, self.plan.positions - cut
         if self.logits.end == 0:
             self._start(begin)
         for tape in (self.logits, self.hidden):
             tape.drop(begin)
-        end = windows[-1].start + self.plan.seq_len
+        end = windows[-1].start + self.plan.positions
         while self.cached.position < min(end, self.end):
             self._read(begin)
         options = {"begin": begin, "step": self.plan.stride, "count": len(windows), "length": length}

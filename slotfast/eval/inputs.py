@@ -135,10 +135,10 @@ def choose_rows(settings: EvalSettings) -> list[Adaptation]:
 
 
 def choose_plan(settings: EvalSettings, inputs: Inputs) -> Plan:
-    """Windows of the training length, shorter where the whole stream is."""
-    predictions = len(inputs.stream) - 1
-    length = min(inputs.artifact.config.seq_len, max(predictions, settings.stride))
-    return Plan(predictions, settings.seq_len or length, settings.stride)
+    """Windows of the training length, and of new positions that are no more than that, unless the settings say so."""
+    length = settings.seq_len or inputs.artifact.config.seq_len
+    chosen = "stride" in settings.model_fields_set
+    return Plan(len(inputs.stream) - 1, length, settings.stride if chosen else min(settings.stride, length))
 
 
 def windows_that_fit(seq_len: int, vocab_size: int) -> int:

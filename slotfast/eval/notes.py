@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ..config import EvalSettings
 from ..data import RuleFault, TokenStream
+from ..foreign import ForeignModel
 from ..overlap import MAX_OVERLAP
 from ..windows import Plan
 from ..words import counted
@@ -37,6 +38,9 @@ def notes(settings: EvalSettings, inputs: Inputs, plan: Plan, seen: Mapping[str,
         found.append(f"only the first {counted(len(inputs.stream), 'token')} were read (--max-tokens)")
     if inputs.text_bytes and inputs.text_bytes.crlf:
         found.append("lines of the text end in CRLF: each carriage return is a byte that is scored")
+    trained = inputs.artifact.config.seq_len
+    if plan.seq_len > trained and not isinstance(inputs.artifact, ForeignModel):
+        found.append(f"windows have {plan.seq_len:,} positions, and the model was trained on {trained:,} (--seq-len)")
     last = plan[len(plan) - 1]
     if settings.ttt and (first_scored := last.start + last.context_end) < settings.ttt_chunk:
         how = f"--ttt-chunk {first_scored} or less makes more of it" if first_scored else "it has a single window"

@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import slotfast
 from slotfast import kernels
 from slotfast.bundle import CAP_BYTES, inline, self_extracting, write_hub
 from slotfast.bundle.__main__ import main
@@ -220,7 +222,8 @@ def test_kernel_files_fit_in_one_namespace(tmp_path, folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("def f(:\n", "train_gpt.py: not Python: "),
+        ("x = 1\ndef f(:\n", "train_gpt.py, line 2: not Python: invalid syntax$"),
+        ("try:\n    from kernels import slot_solve\n", "line 2: not Python: expected 'except' or 'finally' block$"),
         ("print(1)\n", "imports nothing from kernels; --kernels says"),
         ("import kernels\n", "line 1: import kernels: expected from kernels import NAME"),
         ("import torch\nimport slotfast.kernels as k\n", "line 2: .*: expected from kernels import NAME"),
@@ -239,6 +242,53 @@ def test_scripts_that_cannot_be_one_file(tmp_path, text, message):
     with pytest.raises(InputError, match=message) as caught:
         inline(_script(tmp_path, text))
     assert "\n" not in str(caught.value)
+
+
+IMPORTS = """
+try:
+    from {package} import bias_cross_entropy_ref as nats
+    from {package}.int6 import pack_int6
+except ImportError:
+    nats = None
+"""
+
+
+@pytest.mark.parametrize(("dots", "place"), [("", "kernels"), ("", "yours/fast"), (".", "fast")])
+def test_a_copy_of_the_folder_beside_the_script_is_taken_along_as_it_is(tmp_path, dots, place):
+    copy = tmp_path / place
+    shutil.copytree(Folder().root, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    own = (copy / "int6.py").read_text("utf-8") + "\n\n_OWN = 'changed here'\n\n\ndef changed():\n    return _OWN\n"
+    (copy / "int6.py").write_text(own, "utf-8")
+    (tmp_path / "beside.py").touch()
+    package = dots + place.replace("/", ".")
+    script = _script(tmp_path, IMPORTS.format(package=package) + f"from {package}.int6 import changed\n")
+    text = inline(script)
+    imported = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    assert "changed here" in text and not any(node.level or node.module.startswith(package) for node in imported)
+    with pytest.raises(InputError, match="cannot take along what lies beside it"):
+        inline(_script(tmp_path, f"from {package} import pack_int6\nimport beside\n"))
+    (copy / "int6.py").write_text("def f(:\n", "utf-8")
+    with pytest.raises(InputError, match=r"int6.py, line 1: not Python"):
+        inline(script)
+
+
+def test_the_fit_of_the_kernels_readme_is_taken_along_and_is_ours(tmp_path):
+    pytest.importorskip("triton", reason="interpreter launches need triton")
+    readme = (Folder().root / "README.md").read_text("utf-8")
+    example = next(block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "slot_solve(" in block)
+    shutil.copytree(Folder().root, tmp_path / "yours" / "fast", ignore=shutil.ignore_patterns("__pycache__"))
+    text = inline(_script(tmp_path, example))
+    assert "def slot_solve(" in text and "from yours" not in text and "slotfast.bundle --script" in readme
+    names = {}
+    exec(example.replace("yours.fast", "slotfast.kernels"), names)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    logits = torch.randn(2, 12, 24, generator=torch.Generator().manual_seed(0)).to(device)
+    targets = torch.arange(24, device=device).view(2, 12)
+    adapted = names["adapted_logits"](logits, targets, stride=4)
+    nll = torch.nn.functional.cross_entropy(adapted.transpose(1, 2), targets[:, 8:], reduction="none")
+    # the windows have no tokens in common: a call for each
+    ours = [slotfast.adapt(logits[i : i + 1], targets[i : i + 1], 8, preset="causal-lbfgs").nll[0, 8:] for i in (0, 1)]
+    torch.testing.assert_close(nll, torch.stack(ours).to(nll), rtol=1e-3, atol=1e-3)
 
 
 def test_the_command_counts_every_byte(tmp_path, capsys):

@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import InputError
-from .source import Folder, Name, Statement, bound_names
+from .source import Folder, Name, Statement, bound_names, read_python
 
-_PACKAGE = re.compile(r"(slotfast\.)?kernels(\.|$)")
+_EXPECTED = (
+    "expected from kernels import NAME, ..., or the same from slotfast.kernels, or from a copy of that folder beside "
+    "the script"
+)
 # What an import binds its name to: its module and, of a `from` import, the name there.
 ImportKey = tuple[str, str | None]
 # Kernels say of their constants tl.constexpr. The compiler looks the annotation up, so `tl` would have to be ours;
@@ -27,16 +30,17 @@ def inline(script: Path, kernels: Sequence[str] = (), folder: Folder | None = No
     module binds too gets a number.
 
     Args:
-        script: Python file that takes kernels by `from kernels import NAME, ...` or `from slotfast.kernels import ...`.
+        script: Python file that takes kernels by `from kernels import NAME, ...`, the same from `slotfast.kernels`, or
+            from a copy of that folder beside the script, `from yours.fast import ...`.
         kernels: files of the kernels folder that are taken along as a whole, whatever the script imports.
-        folder: the kernels folder.
+        folder: the kernels folder; by default the copy that the script imports from, or else the one in this package.
 
     Raises:
         InputError: not Python; an import that cannot be replaced; a file beside the script that it needs; an unknown
             kernel; nothing to take along.
     """
-    folder = folder or Folder()
     theirs = _Script(script, folder)
+    folder = theirs.folder
     whole = [name for kernel in kernels for name in folder.exported(kernel) if not name.endswith("_ref")]
     roots = theirs.wanted | {folder.public[name] for name in whole}
     if not roots:
@@ -55,17 +59,12 @@ def inline(script: Path, kernels: Sequence[str] = (), folder: Folder | None = No
 class _Script:
     """Somebody's script: what it wants of the kernels folder, and what it binds itself."""
 
-    def __init__(self, path: Path, folder: Folder):
+    def __init__(self, path: Path, folder: Folder | None):
         self.path = path
-        try:
-            self.text = path.read_text("utf-8-sig")
-            self.tree = ast.parse(self.text)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
-        except (SyntaxError, ValueError) as error:
-            raise InputError(f"{path}: not Python: {error}") from None
+        self.text, self.tree = read_python(path)
+        copy, root = _copy_beside(path, self.tree)
+        self.folder = folder = folder or Folder(root)
+        self._packages = re.compile(rf"((slotfast\.)?kernels{'|' * bool(copy)}{re.escape(copy)})(\.|$)")
         self.imports: list[tuple[ast.ImportFrom, dict[str, Name]]] = []  # each name it binds -> what it means
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
@@ -86,12 +85,12 @@ class _Script:
             modules = [alias.name for alias in node.names]
         else:
             modules = ["." * node.level + (node.module or "")]
-            if ours := _PACKAGE.match(modules[0]):
+            if ours := self._packages.match(modules[0]):
                 return self._take(node, modules[0][ours.end() :], where, folder)
         for module in modules:
             top = module.partition(".")[0]
             if top in ("kernels", "slotfast"):
-                raise InputError(f"{where}: expected from kernels import NAME, ...")
+                raise InputError(f"{where}: {_EXPECTED}")
             beside = self.path.parent / top
             if not top or beside.with_suffix(".py").exists() or (beside / "__init__.py").exists():
                 raise InputError(f"{where}: one file cannot take along what lies beside it")
@@ -99,7 +98,7 @@ class _Script:
     def _take(self, node: ast.ImportFrom, module: str, where: str, folder: Folder) -> None:
         targets = {alias.asname or alias.name: Name(module, alias.name) for alias in node.names}
         if "*" in targets:
-            raise InputError(f"{where}: expected from kernels import NAME, ...")
+            raise InputError(f"{where}: {_EXPECTED}")
         absent = [target.name for target in targets.values() if not folder.has(target)]
         near = difflib.get_close_matches(absent[0], folder.public, 1, 0.75) if absent else []
         if len(absent) == len(targets) and not near and node.module == "kernels":
@@ -140,6 +139,18 @@ class _Script:
         for begin, end, text in sorted([*replaced, (place, place, block)], reverse=True):
             body = body[:begin] + text.encode() + body[end:]
         return body.decode()
+
+
+def _copy_beside(script: Path, tree: ast.Module) -> tuple[str, Path | None]:
+    """The copy of the kernels folder that a script imports from: its name in the script, and where it lies."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            root, parts = script.absolute().parents[max(node.level - 1, 0)], (node.module or "").split(".")
+            for count in range(1, len(parts) + 1):
+                place = root.joinpath(*parts[:count])
+                if (place / "spec.py").is_file() and (place / "_rows.py").is_file():
+                    return "." * node.level + ".".join(parts[:count]), place
+    return "", None
 
 
 def _is_header(node: ast.stmt) -> bool:

@@ -69,6 +69,25 @@ def inner_scopes(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
         yield from inner_scopes(child)
 
 
+def read_python(path: Path) -> tuple[str, ast.Module]:
+    """Text and syntax tree of a Python file.
+
+    Raises:
+        InputError: cannot be read, not UTF-8, not Python.
+    """
+    try:
+        text = path.read_text("utf-8-sig")
+        return text, ast.parse(text)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
+    except SyntaxError as error:
+        raise InputError(f"{path}, line {error.lineno}: not Python: {error.msg}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not Python: {error}") from None
+
+
 class Folder:
     """The kernels folder.
 
@@ -87,7 +106,7 @@ class Folder:
             is_package = parts[-1] == "__init__"
             module = ".".join(parts[:-1] if is_package else parts)
             self.files[module] = path
-            self._read(module, is_package, ast.parse(path.read_text("utf-8")))
+            self._read(module, is_package, read_python(path)[1])
 
     def _read(self, module: str, is_package: bool, tree: ast.Module) -> None:
         package = module.split(".") if is_package else module.split(".")[:-1]

@@ -8,7 +8,10 @@ class BundleSettings(Settings):
     """Settings of python -m slotfast.bundle."""
 
     script: str | None = setting(
-        None, "script to take the kernels into, in the place of its imports of them", reads=one_file
+        None,
+        "script to take the kernels into, in the place of its `from kernels import NAME`, or the same from "
+        "slotfast.kernels or from a copy of that folder beside the script",
+        reads=one_file,
     )
     out: str | None = setting(None, "file to write the script to", writes=SCRIPT)
     compress: bool = setting(False, "write it self-extracting: LZMA in base85")

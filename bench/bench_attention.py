@@ -2,12 +2,13 @@
 
 import importlib
 
-import pytest
 import torch
 import torch.nn.functional as F
 
 from bench.bench_kernels import error
-from bench.common import default_device
+from bench.common import default_device, need
+
+pytest = need("pytest")
 
 B, L, HEADS, KV_HEADS, D = 32, 2048, 8, 4, 64
 

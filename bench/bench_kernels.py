@@ -8,14 +8,15 @@ import functools
 import itertools
 import statistics
 
-import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bench.common import default_device, measure
+from bench.common import default_device, measure, need
 from bench.peers import contenders
 from bench.roofs import copy_bandwidth
 from slotfast.kernels import specs
+
+pytest = need("pytest")
 
 DEVICE = default_device()
 ON_GPU = DEVICE.type == "cuda"

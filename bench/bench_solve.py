@@ -14,15 +14,26 @@ import json
 import time
 from functools import partial
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import slotfast.kernels
 from bench import published_loop as published
-from bench.common import default_device, elsewhere_seconds, folder_of, measure, provenance, spread, wall_ms, write_json
+from bench.common import (
+    default_device,
+    elsewhere_seconds,
+    folder_of,
+    measure,
+    need,
+    provenance,
+    spread,
+    wall_ms,
+    write_json,
+)
 from slotfast.lbfgs import BiasObjective, minimize
+
+pytest = need("pytest")
 
 PHASES = ((published.ITERATIONS, published.HISTORY),)
 TARGET = {"shared": 400, "windows": 250, "one launch": 1000}

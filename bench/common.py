@@ -1,6 +1,7 @@
 """What all benches share: timing, the machine's name, versions, result files."""
 
 import gc
+import importlib
 import json
 import os
 import platform
@@ -12,6 +13,7 @@ import time
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -81,7 +83,19 @@ def provenance(device: torch.device | str, command: str | None = None) -> dict:
     }
 
 
-def write_json(path: str | Path, found: dict) -> None:
+def need(name: str) -> ModuleType:
+    """A module of the extra `bench`; where it is not installed, one line, and exit code 2."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        print(f"error: this bench needs {name}: pip install '.[bench]'", file=sys.stderr)
+        sys.exit(2)
+
+
+def write_json(path: str | Path | None, found: dict) -> None:
+    """Write a result; nowhere, where no path is given."""
+    if path is None:
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")

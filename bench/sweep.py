@@ -167,8 +167,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150, help="stop timing after that long")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="processes that compile")
     parser.add_argument("--most", type=int, help="candidates of a case")
-    parser.add_argument("--out", default="sweep.json")
+    parser.add_argument("--out", help="where the JSON goes")
     args = parser.parse_args()
+    if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("needs a GPU; TRITON_INTERPRET=1 only tries the code, on a CPU")
     started = time.monotonic()
     found = {**provenance(DEVICE), "rows": [], "left_out": {}, "not_reached": []}
     items, ready = work(args.kernel), {}
@@ -192,9 +194,13 @@ def main() -> None:
         write_json(args.out, found)
         gain = f"{row['gain']:.2f}x by {row['best']}" if row["best"] != row["current"] else "is best"
         print(f"{label}: {row['current']} {row['current_ms']:.4f} ms, {gain}", flush=True)
-    write_json(args.out, found)
+    if found["rows"]:
+        write_json(args.out, found)
     for label in found["not_reached"]:
         print("not reached:", label)
+    if not found["rows"]:
+        print("nothing was measured", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def main() -> None:
     )
     parser.add_argument("target", choices=["solve", "matmul", "evaluate"])
     parser.add_argument("--tiny", action="store_true", help="only try the code: figures mean nothing")
-    parser.add_argument("--out", default="targets.json")
+    parser.add_argument("--out", help="where the JSON goes")
     args = parser.parse_args()
     found = provenance(DEVICE)
     if args.target == "matmul":

@@ -176,7 +176,7 @@ WRONG = {
         lambda s, t: _args(s, "--json", str(t / "no" / "x.json")),
         "does not exist or cannot be written",
     ),
-    "nothing to score": (lambda s, t: ["--text", os.devnull], "0 tokens|1 tokens"),
+    "nothing to score": (lambda s, t: ["--text", os.devnull], "1 token; scoring needs at least 2"),
     "a device of another kind": (lambda s, t: _args(s, "--device", "meta"), "--device meta: expected auto, cpu, cuda"),
     "one file for two results": (
         lambda s, t: _args(s, "--json", str(t / "x"), "--per-token", str(t / "x")),

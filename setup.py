@@ -17,9 +17,12 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["slotfast*"]),
+    # Makes an editable install a path on sys.path. The finder that setuptools writes otherwise comes after all paths,
+    # where a checkout named slotfast, in the folder around it, has been taken for a package without __init__.py.
+    package_dir={"": "."},
     package_data={"slotfast": ["demo/*"], "slotfast.kernels": ["README.md"]},
     install_requires=[
-        "torch>=2.6,<2.14",
+        "torch>=2.6,<2.16",
         "triton>=3.2; platform_system == 'Linux'",
         "numpy>=1.26",
         "sentencepiece>=0.2.0",

@@ -1,6 +1,7 @@
 """Settings: flags before variables before defaults, and errors that name what is right."""
 
 import re
+import typing
 
 import pytest
 
@@ -45,6 +46,20 @@ def test_flags_come_before_variables_before_defaults(monkeypatch):
 def test_wrong_flags(argv, message):
     with pytest.raises(InputError, match=message):
         load(*argv)
+
+
+@pytest.mark.parametrize("cls", config.Settings.__subclasses__(), ids=lambda cls: cls.__name__)
+def test_a_flag_of_one_value_is_not_given_twice(cls):
+    for name, field in cls.model_fields.items():
+        flag = "--" + name.strip("_").replace("_", "-")
+        if (
+            field.json_schema_extra["positional"]
+            or field.annotation is bool
+            or typing.get_origin(field.annotation) is list
+        ):
+            continue
+        with pytest.raises(InputError, match=f"^{flag}: given twice, '1' and '2'; it takes one$"):
+            config.load(cls, "prog", "", [flag, "1", f"{flag}=2"])
 
 
 def test_no_setting_answers_in_the_phrases_of_a_library():

@@ -1,5 +1,6 @@
 """The package as it is installed: what a wheel holds, and that it works from anywhere."""
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
+    pytest.importorskip("setuptools", reason="building a wheel without a network needs setuptools here")
     folder = tmp_path_factory.mktemp("wheel")
     command = [
         sys.executable,
@@ -47,6 +49,32 @@ def test_what_the_wheel_holds_runs_from_another_folder(wheel, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "causal" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A checkout named slotfast, and folders of packages with it as editable and as a copy."""
+    root = tmp_path_factory.mktemp("installed")
+    clone = root / "slotfast"
+    shutil.copytree(ROOT, clone, symlinks=True, ignore=shutil.ignore_patterns(".git", "results", "build", "*.egg-info"))
+    code = "from setuptools import build_meta; import sys; build_meta.build_editable(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(root)], cwd=clone, check=True, capture_output=True)
+    (editable,) = root.glob("*.whl")
+    for name, path in (("editable", editable), ("plain", wheel)):
+        zipfile.ZipFile(path).extractall(root / name)
+    (root / "elsewhere").mkdir()
+    return root
+
+
+@pytest.mark.parametrize("how", ["editable", "plain"])
+@pytest.mark.parametrize("where", ["slotfast", ".", "elsewhere"])
+def test_an_installed_checkout_is_imported_from_any_folder(installed, how, where):
+    code = "import site, sys, importlib.util as u; site.addsitedir(sys.argv[1]); print(u.find_spec('slotfast').origin)"
+    command = [sys.executable, "-S", "-c", code, str(installed / how)]
+    done = subprocess.run(command, cwd=installed / where, env={}, capture_output=True, text=True, check=True)
+    checkout = where == "slotfast" or how == "editable"
+    expected = (installed / "slotfast" if checkout else installed / how) / "slotfast" / "__init__.py"
+    assert Path(installed / where, done.stdout.strip()).resolve() == expected.resolve()
 
 
 def test_the_demo_stays_small():

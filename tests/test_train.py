@@ -82,6 +82,7 @@ CYRILLIC = "".join(map(chr, range(0x410, 0x450))) + " слово за слово
     [
         (CYRILLIC, 300, "--vocab-size 300: the characters of the text and 256 bytes need at least 3[0-9]+ pieces"),
         ("some words", 5000, "--vocab-size 5000: the text is enough for [0-9]+ pieces"),
+        (" ", 300, "--vocab-size 300: there is no text to train a tokenizer on"),
     ],
 )
 def test_a_vocabulary_that_the_text_does_not_fit_names_the_size_that_does(words, size, message):

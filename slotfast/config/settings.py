@@ -87,7 +87,7 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         The settings, and for each field where its value came from: "flag", the variable's name, "preset" or "default".
 
     Raises:
-        InputError: unknown flag (with the nearest right one), or a value out of range.
+        InputError: unknown flag (with the nearest right one), two values where one is taken, or a value out of range.
         SystemExit: --help.
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
@@ -99,7 +99,7 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         elif field.annotation is bool:
             parser.add_argument(flag, dest=name, action="store_true", help=field.description)
         else:
-            many = {"nargs": "+", "action": "extend"} if get_origin(field.annotation) is list else {}
+            many = {"nargs": "+", "action": "extend"} if get_origin(field.annotation) is list else {"action": _Once}
             choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
             metavar = "/".join(choices) or name.strip("_").upper()
             default = "" if field.default in (None, "auto", []) else f" (default: {field.default})"
@@ -174,6 +174,15 @@ def _flag(name: str, field: Any) -> str:
 
 def _variable(field: Any) -> str | None:
     return field.json_schema_extra["env"]
+
+
+class _Once(argparse.Action):
+    """A flag of one value: of two the first would be lost without a word."""
+
+    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
+        if hasattr(namespace, self.dest):
+            raise InputError(f"{option}: given twice, {getattr(namespace, self.dest)!r} and {value!r}; it takes one")
+        setattr(namespace, self.dest, value)
 
 
 class _Parser(argparse.ArgumentParser):

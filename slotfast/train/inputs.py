@@ -256,4 +256,6 @@ def _why_not(error: str) -> str:
         return f"the text is enough for {most[1]} pieces"
     if least := re.search(r"required_chars\. \d+ vs (\d+)", error):
         return f"the characters of the text and 256 bytes need at least {least[1]} pieces"
-    return f"no tokenizer can be trained on the text: {error.splitlines()[0]}"
+    if "sentences_.empty()" in error:
+        return "there is no text to train a tokenizer on"
+    return f"no tokenizer can be trained on the text: {re.sub(r'^.*?[)] [[].*?[]] *', '', error.splitlines()[0])}"

@@ -3,6 +3,7 @@
 It also finds whether the model may be forwarded as a stream, every token once, and with how many sinks.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from .eval.forward import Streaming, streams
 from .eval.inputs import block_that_fits, check_tokenizer, windows_that_fit
 from .eval.loop import Scored, SlidingPass
 from .model import GPT
-from .overlap import sketch
+from .overlap import MAX_OVERLAP, seen, sketch
 from .score import Meter
 from .slot import Adapter, Calibration, parse_preset
 from .slot.repeats import CONTEXTS, DEFAULT_GATES, Followers, Repeats, fit_gates, mix
@@ -188,6 +189,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{_FEWEST_TOKENS:,}"
         )
     stream = TokenStream([ids])
+    if (share := seen(stream, artifact.metadata).get("training", 0.0)) > MAX_OVERLAP:
+        print(
+            f"warning: the text shares about {share:.1%} with the one that the model was trained on",
+            file=sys.stderr,
+        )
     found = calibrate(artifact.model(), stream, tokenizer.byte_table, tokenizer.bos_id, artifact.unigram)
     print(summary(found), flush=True)
     size = write_artifact(settings.out, calibrated(artifact, found, stream))

@@ -129,24 +129,16 @@ def test_a_record_of_such_a_text_is_refused(scored):
         record.main([str(folder / "trained.json"), "--preset", "none"])
 
 
-def test_a_trained_model_knows_its_training_text(tmp_path):
+def test_a_trained_model_knows_its_training_text(tmp_path, capsys):
     _write_text(tmp_path / "t.jsonl", "a text to train on that is short and simple enough".split(), 100)
     sizes = "--vocab-size 300 --layers 1 --width 16 --heads 2 --kv-heads 1 --mlp-width 16 --seq-len 32 --steps 1"
     train.main(["--text", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "m"), *sizes.split()])
     assert set(read_artifact(tmp_path / "m").metadata["sketches"]) == {"training", "calibration"}
-    given = ["--artifact", str(tmp_path / "m"), "--tokenizer", str(tmp_path / "m.model"), "--preset", "none"]
-    evaluate(
-        [
-            *given,
-            "--text",
-            str(tmp_path / "t.jsonl"),
-            "--stride",
-            "32",
-            "--max-tokens",
-            "2000",
-            "--json",
-            str(tmp_path / "r.json"),
-        ]
-    )
+    names = {"artifact": "m", "tokenizer": "m.model", "text": "t.jsonl"}
+    given = [part for name, path in names.items() for part in (f"--{name}", str(tmp_path / path))]
+    given += ["--max-tokens", "2000"]
+    calibrate.main([*given, "--out", str(tmp_path / "c")])
+    assert "with the one that the model was trained on" in capsys.readouterr().err
+    evaluate([*given, "--preset", "none", "--json", str(tmp_path / "r.json")])
     # but for the runs at the ends of documents, which are in another order, and what was held out
     assert json.loads((tmp_path / "r.json").read_text())["text"]["seen"]["training"] > 0.7

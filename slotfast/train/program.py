@@ -12,7 +12,6 @@ from typing import Any
 
 import pydantic
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,12 +32,12 @@ from ..overlap import MAX_OVERLAP, sketch
 from ..quantize import TensorReport, format_report, quantize_model
 from ..words import counted
 from . import prequant_ttt
+from .dtype import DTYPES, choose_dtype
 from .inputs import Inputs, check_ttt, read_inputs, tokenizer_path
 from .trainer import Trainer, check_length, evaluate
 
 _COMMAND = "slotfast.train"
 _ABOUT = "Train a model and write its int6 artifact."
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Settings that change no weight, or whose effect the data's fingerprint covers: a resumed run may have others.
 _FREE = {"out", "text", "tokens", "data_path", "val_text", "val_tokens", "max_val_tokens", "tokenizer", "preset"}
 _FREE |= {"device", "dtype", "compile", "checkpoint", "checkpoint_steps", "checkpoint_seconds", "resume", "log_every"}
@@ -85,7 +84,7 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
     log(f"{counted(parameters, 'parameter')}; {inputs.about}")
     run = _describe(settings, inputs, model_config, world)
     resumed = checkpoint.load(settings.checkpoint, _COMMAND, run) if settings.resume else None
-    dtype = _DTYPES[resumed["dtype"]] if resumed else _choose_dtype(settings, model, device, world)
+    dtype = DTYPES[resumed["dtype"]] if resumed else choose_dtype(settings, model, device, world)
 
     def save(state: dict[str, Any], step: int) -> None:
         if rank == 0:
@@ -374,31 +373,6 @@ def _describe(settings: config.TrainSettings, inputs: Inputs, model: GPTConfig, 
     }
     sizes = {"vocabulary": model.vocab_size, "BOS": model.bos_id}
     return chosen | sizes | {"data": inputs.fingerprint(), "ranks": world}
-
-
-def _choose_dtype(settings: config.TrainSettings, model: GPT, device: str, world: int) -> torch.dtype:
-    """The dtype asked for; where left open, bfloat16 on a GPU and what rank 0 finds faster on a CPU."""
-    if settings.dtype != "auto":
-        return _DTYPES[settings.dtype]
-    if device != "cpu":
-        return torch.bfloat16
-    choice = [_faster_dtype(model, settings.seq_len)]
-    if world > 1:
-        dist.broadcast_object_list(choice)
-    return choice[0]
-
-
-def _faster_dtype(model: GPT, seq_len: int) -> torch.dtype:
-    """bfloat16 where this machine is faster at it (a CPU with matrix units), else float32: measured, not guessed."""
-    tokens = torch.arange(seq_len + 1)[None] % model.config.vocab_size
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        for _ in range(2):
-            start = time.perf_counter()
-            model(tokens[:, :-1], tokens[:, 1:], dtype).backward()
-            seconds[dtype] = time.perf_counter() - start
-    model.zero_grad(set_to_none=True)
-    return min(seconds, key=seconds.get)
 
 
 def _name(dtype: torch.dtype) -> str:

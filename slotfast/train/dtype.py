@@ -1,0 +1,36 @@
+"""The dtype of a training's forward."""
+
+import time
+
+import torch
+import torch.distributed as dist
+
+from ..config import TrainSettings
+from ..model import GPT
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_dtype(settings: TrainSettings, model: GPT, device: str, world: int) -> torch.dtype:
+    """The dtype asked for; where left open, bfloat16 on a GPU and what rank 0 finds faster on a CPU."""
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    if device != "cpu":
+        return torch.bfloat16
+    choice = [_faster_dtype(model, settings.seq_len)]
+    if world > 1:
+        dist.broadcast_object_list(choice)
+    return choice[0]
+
+
+def _faster_dtype(model: GPT, seq_len: int) -> torch.dtype:
+    """bfloat16 where this machine is faster at it (a CPU with matrix units), else float32: measured, not guessed."""
+    tokens = torch.arange(seq_len + 1)[None] % model.config.vocab_size
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        for _ in range(2):
+            start = time.perf_counter()
+            model(tokens[:, :-1], tokens[:, 1:], dtype).backward()
+            seconds[dtype] = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return min(seconds, key=seconds.get)

@@ -114,6 +114,8 @@ def test_documents_of_every_format(tmp_path, suffix, pack):
         ("a.jsonl.zst", b"not zstd at all", "truncated or corrupt"),
         ("a.jsonl.zst", b"", "truncated or corrupt"),
         ("a.csv", b"id,text\n1,one\n", "a table, expected plain text, or .jsonl with a key 'text'"),
+        ("a.txt", b'\xef\xbb\xbf"id","text"\r\n1,"one"\r\n', "a table, expected plain text"),
+        ("a.txt", b"__index__\ttext\tlabel\n1\tone\t0\n", "a table, expected plain text"),
         ("a.tsv.gz", gzip.compress(b"id\ttext\n1\tone\n"), "a table, expected plain text"),
         ("a.json", b'\xef\xbb\xbf [{"text": "one"},\n {"text": "two"}]\n', "JSON, expected plain text"),
         ("a.txt", b'{"text": "one"}\n{"text": "two"}\n', "its first line is a JSON object; .*, by its name"),
@@ -136,7 +138,17 @@ def test_missing_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["[sic] he said\n", "{a} {b}\n", "[1] A footnote.\n[2] Another.\n", "17", '"quoted"', "one, two\n"]
+    "text",
+    [
+        "[sic] he said\n",
+        "{a} {b}\n",
+        "[1] A footnote.\n[2] Another.\n",
+        "17",
+        '"quoted"',
+        "one, two\n",
+        "text\n",
+        "text, and more\n",
+    ],
 )
 def test_plain_text_that_resembles_something_else_is_taken(tmp_path, text):
     (tmp_path / "a.txt").write_text(text)

@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,7 +92,7 @@ def is_jsonl(path: str | os.PathLike) -> bool:
 
 def _check_plain(path: Path, data: bytes) -> None:
     """Raise InputError where the content of a file that is no .jsonl is something else than plain text."""
-    if any(suffix.lower() in _TABLES for suffix in path.suffixes[-2:]):
+    if any(suffix.lower() in _TABLES for suffix in path.suffixes[-2:]) or _names_columns(data):
         raise InputError(f"{path}: a table, {_EXPECTED}")
     for head, kind in _KINDS.items():
         if data.startswith(head):
@@ -105,6 +106,13 @@ def _check_plain(path: Path, data: bytes) -> None:
         first = _json(data.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")[0])
         if isinstance(first, dict):
             raise InputError(f"{path}: its first line is a JSON object; {_EXPECTED}, by its name")
+
+
+def _names_columns(data: bytes) -> bool:
+    """Whether the first line is names without spaces between commas or tabs, `text` among them: a table's head."""
+    names = re.split(rb"[,\t;|]", data[:1000].partition(b"\n")[0].strip().removeprefix(b"\xef\xbb\xbf"))
+    names = [name.strip(b"\"'") for name in names]
+    return len(names) > 1 and b"text" in names and all(re.fullmatch(rb"\w*", name) for name in names)
 
 
 def _json(data: bytes) -> Any:

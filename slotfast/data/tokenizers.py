@@ -92,8 +92,8 @@ class Tokenizer:
     @cached_property
     def _dummy(self) -> tuple[int, int]:
         """Characters that the normaliser adds in front of every text, and behind it: a space, or none."""
-        normalized = self._processor.normalize("a")
-        return normalized.index("a"), len(normalized) - normalized.index("a") - 1
+        seen = self._processor.normalize("a").replace(_SPACE, " ")
+        return len(seen) - len(seen.lstrip(" ")), len(seen) - len(seen.rstrip(" "))
 
     @cached_property
     def _space_byte(self) -> int | None:

@@ -73,6 +73,7 @@ class Result(BaseModel):
     windows: int
     presets: list[_Preset]
     text: _Text
+    notes: list[str] = []
     seconds: dict[str, float]
     artifact_bytes: int | None
     model: dict[str, Any]
@@ -295,6 +296,7 @@ def submission(
         "compliance": row.compliance,
         "config_sha256": configuration_sha256(runs),
         "text_sha256": runs[0].result.text.sha256,
+        "notes": list(dict.fromkeys(note for each in runs for note in each.result.notes)),
         "versions": runs[0].result.versions,
         "comparison": comparison and {**asdict(comparison), "record": not _no_record(runs, comparison)},
     }
@@ -332,8 +334,7 @@ def table(runs: Sequence[Run], code_bytes: int | None, comparison: Comparison | 
         f"{configuration_sha256(runs)[:12]}.",
         f"{first.device}, {', '.join(f'{name} {version}' for name, version in first.versions.items())}.",
     ]
-    if first.config.get("max_tokens") is not None:
-        lines.append(f"Only the first {first.config['max_tokens']:,} tokens of the text were read.")
+    lines += dict.fromkeys(note[0].upper() + note[1:] + "." for each in runs for note in each.result.notes if note)
     if code_bytes is not None:
         largest = max(each.result.artifact_bytes or 0 for each in runs)
         lines.append(f"Code {code_bytes:,} bytes; with the largest model {code_bytes + largest:,} of {CAP_BYTES:,}.")

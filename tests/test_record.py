@@ -218,6 +218,14 @@ def test_wrong_input_is_one_clear_line(tmp_path, arguments, message):
     assert "\n" not in str(caught.value)
 
 
+def test_what_a_run_says_of_itself_stands_in_the_record(tmp_path, capsys):
+    note = "warning: the byte rule counts 12 bytes more than the pieces spell"
+    paths = _write(tmp_path, {1: 1.9, 2: 1.91}, lambda result: result.update(notes=[note]))
+    main([*paths, "--submission", str(tmp_path / "s.json")])
+    assert note[1:] in capsys.readouterr().out
+    assert json.loads((tmp_path / "s.json").read_text())["notes"] == [note]
+
+
 def test_results_of_this_evaluation_are_read(tmp_path, capsys):
     import torch
 
@@ -238,6 +246,6 @@ def test_results_of_this_evaluation_are_read(tmp_path, capsys):
     capsys.readouterr()
     main([*paths, "--preset", "none"])
     out = capsys.readouterr().out
-    assert [f"| {seed} |" in out for seed in (1, 2, 3)] == [True] * 3 and "Only the first 300 tokens" in out
+    assert [f"| {seed} |" in out for seed in (1, 2, 3)] == [True] * 3 and "Only the first 300 tokens were read" in out
     bpb = [json.loads(Path(path).read_text())["base"]["bpb"] for path in paths]
     assert f"{sum(bpb) / 3:.8f}" in out

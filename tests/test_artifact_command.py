@@ -70,6 +70,21 @@ def test_show_says_what_is_assumed(model, tmp_path, capsys):
     assert found["config"]["softcap"] == 30.0 and found["config"]["layers"] == 2 and "mlp_slope" not in found["config"]
 
 
+def test_what_a_hostile_file_says_is_not_obeyed(model, tmp_path, capsys):
+    """Names move no cursor, and our own form's metadata are nothing but shown."""
+    state = {**model.state_dict(), "mtp_heads.\33[2J": torch.zeros(4, 4), "x\n\33]0;y\7": torch.zeros(2)}
+    (tmp_path / "a.ptz").write_bytes(pr1394(state)[0])
+    __main__.main(["show", str(tmp_path / "a.ptz")])
+    text = capsys.readouterr().out
+    assert text.replace("\n", "").isprintable() and "mtp_heads.\\x1b[2J" in text and "x\\n\\x1b]0;y\\x07" in text
+    metadata = {"assumed": 3, "format": "\33[2J", "generation": 1, "resembles": 2, "left_out": 5}
+    write_artifact(tmp_path / "b", Artifact.from_model(model, metadata))
+    __main__.main(["show", str(tmp_path / "b")])
+    evaluate(["--artifact", str(tmp_path / "b"), "--max-tokens", "80", "--seq-len", "64", "--preset", "none"])
+    told = capsys.readouterr()
+    assert "\33" not in told.out + told.err and "assumed" not in told.err
+
+
 def test_show_says_what_the_file_does_not(model, tmp_path, capsys):
     """And what this model lacks; all that the file does hold is shown."""
     (tmp_path / "a.ptz").write_bytes(pr1855({**model.state_dict()})[0])

@@ -14,6 +14,7 @@ from ..command.run import deliver, run_command
 from ..errors import InputError
 from ..quantize import QuantizedMatrix
 from .architecture import parse_overrides
+from .bounded import printable
 from .codecs import order0_bytes
 from .community import decode_community, write_community
 from .format import read_entries, write_artifact
@@ -114,24 +115,28 @@ def _table(found: dict[str, Any]) -> str:
     weights = sum(row["weights"] for row in coded)
     lines.append(f"{'quantised matrices':<34}{weights:>14,}{'':>15}{_sizes(stored, weights, order0)}")
     lines.append(f"{'file':<34}{found['weights']:>14,}{'':>15}{_sizes(found['bytes'], found['weights'], None)}")
-    metadata = found["metadata"]
-    if "format" in metadata:
-        lines.append(f"form      {metadata['format']}")
-    lines += _assumed(metadata)
-    if found.get("unsaid"):
-        names = " or ".join(found["generations"])
-        lines.append(f"unsaid    {', '.join(found['unsaid'])}: losses depend on them; --model-config {names}")
-    lines += [f"lacks     {part}" for part in found.get("missing_parts", [])]
-    if metadata.get("left_out"):
-        lines.append(f"left out  {', '.join(metadata['left_out'])}: no part in scoring")
+    lines += _community_lines(found) if "unsaid" in found else []
     if not found["calibrated"]:
         lines.append("uncalibrated: no training frequencies")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
+
+
+def _community_lines(found: dict[str, Any]) -> list[str]:
+    """What there is to say of somebody else's file."""
+    metadata = found["metadata"]
+    lines = [f"form      {metadata['format']}", *_assumed(metadata)]
+    if found["unsaid"]:
+        names = " or ".join(found["generations"])
+        lines.append(f"unsaid    {', '.join(found['unsaid'])}: losses depend on them; --model-config {names}")
+    lines += [f"lacks     {part}" for part in found["missing_parts"]]
+    if metadata["left_out"]:
+        lines.append(f"left out  {', '.join(metadata['left_out'])}: no part in scoring")
+    return lines
 
 
 def _assumed(metadata: Mapping[str, Any]) -> list[str]:
-    """Lines, or none, about what the file does not say of its model."""
-    found = ", ".join(f"{key}={value}" for key, value in metadata.get("assumed", {}).items())
+    """Lines, or none, about what somebody else's file does not say of its model."""
+    found = ", ".join(f"{key}={value}" for key, value in metadata["assumed"].items())
     named = f", {metadata['generation']} has it so" if "generation" in metadata else ""
     lines = [f"assumed   {found}: nothing in the file says so{named}; --model-config overrides"] if found else []
     if "resembles" in metadata:
@@ -154,7 +159,7 @@ def _convert(settings: config.ConvertSettings) -> tuple[dict[str, Any], str]:
     if suffix not in (".slotfast", ".ptz"):
         raise InputError(f"{settings.out}: expected a name that ends with .slotfast or .ptz")
     artifact = load_artifact(settings.file, parse_overrides(settings.model_config_))
-    assumed, rounded = _assumed(artifact.metadata), []
+    assumed, rounded = [] if is_ours(settings.file) else _assumed(artifact.metadata), []
     if not any(isinstance(tensor, QuantizedMatrix) for tensor in artifact.tensors.values()):
         artifact = artifact.quantized()
         rounded = [name for name, tensor in artifact.tensors.items() if isinstance(tensor, QuantizedMatrix)]

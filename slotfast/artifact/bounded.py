@@ -111,6 +111,11 @@ def one_line(error: BaseException) -> str:
     return shortened(f"{type(error).__name__}: {error}")
 
 
+def printable(text: str) -> str:
+    """A text with what a terminal would obey, in names of a hostile file, written out."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
 def shortened(text: str, length: int = 300) -> str:
     """A text in one line of bearable length: names and values of a hostile file may be long."""
     text = " ".join(text.split())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import corpus
-from ..artifact import Artifact, load_artifact, parse_overrides
+from ..artifact import Artifact, is_ours, load_artifact, parse_overrides
 from ..config import EvalSettings, switch
 from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError
@@ -91,12 +91,13 @@ def _read_model(settings: EvalSettings) -> tuple[Artifact | ForeignModel, int | 
     shipped = resources.files("slotfast") / "demo"
     artifact_path = Path(settings.artifact or str(shipped / "demo.slotfast"))
     artifact = load_artifact(artifact_path, parse_overrides(settings.model_config_))
-    if assumed := artifact.metadata.get("assumed"):
+    about = {} if is_ours(artifact_path) else artifact.metadata
+    if assumed := about.get("assumed"):
         shown = ", ".join(f"{key}={value}" for key, value in assumed.items())
-        source = artifact.metadata.get("generation", "pr1019")
+        source = about.get("generation", "pr1019")
         shown += f" (as {source} has it; --model-config overrides)"
         print(f"warning: {artifact_path} does not say, so it is assumed: {shown}", file=sys.stderr)
-    if resembles := artifact.metadata.get("resembles"):
+    if resembles := about.get("resembles"):
         others = " or ".join(resembles)
         print(f"warning: {artifact_path} looks like a file of {others}, not of {source}", file=sys.stderr)
     tokenizer = Tokenizer(settings.tokenizer or str(shipped / "demo.model"))

@@ -12,6 +12,7 @@ from slotfast.artifact import read_artifact
 from slotfast.data import TokenStream, write_shard
 from slotfast.errors import InputError
 from slotfast.model import GPT, GPTConfig
+from slotfast.overlap import seen
 from slotfast.train import prequant_ttt
 
 SEQ = 16
@@ -111,7 +112,10 @@ def test_another_stream_is_learned_and_named(shards, tmp_path, capsys):
     train.main(_adapted(shards, tmp_path / "m", "--ttt-tokens", stream))
     printed = capsys.readouterr().out
     assert "ttt epoch:1/1 loss:" in printed and "NOT an honest" not in printed
-    label = read_artifact(tmp_path / "m").metadata["ttt"]
+    metadata = read_artifact(tmp_path / "m").metadata
+    label = metadata["ttt"]
+    assert seen(_stream(SHARDS[1]), metadata) == {"training": 1.0, "ttt": 1.0}
+    assert seen(_stream(SHARDS[0][:100]), metadata)["ttt"] == 0
     assert label["validation_overlap"] == 0 and label["tokens"] == 500 and label["frozen_blocks"] == 2
     assert label["stream_sha256"] == _stream(SHARDS[1]).sha256()
 

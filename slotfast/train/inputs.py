@@ -72,9 +72,10 @@ class Inputs:
             counts += np.bincount(chunk, minlength=len(counts))
         return torch.from_numpy(counts / counts.sum()).float()
 
-    def sketch(self) -> str:
-        """By which the model knows its training text again; see `slotfast.overlap`."""
-        return sketch(TokenStream(self.shards, _SAMPLED_TOKENS))
+    def sketches(self) -> dict[str, str]:
+        """By which the model knows the texts again that it learns from; see `slotfast.overlap`."""
+        streams = {"training": TokenStream(self.shards, _SAMPLED_TOKENS), "ttt": self.ttt}
+        return {name: sketch(stream) for name, stream in streams.items() if stream is not None}
 
     def fingerprint(self) -> str:
         """A hash by which a resumed run knows its data: of each shard the name, the length, and both ends."""

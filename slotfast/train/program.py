@@ -28,7 +28,7 @@ from ..errors import InputError, expected
 from ..generate import sample
 from ..loader import open_loader
 from ..model import GPT, GPTConfig
-from ..overlap import MAX_OVERLAP, sketch
+from ..overlap import MAX_OVERLAP
 from ..quantize import TensorReport, format_report, quantize_model
 from ..words import counted
 from . import prequant_ttt
@@ -74,7 +74,8 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
     log = _logger(settings, rank)
     torch.manual_seed(settings.seed)
     inputs = read_inputs(settings, rank, world)
-    unigram = inputs.unigram()  # counted before the work: it refuses foreign tokens
+    # Before the clock starts; the count refuses foreign tokens.
+    unigram, sketches = inputs.unigram(), inputs.sketches() if rank == 0 else {}
     model_config = build_config(settings, inputs.tokenizer.vocab_size, inputs.tokenizer.bos_id)
     loader = open_loader(
         settings.loader, inputs.names, inputs.shards, settings.seq_len, settings.batch_windows, settings.seed, world
@@ -126,20 +127,21 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
         start, recipe = time.perf_counter(), _recipe(settings)
         prequant_ttt.adapt(model, inputs.ttt, recipe, settings.seq_len, dtype, rank, world, trainer.forward, log)
         seconds["ttt"] = time.perf_counter() - start
-    return _finish(settings, inputs, unigram, trainer, seconds, log) if rank == 0 else {}
+    return _finish(settings, inputs, unigram, sketches, trainer, seconds, log) if rank == 0 else {}
 
 
 def _finish(
     settings: config.TrainSettings,
     inputs: Inputs,
     unigram: Tensor,
+    sketches: dict[str, str],
     trainer: Trainer,
     seconds: dict[str, float],
     log: Callable,
 ) -> dict[str, Any]:
     """Write the artifact and measure it; the summary."""
     start = time.perf_counter()
-    metadata = _metadata(settings, inputs, trainer)
+    metadata = _metadata(settings, inputs, sketches, trainer)
     model = trainer.model.eval()
     artifact, report = _quantize(settings, inputs, model, metadata, unigram)
     size = write_artifact(settings.out, artifact)
@@ -187,7 +189,9 @@ def _finish(
     }
 
 
-def _metadata(settings: config.TrainSettings, inputs: Inputs, trainer: Trainer) -> dict[str, Any]:
+def _metadata(
+    settings: config.TrainSettings, inputs: Inputs, sketches: dict[str, str], trainer: Trainer
+) -> dict[str, Any]:
     """What the artifact says of its making."""
     metadata = {
         "preset": settings.preset,
@@ -197,7 +201,7 @@ def _metadata(settings: config.TrainSettings, inputs: Inputs, trainer: Trainer) 
         "steps": trainer.step,
         "seconds": round(trainer.elapsed, 1),
         "seed": settings.seed,
-        "sketches": {"training": inputs.sketch()},
+        "sketches": sketches,
     }
     if inputs.ttt is not None:
         metadata["ttt"] = {
@@ -208,7 +212,6 @@ def _metadata(settings: config.TrainSettings, inputs: Inputs, trainer: Trainer) 
             "tokens": len(inputs.ttt),
             "validation_overlap": inputs.ttt_overlap,
         }
-        metadata["sketches"]["ttt"] = sketch(inputs.ttt)
     return metadata
 
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import slotfast
-from bench.common import elsewhere_seconds, folder_of, provenance, write_json
+from bench.common import folder_of, provenance, write_json
+from bench.timing import elsewhere_seconds
 from slotfast import corpus
 from slotfast.artifact import Artifact, read_artifact
 from slotfast.data import Tokenizer

@@ -16,21 +16,11 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-import slotfast.kernels
 from bench import published_loop as published
-from bench.common import (
-    default_device,
-    elsewhere_seconds,
-    folder_of,
-    measure,
-    need,
-    provenance,
-    spread,
-    wall_ms,
-    write_json,
-)
+from bench.common import default_device, folder_of, need, provenance, write_json
+from bench.timing import elsewhere_seconds, measure, spread, wall_ms
+from slotfast.kernels import slot_solve, slot_solve_mm
 from slotfast.lbfgs import BiasObjective, minimize
 
 pytest = need("pytest")
@@ -94,58 +84,77 @@ def loss(logits: Tensor, targets: Tensor, bias: Tensor) -> float:
     return torch.nn.functional.cross_entropy(z.flatten(0, 1), y.flatten()).item()
 
 
-def compare(logits: Tensor, targets: Tensor, rounds: int, ours_a_round: int = 5) -> dict:
-    """Both contenders, in turns; checks that ours fits as well."""
-    device, found = logits.device, {}
+def against_the_loop(name: str, logits: Tensor, targets: Tensor, rounds: int, ours_a_round: int = 5) -> dict:
+    """Both contenders, in turns; checks that ours fits as well. `name`: "shared" or "windows"."""
+    device, shared = logits.device, name == "shared"
     mask = torch.zeros(targets.shape, device=device)
     focal(mask, mask)[1].fill_(1.0)
-    for name, theirs in (("shared", published.solve_shared), ("windows", published.solve_each)):
-        solvers = {"published": partial(theirs, mask=mask), "ours": partial(ours, shared=name == "shared")}
-        times, biases = {who: [] for who in solvers}, {}
-        theirs(logits[:1], targets[:1], mask[:1])  # warms up, as does our first call
-        ours(logits, targets, name == "shared")
-        begun, elsewhere = time.perf_counter(), elsewhere_seconds()
-        for _ in range(rounds):
-            for who, solve in solvers.items():
-                if who == "ours":  # untimed: the caches and the allocator are as the published loop left them
-                    ours(logits, targets, name == "shared")
-                for _ in range(ours_a_round if who == "ours" else 1):
-                    elapsed, biases[who] = wall_ms(partial(solve, logits, targets), device)
-                    times[who].append(elapsed)
-        elsewhere = (elsewhere_seconds() - elsewhere) / (time.perf_counter() - begun)
-        biases["no bias"] = torch.zeros_like(biases["ours"])
-        losses = {who: loss(logits, targets, bias.view(-1, logits.size(-1))) for who, bias in biases.items()}
-        assert losses["ours"] <= losses["published"] + LOSS_TOLERANCE, losses
-        found[name] = {who: spread(values) for who, values in times.items()}
-        per_window = {who: row["median_ms"] / len(logits) for who, row in found[name].items()}
-        found[name] |= {"ms_a_window": per_window, "losses": losses, "cores_busy_elsewhere": round(elsewhere, 2)}
-        found[name]["ratio"] = found["shared"]["published"]["median_ms"] / found[name]["ours"]["median_ms"]
+    theirs = published.solve_shared if shared else published.solve_each
+    solvers = {"published": partial(theirs, mask=mask), "ours": partial(ours, shared=shared)}
+    times, biases = {who: [] for who in solvers}, {}
+    theirs(logits[:1], targets[:1], mask[:1])  # warms up, as does our first call
+    ours(logits, targets, shared)
+    begun, elsewhere = time.perf_counter(), elsewhere_seconds()
+    for _ in range(rounds):
+        for who, solve in solvers.items():
+            if who == "ours":  # untimed: the caches and the allocator are as the published loop left them
+                ours(logits, targets, shared)
+            for _ in range(ours_a_round if who == "ours" else 1):
+                elapsed, biases[who] = wall_ms(partial(solve, logits, targets), device)
+                times[who].append(elapsed)
+    elsewhere = (elsewhere_seconds() - elsewhere) / (time.perf_counter() - begun)
+    biases["no bias"] = torch.zeros_like(biases["ours"])
+    losses = {who: loss(logits, targets, bias.view(-1, logits.size(-1))) for who, bias in biases.items()}
+    assert losses["ours"] <= losses["published"] + LOSS_TOLERANCE, losses
+    found = {who: spread(values) for who, values in times.items()}
+    per_window = {who: row["median_ms"] / len(logits) for who, row in found.items()}
+    return found | {"ms_a_window": per_window, "losses": losses, "cores_busy_elsewhere": round(elsewhere, 2)}
+
+
+def compare(logits: Tensor, targets: Tensor, rounds: int) -> dict:
+    """Both fits against the published loop, and what each is times as fast as."""
+    found = {name: against_the_loop(name, logits, targets, rounds) for name in ("shared", "windows")}
+    for row in found.values():
+        row["ratio"] = found["shared"]["published"]["median_ms"] / row["ours"]["median_ms"]
     found["windows"]["ratio_to_a_loop_each"] = (
         found["windows"]["published"]["median_ms"] / found["windows"]["ours"]["median_ms"]
     )
     return found
 
 
-def one_launch(logits: Tensor, targets: Tensor, published_ms: float, windows: int) -> dict:
-    """The whole solve in one kernel, for many windows; `published_ms` is the published loop's time for one."""
-    solve = getattr(slotfast.kernels, "slot_solve", None)
-    if solve is None:
-        return {"skipped": "kernels.slot_solve does not exist"}
+def repeated(logits: Tensor, targets: Tensor, windows: int) -> tuple[Tensor, Tensor]:
+    """Focal positions as the one-launch solvers read them: bfloat16, `windows` windows or a few more."""
     z, y = focal(logits, targets)
     times = -(-windows // len(z))
-    z, y = z.repeat(times, 1, 1).to(torch.bfloat16), y.repeat(times, 1)
+    return z.repeat(times, 1, 1).to(torch.bfloat16), y.repeat(times, 1)
 
-    def call():
-        return solve(z, y, ridge=0.0, clamp=published.CLAMP, phases=PHASES)
 
-    row = spread(measure(call, z.device))
-    bias = next(t for t in tree_leaves(call()) if isinstance(t, Tensor) and t.shape == (len(z), z.size(-1)))
-    losses = {"ours": loss(logits, targets, bias[: len(logits)].float())}
+def one_launch(logits: Tensor, targets: Tensor, windows: int, **options) -> dict:
+    """The whole solve in one kernel, for many windows; checks that it fits as well as the solver in torch."""
+    z, y = repeated(logits, targets, windows)
+    call = partial(slot_solve, z, y, ridge=0.0, clamp=published.CLAMP, phases=PHASES, **options)
+    losses = {"ours": loss(logits, targets, call().bias[: len(logits)])}
     losses["torch solver"] = loss(logits, targets, ours(logits, targets, shared=False))
     assert losses["ours"] <= losses["torch solver"] + 10 * LOSS_TOLERANCE, losses  # bf16 logits and probabilities
-    per_window = row["median_ms"] / len(z)
-    found = {"windows": len(z), **row, "us_a_window": 1000 * per_window, "losses": losses}
-    return {**found, "ratio": published_ms / per_window}
+    row = spread(measure(call, z.device))
+    return {"windows": len(z), **row, "us_a_window": 1000 * row["median_ms"] / len(z), "losses": losses}
+
+
+def majorised(logits: Tensor, targets: Tensor, windows: int, ridge: float = 3.0) -> dict:
+    """The majorise-minimise solve in one kernel; checks its loss, the ridge in it, against L-BFGS's at the optimum."""
+    z, y = repeated(logits, targets, windows)
+    call = partial(slot_solve_mm, z, y, ridge=ridge, clamp=published.CLAMP)
+    few = slice(0, len(logits))
+    exact = slot_solve(z[few], y[few], ridge=ridge, clamp=published.CLAMP, phases=PHASES).loss.mean().item()
+    losses = {"ours": call().loss[few].mean().item(), "L-BFGS": exact}
+    assert losses["ours"] <= losses["L-BFGS"] + 10 * LOSS_TOLERANCE, losses
+    row = spread(measure(call, z.device))
+    return {"windows": len(z), **row, "us_a_window": 1000 * row["median_ms"] / len(z), "losses": losses}
+
+
+def _one_launch_and_ratio(logits: Tensor, targets: Tensor, windows: int, found: dict) -> dict:
+    row = one_launch(logits, targets, windows)
+    return row | {"ratio": 1000 * found["shared"]["ms_a_window"]["published"] / row["us_a_window"]}
 
 
 def main() -> None:
@@ -162,7 +171,7 @@ def main() -> None:
     found = {**provenance(args.device), "inputs": "demo model, test text" if args.text else "synthetic"}
     found |= compare(logits, targets, args.rounds)
     if logits.is_cuda:
-        found["one launch"] = one_launch(logits, targets, found["shared"]["ms_a_window"]["published"], args.windows)
+        found["one launch"] = _one_launch_and_ratio(logits, targets, args.windows, found)
     write_json(args.out or folder_of(args.device) / f"solve{'-text' * args.text}.json", found)
     print(json.dumps(found, indent=1))
     for name, target in TARGET.items():
@@ -175,7 +184,7 @@ def compared(device):
     logits, targets = synthetic(device)
     found = compare(logits, targets, rounds=1)
     if logits.is_cuda:
-        found["one launch"] = one_launch(logits, targets, found["shared"]["ms_a_window"]["published"], 8192)
+        found["one launch"] = _one_launch_and_ratio(logits, targets, 8192, found)
     return logits, targets, found
 
 

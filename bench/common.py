@@ -1,15 +1,13 @@
-"""What all benches share: timing, the machine's name, versions, result files."""
+"""What all benches share: the machine's name, versions, result files."""
 
-import gc
 import importlib
 import json
 import os
 import platform
 import shlex
-import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -45,12 +43,18 @@ def folder_of(device: torch.device | str) -> Path:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:  # no git here
+        return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def commit() -> str:
-    """The checkout's commit, "+" behind it where tracked files differ from it; "unknown" outside a checkout."""
+    """The commit that SLOTFAST_COMMIT names, for copies of a checkout; else the checkout's, "+" behind it where tracked
+    files differ from it; "unknown" where neither can be known."""
+    if named := os.environ.get("SLOTFAST_COMMIT"):
+        return named
     head = _git("rev-parse", "--short=12", "HEAD")
     return head + "+" * bool(_git("status", "--porcelain", "--untracked-files=no")) if head else "unknown"
 
@@ -101,59 +105,47 @@ def write_json(path: str | Path | None, found: dict) -> None:
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def spread(times_ms: list[float]) -> dict:
-    """Median and range of repeated measurements."""
-    return {
-        "median_ms": statistics.median(times_ms),
-        "least_ms": min(times_ms),
-        "most_ms": max(times_ms),
-        "repeats": len(times_ms),
-    }
-
-
-def measure(function, device: torch.device | str, *, repeats: int | None = None, seconds: float = 0.2) -> list[float]:
-    """Times of calls in milliseconds, after a warm-up: between events on a GPU, on the wall clock elsewhere.
+class Rows:
+    """Figures as JSON lines, each in the file as soon as it exists; what fails costs its own row and no other.
 
     Args:
-        repeats: calls to time; None: as many as fill `seconds`, three at least.
+        path: the file, which the first row makes anew; None keeps none.
+        about: the file's first line: `provenance`.
     """
-    if torch.device(device).type == "cuda":
-        if repeats is None:
-            from triton.testing import do_bench  # clears the L2 cache before each call
 
-            return do_bench(function, warmup=int(250 * seconds), rep=int(1000 * seconds), return_mode="all")
-        function()
-        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-        for start, end in marks:
-            start.record()
-            function()
-            end.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) for start, end in marks]
-    function()
-    times, begun = [], time.perf_counter()
-    gc.collect()
-    while len(times) < (repeats or 3) or (repeats is None and time.perf_counter() - begun < seconds):
-        started = time.perf_counter()
-        function()
-        times.append(1000 * (time.perf_counter() - started))
-    return times
+    def __init__(self, path: str | Path | None, about: dict):
+        self.path, self.about, self.rows, self.failed = path and Path(path), about, [], 0
+
+    def take(self, what: dict, figures: Callable[..., dict], *arguments, **options) -> dict:
+        """Appends and returns `attempt` of the same arguments."""
+        row = attempt(what, figures, *arguments, **options)
+        self.failed += "failed" in row
+        if self.path and not self.rows:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("")
+            append_json(self.path, self.about)
+        self.rows.append(row)
+        if self.path:
+            append_json(self.path, row)
+        return row
 
 
-def elsewhere_seconds() -> float:
-    """Processor seconds that others have used on this machine since it started; NaN where /proc does not tell."""
+def attempt(what: dict, figures: Callable[..., dict], *arguments, **options) -> dict:
+    """`what` with the figures of a call, or with why there are none under "failed"; printed too."""
     try:
-        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
-    except (OSError, ValueError):
-        return float("nan")
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK") - time.process_time()
+        row = what | figures(*arguments, **options)
+    except Exception as error:
+        row = what | {"failed": f"{type(error).__name__}: {error}"[:500]}
+    print(", ".join(f"{name} {_short(value)}" for name, value in row.items()), flush=True)
+    return row
 
 
-def wall_ms(function, device: torch.device | str) -> tuple:
-    """Milliseconds on the host's clock until the device is done, and the result; for what waits for the device."""
-    wait = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    wait()
-    started = time.perf_counter()
-    result = function()
-    wait()
-    return 1000 * (time.perf_counter() - started), result
+def _short(value) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name} {_short(each)}" for name, each in value.items()) + ")"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def append_json(path: str | Path, row: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")

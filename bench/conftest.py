@@ -1,23 +1,26 @@
 """Stored runs carry the device's name and no host name, and are compared with runs of the same device only."""
 
-import json
-
 import pytest
 
-from bench.common import default_device, provenance
+from bench.common import append_json, default_device, provenance
 
 
 def pytest_addoption(parser):
     parser.addoption("--record", help="append each benchmark's extra_info to this file, a JSON line each, as it ends")
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_runtest_teardown(item):
-    """Unlike --benchmark-json, keeps what was measured before a run is cut short."""
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Unlike --benchmark-json, keeps what was measured before a run is cut short, and why a figure is missing."""
+    report = (yield).get_result()
     benchmark, path = item.funcargs.get("benchmark"), item.config.getoption("--record")
-    if path and benchmark is not None and benchmark.extra_info:
-        with open(path, "a") as file:
-            file.write(json.dumps({"name": item.name, **benchmark.extra_info}) + "\n")
+    if not path or (call.when != "call" and report.passed):
+        return
+    if report.passed and benchmark is not None and benchmark.extra_info:
+        append_json(path, {"name": item.name, **benchmark.extra_info})
+    elif not report.passed:
+        why = report.longrepr[2] if report.skipped else str(call.excinfo.value)
+        append_json(path, {"name": item.name, "skipped" if report.skipped else "failed": why[:500]})
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

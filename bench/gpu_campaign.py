@@ -1,31 +1,52 @@
-"""Everything that wants a GPU, in one command of under nine minutes; needs no network.
+"""Everything that wants a GPU, in two calls of under nine minutes each; needs no network.
 
-    python -m bench.gpu_campaign [--out FOLDER] [--seconds 530] [--only PHASE ...] [--dry-run]
+    python -m bench.gpu_campaign [figures | checks] [--out FOLDER] [--only PHASE ...] [--dry-run]
 
-Checks the kernels on the device, once more under compute-sanitizer, measures the roofs, times the targets, sweeps
-launch parameters. Each phase is a process of its own with a time limit of its own: what fails, or hangs, or loses the
-device's context, costs its phase and no other. Logs and JSON go to the folder ($OUT if that is set); a short table
-comes last. What slotfast requires must be installed; compute-sanitizer and FlashAttention are used where they are.
-`--dry-run` goes through all of it without a GPU, interpreted, at tiny sizes: its figures mean nothing.
+figures   every kernel once; then what is worth most first: the roofs, the solve, the evaluation, cross-entropy, 6-bit
+          products, attention, the other kernels
+checks    the tests on the device, the kernels under compute-sanitizer, bits of full launches, launch parameters
+
+Each phase is a process of its own with a time limit of its own: what fails, or hangs, or loses the device's context,
+costs its phase and no other; a call's limits add up to less than nine minutes. Figures and test outcomes are written as
+they come. The folder ($OUT if that is set) gets two files a call: CALL.tar.gz with every log and figure, written anew
+after each phase and every few seconds of one, and CALL.txt, a short table. SLOTFAST_COMMIT names the commit where git
+cannot. What slotfast requires must be importable (README.md says how on a host without a network); compute-sanitizer,
+FlashAttention and Liger are used where they are. `--dry-run` goes through a call without a GPU, interpreted, at tiny
+sizes: its figures mean nothing.
 """
 
 import argparse
 import importlib.util
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.common import ROOT, default_device, provenance, write_json
+from bench.summary import summary
 
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-REQUIRED = ["torch", "triton", "pytest", "pytest_benchmark", "pydantic", "sentencepiece", "brotli", "zstandard"]
-BENCH = [*PYTEST, "bench/bench_kernels.py"]
+CALL_S = 530  # of the ten minutes that hosts give a command
+START_S, KILL_S, REFRESH_S = 15, 3, 10
+REQUIRED = [
+    "torch",
+    "triton",
+    "numpy",
+    "pytest",
+    "pytest_benchmark",
+    "pydantic",
+    "sentencepiece",
+    "brotli",
+    "zstandard",
+]
+# What compiles ahead of time, interprets in a process of its own, or installs: not for a GPU host.
+ELSEWHERE = {"test_bundle", "test_kernels_folder", "test_packaging", "test_static_report"}
 
 
 @dataclass(frozen=True)
@@ -34,186 +55,193 @@ class Phase:
 
     Args:
         limit_s: it is stopped after that long.
-        command: to run in the checkout.
+        command: Python's arguments, in the checkout; `{out}` stands for the folder of logs and figures.
         tiny: what --dry-run runs in its place.
         environment: on top of this process's.
-        needs: a program without which the phase is skipped.
+        under: a program, with arguments, that Python runs under; without it the phase is skipped.
     """
 
     name: str
     limit_s: float
     command: list[str]
     tiny: list[str]
-    environment: dict[str, str] | None = None
-    needs: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    under: list[str] = field(default_factory=list)
 
 
-def phases(out: Path) -> list[Phase]:
-    def module(name, *arguments):
-        return [sys.executable, "-m", f"bench.{name}", *arguments]
+def plan() -> dict[str, list[Phase]]:
+    """The phases of each call."""
+    pytest = ["-m", "pytest", "-v", "-rfEs", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+
+    def module(name, limit_s, command, *tiny):
+        command = ["-m", *command, "--out", f"{{out}}/{name}.jsonl"]
+        return Phase(name, limit_s, command, [*command, *tiny])
 
     def kernels(name, limit_s, wanted):
-        record = ["--record", str(out / f"{name}.jsonl"), "--benchmark-disable-gc"]
-        return Phase(name, limit_s, [*BENCH, "-k", wanted, *record], [*BENCH, "-k", "target_counts and 8192", *record])
-
-    def target(name, limit_s):
-        command = module("targets", name, "--out", str(out / f"{name}.json"))
-        return Phase(name, limit_s, command, [*command, "--tiny"])
+        record = ["bench/bench_kernels.py", "--record", f"{{out}}/{name}.jsonl", "--benchmark-disable-gc", "-k"]
+        return Phase(
+            name, limit_s, [*pytest, *record, wanted], [*pytest, *record, "target_counts or rate_scan-production-ours"]
+        )
 
     def sanitized(tool, limit_s):
         # Small cases, and no caching allocator: with it, a write past a tensor stays inside its pool.
-        checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *PYTEST, "tests/test_kernels.py"]
-        few = [*PYTEST, "tests/test_kernels.py", "-k", "test_outputs and target_counts-primes"]
+        few = [*pytest, "tests/test_kernels.py", "-k", "test_outputs and primes"]
+        under = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         return Phase(
-            tool, limit_s, [*checked, "-k", "test_outputs and primes"], few, environment, needs="compute-sanitizer"
+            tool,
+            limit_s,
+            few,
+            [*pytest, "tests/test_kernels.py", "-k", "test_outputs and rate_scan-prime"],
+            environment,
+            under,
         )
 
-    files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py") if _is_of_kernels(path))
-    workers = ["-n", "12"] if _has("xdist") else []
-    primes = ["tests/test_kernels.py", "-k", "primes and target_counts"]
-    sweep = module("sweep", "--out", str(out / "sweep.json"), "--seconds")
-    return [
-        Phase(
-            "roofs",
-            30,
-            module("roofs", "--out", str(out / "roofs.json")),
-            module("roofs", "--tiny", "--out", str(out / "roofs.json")),
-        ),
-        Phase("tests", 130, [*PYTEST, *workers, *files], [*PYTEST, *primes]),
-        target("solve", 60),
-        kernels("cross-entropy", 90, "bias_cross_entropy_grad"),
-        target("matmul", 90),
-        target("evaluate", 50),
-        Phase("sweep", 130, [*sweep, "115"], [*sweep, "60", "--jobs", "1", "--most", "1"]),
-        sanitized("memcheck", 50),
-        sanitized("racecheck", 50),
-        kernels("other kernels", 50, "not bias_cross_entropy and not int6"),
-        Phase("attention", 20, [*PYTEST, "bench/bench_attention.py"], [*PYTEST, "bench/bench_attention.py"]),
-    ]
+    tiny_sweep = ("--kernel", "rate_scan", "--jobs", "1", "--most", "2")
+    workers = ["-n", "14"] if _has("xdist") else []
+    return {
+        "figures": [
+            module("smoke", 30, ["bench.smoke"]),
+            module("roofs", 20, ["bench.roofs"], "--tiny"),
+            module("solve", 75, ["bench.targets", "solve"], "--tiny"),
+            module("evaluate", 95, ["bench.targets", "evaluate"], "--tiny"),
+            kernels("cross-entropy", 90, "bias_cross_entropy_grad"),
+            module("matmul", 80, ["bench.targets", "matmul"], "--tiny"),
+            module("attention", 40, ["bench.bench_attention"], "--tiny"),
+            kernels("other-kernels", 50, "not bias_cross_entropy_grad and not int6 and not slot_solve and not compile"),
+        ],
+        "checks": [
+            Phase(
+                "tests",
+                230,
+                [*pytest, *workers, *test_files()],
+                [*pytest, "tests/test_kernels.py", "-k", "rate_scan and prime"],
+            ),
+            sanitized("memcheck", 60),
+            sanitized("racecheck", 50),
+            module("bitwise", 30, ["bench.bitwise"]),
+            module("sweep", 115, ["bench.sweep", "--seconds", "100"], *tiny_sweep),
+        ],
+    }
+
+
+def test_files() -> list[str]:
+    """Tests to run on the device, those of kernels first."""
+    found = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if path.stem not in ELSEWHERE]
+    found.sort(key=lambda path: "slotfast.kernels" not in path.read_text())
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
 def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _is_of_kernels(path: Path) -> bool:
-    """Tests that want a device: what compiles ahead of time, or needs the network or a tokenizer, is not for here."""
-    others = ("test_static_report", "test_kernels_folder", "test_packaging")
-    return ("slotfast.kernels" in path.read_text() or path.stem == "test_repeats") and path.stem not in others
+def environment_of(phase: Phase, dry: bool) -> dict[str, str]:
+    """This process's, with the checkout before whatever stands in PYTHONPATH."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    found = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **phase.environment}
+    return found | {"TRITON_INTERPRET": "1"} if dry else found
 
 
-def run(phase: Phase, out: Path, dry: bool, left_s: float) -> dict:
-    """Runs a phase, its output to a log; says how it went."""
-    if phase.needs and not shutil.which(phase.needs) and not dry:
-        return {"phase": phase.name, "went": f"SKIPPED: no {phase.needs} here", "seconds": 0.0, "tail": []}
-    limit_s = min(phase.limit_s, left_s)
-    if limit_s < 5:
-        return {"phase": phase.name, "went": "SKIPPED: no time left", "seconds": 0.0, "tail": []}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **(phase.environment or {})}
-    environment |= {"TRITON_INTERPRET": "1"} if dry else {}
-    log, started = out / f"{phase.name}.log", time.monotonic()
+def run(phase: Phase, folder: Path, dry: bool, refresh: Callable[[], None]) -> dict:
+    """Runs a phase, its output to a log in the folder; says how it went.
+
+    Args:
+        refresh: called every few seconds.
+    """
+    if phase.under and not shutil.which(phase.under[0]) and not dry:
+        return {"phase": phase.name, "went": f"SKIPPED: no {phase.under[0]} here", "seconds": 0.0, "tail": []}
+    arguments = [argument.replace("{out}", str(folder)) for argument in (phase.tiny if dry else phase.command)]
+    command = [*([] if dry else phase.under), sys.executable, *arguments]
+    log, started = folder / f"{phase.name}.log", time.monotonic()
     with log.open("w") as file:
-        process = subprocess.Popen(
-            phase.tiny if dry else phase.command,
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        environment = environment_of(phase, dry)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, process_group=0, **pipes)
         try:
-            code = process.wait(limit_s)
-            went = "ok" if code == 0 else f"FAILED, exit code {code}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its workers too
-            process.wait()
-            went = f"STOPPED after {limit_s:.0f} s; what it had measured is kept"
+            went = _watch(process, started + phase.limit_s, refresh)
+        finally:
+            _end(process)
     lines = log.read_text(errors="replace").replace(str(ROOT), ".").splitlines()
     return {"phase": phase.name, "went": went, "seconds": round(time.monotonic() - started, 1), "tail": lines[-12:]}
 
 
-def _read(path: Path):
-    if not path.exists():
-        return None
-    text = path.read_text()
-    return [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else json.loads(text)
+def _watch(process: subprocess.Popen, deadline: float, refresh: Callable[[], None]) -> str:
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            code = process.wait(min(left, REFRESH_S))
+            return "ok" if code == 0 else f"FAILED, exit code {code}"
+        except subprocess.TimeoutExpired:
+            refresh()
+    return "STOPPED at its limit; what it had measured is kept"
 
 
-def summary(out: Path) -> list[str]:
-    """The table: a line a target, from whatever files there are."""
-    lines = []
-    if found := _read(out / "roofs.json"):
-        rates = ", ".join(f"{name} {found[name]['tflop_per_s']:.1f} TFLOP/s" for name in found if "matmul" in name)
-        lines.append(f"roofs     copy {found['copy']['gb_per_s']:.0f} GB/s, {rates}")
-    if found := _read(out / "solve.json"):
-        for row in found["one launch"]:
-            got = row.get("skipped") or f"{row['us_a_window']:.2f} us a window, {row['ratio']:.0f}x at {row['windows']}"
-            lines.append(f"P1        {got} (target 1000x)")
-        torch_ratios = ", ".join(f"{name} {found[name]['ratio']:.1f}x" for name in ("shared", "windows"))
-        lines.append(f"          slotfast.lbfgs in torch: {torch_ratios}")
-    by_case: dict[str, dict] = {}
-    for row in (_read(out / "cross-entropy.jsonl") or []) + (_read(out / "other kernels.jsonl") or []):
-        case, _, who = row["name"].removeprefix("test_time[").removesuffix("]").rpartition("-")
-        by_case.setdefault(case, {})[who] = row
-    for case, rows in by_case.items():
-        if ours := rows.pop("ours", None):
-            ratios = ", ".join(f"{row['device_ms'] / ours['device_ms']:.2f}x {who}" for who, row in rows.items())
-            lines.append(f"P3 P4     {case}: {ours['percent_of_roof']:.0f}% of the copy roof; {ratios}")
-    rows = (_read(out / "matmul.json") or {"rows": []})["rows"]
-    for of, name in (("large", "P5 (1.8x)"), ("model", "P6 (.95x)")):
-        chosen = [row for row in rows if row.get("of") == of]
-        if chosen:
-            worst = min(chosen, key=lambda row: max(row["ratio"].values()))
-            best, packed = max(worst["ratio"].values()), worst["ratio"]["int6"]
-            shape = f"M {worst['m']}, N {worst['n']}, K {worst['k']}"
-            lines.append(f"{name} least of {len(chosen)} shapes {best:.2f}x, packed alone {packed:.2f}x, at {shape}")
-    if found := _read(out / "evaluate.json"):
-        if "skipped" in found:
-            lines.append(f"P7 P9     {found['skipped']}")
-        else:
-            speed, projected = found["windows_per_second"]["none"], found["projected_seconds_8gpu"]["causal"]
-            lines.append(f"P7        {speed:.0f} windows/s; with causal {projected:.0f} s projected (target 60)")
-            lines.append(f"P9        causal costs {100 * found['causal_costs']:.1f}% (target 5%)")
-    if found := _read(out / "sweep.json"):
-        for row in found["rows"]:
-            if row["gain"] > 1.03 + row["noise"]:
-                case = f"{row['kernel']}, {row['case']}"
-                lines.append(f"sweep     {case}: {row['gain']:.2f}x by {row['best']} (now {row['current']})")
-        lines.append(f"sweep     {len(found['rows'])} cases timed, {len(found['not_reached'])} not reached")
-    return lines
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process and its workers; does not wait for one that hangs in the driver."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(KILL_S)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass
+
+
+def pack(folder: Path, archive: Path) -> None:
+    """The folder as one archive: the old one stays until the new one is whole."""
+    part = archive.with_name(f"{archive.name}.part")
+    try:
+        with tarfile.open(part, "w:gz") as tar:
+            tar.add(folder, arcname=archive.name.removesuffix(".tar.gz"))
+        part.replace(archive)
+    except OSError as error:  # a full disk, say: the phases go on
+        print(f"{archive}: {error}", flush=True)
+
+
+def campaign(call: str, phases: list[Phase], out: Path, dry: bool, about: dict) -> int:
+    """Runs the phases; exit code 1 if one did not go well."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the phase is ended too
+    out.mkdir(parents=True, exist_ok=True)
+    done: list[dict] = []
+    with tempfile.TemporaryDirectory(prefix="campaign-") as temporary:
+        folder = Path(temporary)
+
+        def refresh() -> list[str]:
+            write_json(folder / "campaign.json", {**about, "call": call, "dry_run": dry, "phases": done})
+            lines = ["DRY RUN: no figure means anything"] * dry
+            lines += [f"{row['phase']:14} {row['seconds']:6.1f} s  {row['went']}" for row in done] + summary(folder)
+            pack(folder, out / f"{call}.tar.gz")
+            (out / f"{call}.txt").write_text("\n".join(lines) + "\n")
+            return lines
+
+        for phase in phases:
+            row = run(phase, folder, dry, refresh)
+            done.append(row)
+            print(f"{row['phase']:14} {row['seconds']:6.1f} s  {row['went']}", flush=True)
+            if row["went"].startswith("FAILED"):
+                print(*(f"    {line[:160]}" for line in row["tail"]), sep="\n", flush=True)
+            lines = refresh()
+        print("", *lines, sep="\n")
+    return int(any(row["went"].startswith(("FAILED", "STOPPED")) for row in done))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu_campaign", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    calls = plan()
+    parser.add_argument("call", nargs="?", choices=calls, default="figures")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "campaign")))
-    parser.add_argument("--seconds", type=float, default=530, help="for everything together")
     parser.add_argument("--only", nargs="+", metavar="PHASE")
     parser.add_argument("--dry-run", action="store_true")
     args = parser.parse_args()
-    if default_device().type != "cuda" and not args.dry_run:
-        parser.error("torch sees no GPU here; --dry-run tries the plumbing")
     if missing := [name for name in REQUIRED if not _has(name)]:
         parser.error(f"cannot import {', '.join(missing)}: pip install them, from wheels where there is no network")
-    out = args.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    plan = phases(out)
-    if unknown := set(args.only or []) - {phase.name for phase in plan}:
-        parser.error(f"--only {' '.join(unknown)}: expected of {', '.join(phase.name for phase in plan)}")
-    started, done = time.monotonic(), []
-    for phase in plan:
-        if args.only and phase.name not in args.only:
-            continue
-        row = run(phase, out, args.dry_run, args.seconds - (time.monotonic() - started))
-        done.append(row)
-        write_json(out / "campaign.json", {**provenance(default_device()), "dry_run": args.dry_run, "phases": done})
-        print(f"{row['phase']:14} {row['seconds']:6.1f} s  {row['went']}", flush=True)
-        if row["went"].startswith("FAILED"):
-            print(*(f"    {line[:160]}" for line in row["tail"]), sep="\n", flush=True)
-    print("DRY RUN: no figure below means anything" if args.dry_run else "", *summary(out), sep="\n")
-    return int(any(row["went"].startswith(("FAILED", "STOPPED")) for row in done))
+    if default_device().type != "cuda" and not args.dry_run:
+        parser.error("torch sees no GPU here; --dry-run tries the plumbing")
+    phases = calls[args.call]
+    if unknown := set(args.only or []) - {phase.name for phase in phases}:
+        parser.error(f"--only {' '.join(unknown)}: expected of {', '.join(phase.name for phase in phases)}")
+    wanted = [phase for phase in phases if not args.only or phase.name in args.only]
+    return campaign(args.call, wanted, args.out.resolve(), args.dry_run, provenance(default_device()))
 
 
 if __name__ == "__main__":

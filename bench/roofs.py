@@ -4,11 +4,12 @@ python -m bench.roofs [--device cuda|cpu] [--out FILE]
 """
 
 import argparse
-import json
+import sys
 
 import torch
 
-from .common import default_device, measure, provenance, spread, write_json
+from .common import Rows, default_device, provenance
+from .timing import measure, spread
 
 
 def copy_bandwidth(device, *, copy_bytes: int | None = None, repeats: int = 20) -> dict:
@@ -33,27 +34,21 @@ def matmul_rate(device, dtype: torch.dtype, *, size: int | None = None, repeats:
     return {"size": size, **found, "tflop_per_s": 2 * size**3 / found["median_ms"] / 1e9}
 
 
-def roofs(device, *, tiny: bool = False) -> dict:
-    """All of them. `tiny` only tries the code: its figures mean nothing."""
-    sizes = {"size": 64, "repeats": 2} if tiny else {}
-    return {
-        "copy": copy_bandwidth(device, **({"copy_bytes": 1 << 16, "repeats": 2} if tiny else {})),
-        "matmul bf16": matmul_rate(device, torch.bfloat16, **sizes),
-        "matmul fp32": matmul_rate(device, torch.float32, **sizes),
-    }
-
-
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.roofs", description=__doc__.partition("\n")[0])
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--tiny", action="store_true", help="only try the code: figures mean nothing")
-    parser.add_argument("--out", help="also write the JSON here")
+    parser.add_argument("--out", help="where the rows go")
     args = parser.parse_args()
-    found = {**provenance(args.device), **roofs(args.device, tiny=args.tiny)}
-    if args.out:
-        write_json(args.out, found)
-    print(json.dumps(found, indent=1))
+    sizes = {"size": 64, "repeats": 2} if args.tiny else {}
+    rows = Rows(args.out, provenance(args.device))
+    rows.take(
+        {"roof": "copy"}, copy_bandwidth, args.device, **({"copy_bytes": 1 << 16, "repeats": 2} if args.tiny else {})
+    )
+    rows.take({"roof": "matmul bf16"}, matmul_rate, args.device, torch.bfloat16, **sizes)
+    rows.take({"roof": "matmul fp32"}, matmul_rate, args.device, torch.float32, **sizes)
+    return 1 if rows.failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -65,7 +65,8 @@ class KernelSpec:
         name: unique; the operator's and the benchmark's name.
         fn: public function that launches the kernel; returns a tensor or a tuple of tensors.
         reference: plain torch, same signature, same semantics, any floating dtype including float64.
-        inputs: `inputs(generator, device, dtype, **shape)` -> keyword arguments of `fn` and `reference`.
+        inputs: `inputs(generator, device, dtype, **shape)` -> keyword arguments of `fn` and `reference`; drawn on the
+            generator's device, then moved.
         cases: what to check.
         differentiable: names of the arguments that `fn` propagates gradients to.
         compilations: `compilations(**shape)` -> the launches behind `fn` for a production shape.

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._triton import _launch, triton
+from ..cases.attention import CASES, inputs
 from ..spec import KernelSpec
 from ._backward import (
     _banded_attention_dkv_kernel,
@@ -45,7 +46,7 @@ from ._backward import (
     _banded_attention_prepare_kernel,
     _banded_attention_sink_kernel,
 )
-from ._contract import _CASES, _apart, _bytes_moved, _compilations, _flops, _inputs
+from ._contract import _apart, _bytes_moved, _compilations, _flops
 from ._forward import _banded_attention_fwd_kernel
 from ._reference import Sinks, banded_attention_ref
 from ._tiles import _arguments
@@ -282,8 +283,8 @@ SPEC = KernelSpec(
     name="banded_attention",
     fn=_apart(banded_attention),
     reference=_apart(banded_attention_ref),
-    inputs=_inputs,
-    cases=_CASES,
+    inputs=inputs,
+    cases=CASES,
     differentiable=("q", "k", "v", "q_sink", "k_sink", "v_sink"),
     compilations=_compilations,
     bytes_moved=_bytes_moved,

@@ -7,14 +7,15 @@ from ..spec import Case
 
 
 def inputs(generator, device, dtype, m, n, k, group=0, scale_dtype=torch.float16, lead=(), strided=False, spread=False):
-    codes = torch.randint(-31, 32, (n, k), generator=generator, dtype=torch.int8)
-    scale = torch.rand((n, _cdiv(k, group)) if group else (n,), generator=generator) * 0.05 + 0.001
+    drawing = {"generator": generator, "device": generator.device}
+    codes = torch.randint(-31, 32, (n, k), dtype=torch.int8, **drawing)
+    scale = torch.rand((n, _cdiv(k, group)) if group else (n,), **drawing) * 0.05 + 0.001
     if strided:
-        x = torch.randn(k, 2 * m, generator=generator).to(dtype).to(device).t()[::2]
+        x = torch.randn(k, 2 * m, **drawing).to(dtype).to(device).t()[::2]
     else:
-        x = torch.randn(*lead, m, k, generator=generator).to(dtype).to(device)
+        x = torch.randn(*lead, m, k, **drawing).to(dtype).to(device)
     if spread:
-        x *= torch.logspace(-3, 3, k).to(dtype).to(device)
+        x *= torch.logspace(-3, 3, k, device=device).to(dtype)
     return {"x": x, "weight": pack_int6(codes.to(device), scale.to(scale_dtype).to(device))}
 
 

@@ -26,19 +26,19 @@ DIRECTION_CASES = (*CASES, Case("poor problems", {"W": 4, "H": 3, "V": 48, "edit
 def _memory(generator, W, H, V, counts):
     """Pairs y = A s + noise with A diagonal in [0.5, 2]; problem w holds counts[w % len] of them, at any turn of the
     ring; NaN where there is none."""
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    scale = torch.exp2(2 * torch.rand(V, generator=generator) - 1)
-    s = normal(W, H, V)
+    device = generator.device
+    drawing = {"generator": generator, "device": device}
+    scale = torch.exp2(2 * torch.rand(V, **drawing) - 1)
+    s = torch.randn(W, H, V, **drawing)
     y = scale * s
-    count = torch.tensor([(counts or [H])[w % len(counts or [H])] for w in range(W)], dtype=torch.int32)
-    head = torch.randint(H, (W,), generator=generator, dtype=torch.int32)
+    count = [(counts or [H])[w % len(counts or [H])] for w in range(W)]
+    count = torch.tensor(count, dtype=torch.int32, device=device)
+    head = torch.randint(H, (W,), dtype=torch.int32, **drawing)
     ys, newest = (s * y).sum(-1), (head.long() - 1) % H
     gamma = (ys / (y * y).sum(-1)).gather(1, newest[:, None])[:, 0]
-    empty = (head.long()[:, None] - 1 - torch.arange(H)) % H  # by age
-    empty = torch.zeros(W, H, dtype=torch.bool).scatter_(1, empty, torch.arange(H) >= count[:, None])
+    ages = torch.arange(H, device=device)
+    empty = (head.long()[:, None] - 1 - ages) % H
+    empty = torch.zeros(W, H, dtype=torch.bool, device=device).scatter_(1, empty, ages >= count[:, None])
     s[empty], y[empty] = torch.nan, torch.nan
     rho = torch.where(empty, torch.nan, 1 / ys)
     return s, y, rho, torch.where(count > 0, gamma, 1.0), head, count
@@ -46,8 +46,9 @@ def _memory(generator, W, H, V, counts):
 
 def push_inputs(history_type, generator, device, dtype, *, W, H, V, counts=None, edit=None):
     history = history_type(*_memory(generator, W, H, V, counts))
-    s = torch.randn(W, V, generator=generator)
-    y = s * torch.rand(W, V, generator=generator)
+    drawing = {"generator": generator, "device": generator.device}
+    s = torch.randn(W, V, **drawing)
+    y = s * torch.rand(W, V, **drawing)
     if edit == "refused":  # a zero step, negative curvature, NaN, curvature below the threshold; and one that is kept
         s[0], y[1], y[2, V // 2] = 0, -y[1], torch.nan
         s[3], y[3] = 1e-6, 1e-6 / V
@@ -58,7 +59,7 @@ def push_inputs(history_type, generator, device, dtype, *, W, H, V, counts=None,
 
 def direction_inputs(history_type, generator, device, dtype, *, W, H, V, counts=None, edit=None):
     history = history_type(*_memory(generator, W, H, V, counts))
-    gradient = torch.randn(W, V, generator=generator)
+    gradient = torch.randn(W, V, generator=generator, device=generator.device)
     if edit == "poor":
         gradient[0, 0], gradient[1] = torch.nan, 0
         history.s[2, (int(history.head[2]) - 1) % H, 0] = torch.inf

@@ -7,7 +7,7 @@ from ..spec import Case
 
 def inputs(generator, device, dtype, *, W, V, edit=None):
     def uniform(*shape):
-        return torch.rand(shape, generator=generator, dtype=torch.float64)
+        return torch.rand(shape, generator=generator, device=generator.device, dtype=torch.float64)
 
     found = {
         "left": 0.97 + 0.03 * uniform(W),

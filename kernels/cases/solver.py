@@ -10,7 +10,7 @@ def inputs(generator, device, dtype, *, W, T, V, start=False, prior=False, **res
     kwargs = draw(generator, device, dtype, W=W, T=T, V=V, scale=1.5, **rest)
     for name, wanted in (("start", start), ("prior", prior)):
         if wanted:
-            kwargs[name] = 0.3 * torch.randn(W, V, generator=generator).to(device)
+            kwargs[name] = 0.3 * torch.randn(W, V, generator=generator, device=generator.device).to(device)
     return kwargs
 
 

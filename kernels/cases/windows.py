@@ -8,18 +8,19 @@ def draw(generator, device, dtype, *, W, T, V, bias=None, weights=False, scale=3
 
     `bias` is for "windows", "shared" or None, `edit` names what is unusual, `options` are passed on.
     """
+    drawing = {"generator": generator, "device": generator.device}
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float32)
+        return torch.randn(shape, dtype=torch.float32, **drawing)
 
     logits = (scale * normal(W, T, V)).to(dtype)
-    targets = torch.randint(V, (W, T), generator=generator)
+    targets = torch.randint(V, (W, T), **drawing)
     if edit == "strided":  # V outermost, every second position
         logits = torch.stack([logits, logits], 2).permute(3, 1, 2, 0).contiguous()[:, :, 0].permute(2, 1, 0)
     elif edit == "narrow":  # a slice of a wider vocabulary; int32 targets
         logits, targets = torch.cat([logits, logits], -1)[..., :V], targets.int()
     elif edit == "some ignored":
-        targets[torch.rand(W, T, generator=generator) < 0.4] = options.get("ignore_index", -100)
+        targets[torch.rand(W, T, **drawing) < 0.4] = options.get("ignore_index", -100)
     elif edit == "all ignored":
         targets[:] = -100
         logits[0] = torch.nan
@@ -34,7 +35,7 @@ def draw(generator, device, dtype, *, W, T, V, bias=None, weights=False, scale=3
     if bias is not None:
         drawn["bias"] = normal(*((V,) if bias == "shared" else (W, V)))
     if weights:
-        drawn["weights"] = torch.rand(W, T, generator=generator)
-        drawn["weights"][torch.rand(W, T, generator=generator) < 0.3] = 0.0
+        drawn["weights"] = torch.rand(W, T, **drawing)
+        drawn["weights"][torch.rand(W, T, **drawing) < 0.3] = 0.0
         drawn["weights"][-1] = 0.0  # a window that weighs nothing
     return {name: tensor.to(device) for name, tensor in drawn.items()} | options

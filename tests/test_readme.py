@@ -57,6 +57,11 @@ def test_the_shown_run_is_the_committed_one():
             assert shown[2] == f"{adapted['gain_bpb']:+.4f}" and shown[3] == f"{adapted['gain_se']:.4f}"
 
 
+def test_the_forward_is_the_committed_one():
+    for row in _results("forward.json")["cases"].values():
+        assert f"| {row['ratio']:.1f} | {row['ceiling']:.1f} |" in README
+
+
 def test_the_story_is_the_committed_one():
     rows = {row["preset"]: row for row in _results("eval-story.json")["presets"]}
     for name, row in rows.items():

@@ -291,8 +291,8 @@ def submission(
         ],
         "preset": row.preset,
         "resolved_preset": row.resolved_preset,
-        "causal": not runs[0].leak,
-        "why": runs[0].leak or row.why,
+        "causal": not _leak(runs),
+        "why": _leak(runs) or row.why,
         "compliance": row.compliance,
         "config_sha256": configuration_sha256(runs),
         "text_sha256": runs[0].result.text.sha256,
@@ -302,9 +302,14 @@ def submission(
     }
 
 
+def _leak(runs: Sequence[Run]) -> str:
+    """Why the score of one of them is no honest one; empty where all are."""
+    return next(filter(None, (each.leak for each in runs)), "")
+
+
 def _no_record(runs: Sequence[Run], comparison: Comparison) -> str:
     """Why this is no record; empty where it is one."""
-    if runs[0].leak:
+    if _leak(runs):
         return "it is not causal"
     if runs[0].result.config.get("max_tokens") is not None:
         return "only the start of the text was scored"
@@ -326,7 +331,7 @@ def table(runs: Sequence[Run], code_bytes: int | None, comparison: Comparison | 
     if loss.std is not None:
         lines.append(f"| standard deviation | {loss.std:.8f} | {bpb.std:.8f} | | |")
     row = runs[0].row
-    verdict = f"NOT causal: {runs[0].leak}" if runs[0].leak else "causal"
+    verdict = f"NOT causal: {_leak(runs)}" if _leak(runs) else "causal"
     lines += [
         "",
         f"Preset `{row.preset}`, {verdict}. {counted(first.tokens, 'token')}, {counted(first.bytes, 'byte')}, "

@@ -218,6 +218,14 @@ def test_wrong_input_is_one_clear_line(tmp_path, arguments, message):
     assert "\n" not in str(caught.value)
 
 
+def test_one_run_that_leaks_makes_all_of_them_no_record(tmp_path, capsys):
+    paths = _write(tmp_path, {1: 1.7, 2: 1.71, 3: 1.72}, lambda result: result["text"].update(seen={"training": 0.5}))
+    main([*paths, "--allow-noncausal", "--baseline", "1.9,0.001,3", "--submission", str(tmp_path / "s.json")])
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "s.json").read_text())
+    assert "NOT causal: its training text shares" in out and "NO: it is not causal." in out
+    assert found["causal"] is False and found["comparison"]["record"] is False
+
+
 def test_what_a_run_says_of_itself_stands_in_the_record(tmp_path, capsys):
     note = "warning: the byte rule counts 12 bytes more than the pieces spell"
     paths = _write(tmp_path, {1: 1.9, 2: 1.91}, lambda result: result.update(notes=[note]))

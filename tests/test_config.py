@@ -60,6 +60,7 @@ def test_a_flag_of_one_value_is_not_given_twice(cls):
             continue
         with pytest.raises(InputError, match=f"^{flag}: given twice, '1' and '2'; it takes one$"):
             config.load(cls, "prog", "", [flag, "1", f"{flag}=2"])
+    assert load("--stride", "8", "--stride=8")[0].stride == 8
 
 
 def test_no_setting_answers_in_the_phrases_of_a_library():

@@ -15,6 +15,7 @@ import pytest
 from slotfast.data import Tokenizer, write_shard
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main
+from tests.arguments import changed
 from tests.models import write_tiny
 
 DEMO = resources.files("slotfast") / "demo"
@@ -36,7 +37,7 @@ def small(tmp_path_factory):
 
 
 def _args(small, *more):
-    return ["--artifact", str(small / "m"), "--text", str(small / "t.jsonl"), "--stride", "16", *more]
+    return changed(["--artifact", small / "m", "--text", small / "t.jsonl", "--stride", "16"], more)
 
 
 def test_json_has_the_stable_keys(small, capsys):

@@ -22,6 +22,7 @@ from slotfast.eval.__main__ import main
 from slotfast.slot import PRESETS, Adapter, parse_preset
 from slotfast.ttt import ScoreFirst
 from slotfast.windows import Plan
+from tests.arguments import changed
 from tests.kills import run_and_kill
 from tests.models import write_tiny
 
@@ -120,7 +121,7 @@ def small(tmp_path_factory):
 
 def _args(small, *more):
     args = ["--artifact", small / "m", "--text", small / "t.jsonl", "--stride", "16", "--batch-windows", "4"]
-    return [str(arg) for arg in (*args, "--preset", "causal", "causal-lbfgs:phases=3x3", *more)]
+    return changed([*args, "--preset", "causal", "causal-lbfgs:phases=3x3"], more)
 
 
 def _result(path):
@@ -179,9 +180,9 @@ def test_another_evaluation_is_refused(small, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     main(_args(small, "--resume", "c"))
     saved = (tmp_path / "c").read_bytes()
-    changed, message = OTHERS[name]
+    other, message = OTHERS[name]
     with pytest.raises(InputError, match=f"^c: {message}"):
-        main(_args(small, "--resume", "c", *changed))
+        main(_args(small, "--resume", "c", *other))
     assert (tmp_path / "c").read_bytes() == saved and {path.name for path in tmp_path.iterdir()} == {"c"}
 
 

@@ -26,6 +26,7 @@ from slotfast.train import Trainer, qat
 from slotfast.train.program import build_config
 from slotfast.train.schedule import moment
 from slotfast.train.trainer import build_optimizers, evaluate
+from tests.arguments import changed
 from tests.kills import TIMES, run_and_kill
 
 ROOT = Path(__file__).parents[1]
@@ -495,12 +496,11 @@ def test_wrong_input_is_one_clear_line(shards, tmp_path, arguments, message):
     write_shard(tmp_path / "bad.bin", np.full(600, 2000))
     command = _command(shards, tmp_path / "m")
     places = {"TRAIN": shards / "fineweb_train_*.bin", "BAD": tmp_path / "bad.bin", "OUT": tmp_path / "m"}
-    if arguments[-1] in ("--tokenizer", "--steps"):  # take that setting away
-        place = command.index(arguments[-1])
-        del command[place : place + 2]
-        arguments = arguments[:-1]
+    more = [str(places.get(argument, argument)) for argument in arguments]
+    command = changed(command, more)
+    command = command[:-1] if more[-1] in ("--tokenizer", "--steps") else command  # not given at all
     with pytest.raises(InputError, match=message) as caught:
-        train.main([*command, *(str(places.get(argument, argument)) for argument in arguments)])
+        train.main(command)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "m").exists()
 

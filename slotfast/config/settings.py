@@ -180,8 +180,8 @@ class _Once(argparse.Action):
     """A flag of one value: of two the first would be lost without a word."""
 
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
-        if hasattr(namespace, self.dest):
-            raise InputError(f"{option}: given twice, {getattr(namespace, self.dest)!r} and {value!r}; it takes one")
+        if (before := getattr(namespace, self.dest, value)) != value:
+            raise InputError(f"{option}: given twice, {before!r} and {value!r}; it takes one")
         setattr(namespace, self.dest, value)
 
 

@@ -335,4 +335,4 @@ def test_the_kernels(compiling):
     """No hazard and no wrong number in the suite's cases; and what is made wrong on purpose is found."""
     pytest.importorskip("triton", minversion="3.6", reason="hooks into the stages of a compilation")
     printed = compiling("-m", "tests.ptx", "--suite")
-    assert printed.count("mutant of") == 4 and "NOT FOUND" not in printed
+    assert printed.count("mutant of") == 5 and "NOT FOUND" not in printed

@@ -7,7 +7,7 @@ loads are wide for any V; what lies beyond V is written as 0.
 Order through memory: programs never share memory, but the threads of one do, and what one thread stores another loads.
 `tl.debug_barrier` (all earlier stores of the program are visible to all its threads, all earlier loads are done) stands
 between; each says which stores and loads it orders. The interpreter runs a program as one thread: it would not notice
-a missing one.
+a missing one; `python -m tests.ptx slot_solve` does.
 """
 
 from typing import NamedTuple

@@ -32,7 +32,7 @@ class Machine(matrices.Matrices):
     """
 
     def __init__(self, kernel: Kernel, translated, grid, parameters, memory, base, shared, unit, poison, error):
-        self.kernel, (self.functions, registers) = kernel, translated
+        self.kernel, (self.functions, names) = kernel, translated
         self.parameters, self.report, self.base = parameters, memory.report, np.uint64(base)
         self.approximate = numbers.Approximate(error)
         self.programs, self.threads = int(np.prod(grid)), kernel.threads
@@ -56,7 +56,7 @@ class Machine(matrices.Matrices):
         self.shared_base = self.program.astype(np.uint64) * np.uint64(self.stride)
         words = {width: np.frombuffer(bytes([poison]) * (width // 8), f"u{width // 8}")[0] for width in (16, 32, 64)}
         self.registers = []
-        for name in registers:
+        for name in names:
             width = kernel.widths[name.rstrip("0123456789")]
             self.registers.append(np.bool_(False) if width == 1 else words[width])
         memory.sync = self.shared_.sync = np.zeros(size, np.int32)
@@ -65,62 +65,28 @@ class Machine(matrices.Matrices):
         self.reset_products()
 
     def run(self):
-        blocks, functions, registers = self.kernel.blocks, self.functions, self.registers
         at = np.zeros(len(self.lane), np.int32)
-        everybody = np.ones(len(self.lane), bool)
-        uniform = True  # all threads are at block `here`
-        here = 0
         for _ in range(_MOST_STEPS):
-            if not uniform:
-                here = int(at.min())
+            here = int(at.min())
             if here >= _WAITING:
-                if here >= _GONE:
-                    return
-                return self._deadlock(at)
-            mask = everybody if uniform else at == here
-            full = uniform or bool(mask.all())
-            block = blocks[here]
-            self.full = full
-            taken = functions[here](self, registers, everybody if full else mask, full)
+                if here < _GONE:
+                    self._deadlock(at)
+                return
+            mask = at == here
+            self.full = bool(mask.all())
+            taken = self.functions[here](self, self.registers, mask, self.full)
+            block = self.kernel.blocks[here]
             last = block.instructions[-1]
-            name = last.opcode.split(".")[0]
-            if name == "bra" and taken is not None:
-                went = np.broadcast_to(taken, mask.shape) & mask
-                count, of = np.count_nonzero(went), np.count_nonzero(mask)
-                if count:
-                    self.report.branches[self.kernel.name, str(last), True] += 1
-                if count < of:
-                    self.report.branches[self.kernel.name, str(last), False] += 1
-                if full and count in (0, of):
-                    uniform, here = True, block.target if count else here + 1
-                    continue
-                if uniform:
-                    at[:] = here
-                at[mask] = here + 1
+            name = last.parts[0]
+            at[mask] = _GONE if name in ("ret", "exit") else here + 1
+            if name == "bra":
+                went = mask if taken is None else taken & mask
                 at[went] = block.target
-                uniform = False
-                continue
-            if name in ("ret", "exit"):
-                following = _GONE
-            elif name == "bra":
-                following = block.target
-            else:
-                following = here + 1
-            if name == "bar":
-                if full:
-                    self.epoch += 1
-                    uniform, here = True, following
-                    continue
-                if uniform:
-                    at[:] = here
-                at[mask] = following + _WAITING
-                uniform = False
+                for way, any_went in ((True, went.any()), (False, (mask & ~went).any())):
+                    self.report.branches[self.kernel.name, str(last), way] += int(any_went)
+            elif name == "bar":
+                at[mask] += _WAITING
                 self._release(at)
-                continue
-            if full:
-                uniform, here = True, following
-                continue
-            at[mask] = following
         raise Stuck(f"{self.kernel.name}: {_MOST_STEPS} blocks and no end")
 
     def _release(self, at):

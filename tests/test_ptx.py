@@ -331,6 +331,15 @@ def test_sums_of_products_whose_replicas_differ(body, found):
     assert ("replicas may differ" in kinds(run(body)[1])) == found
 
 
+def test_the_suite_has_cases_of_every_kernel():
+    from slotfast.kernels import specs
+    from tests.ptx.cases import SUITE
+
+    known = {spec.name: {case.reason for case in spec.cases if not case.production} for spec in specs()}
+    assert SUITE.keys() == known.keys()
+    assert all(set(reasons) <= known[name] and reasons for name, reasons in SUITE.items())
+
+
 def test_the_kernels(compiling):
     """No hazard and no wrong number in the suite's cases; and what is made wrong on purpose is found."""
     pytest.importorskip("triton", minversion="3.6", reason="hooks into the stages of a compilation")

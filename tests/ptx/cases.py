@@ -84,11 +84,11 @@ def function(module: str, name: str):
     return getattr(importlib.import_module(f"slotfast.kernels.{module}"), name)
 
 
-# For the suite: the fewest cases of each kernel that execute every instruction and take every branch that all its cases
-# do; and more windows than programs, where scratch is used again.
+# For the suite: the fewest cases of each kernel with every kind of instruction, and every way at a branch, that all its
+# cases have; and more windows than programs, where scratch is used again.
 SUITE = {
     "banded_attention": (
-        "one query behind a cache", "cache partly filled", "width 8", "bfloat16, tiles within the band", "float16",
+        "sinks partly in the band", "bfloat16, tiles within the band", "float16", "BLOCK + 1, groups of three",
     ),
     "bias_cross_entropy": (
         "slice of a wider vocabulary", "large vocabulary", "float16", "another ignore index", "two parts",
@@ -98,8 +98,8 @@ SUITE = {
         "float16", "two parts", "large vocabulary", "weights, rows that are NaN", "above a tile", "strided", "a tile",
     ),
     "int6_matmul": (
-        "one row", "tile of rows and one", "several tiles of rows", "groups of 32, ragged", "library product",
-        "float32 primes",
+        "groups of 32, ragged", "single weight", "leading dimensions", "columns of sizes 1e-3 to 1e3",
+        "tile of rows and one", "several tiles of rows", "library product",
     ),
     "lbfgs_direction": ("one variable, one pair", "poor problems", "prime, history not a power of two", "largest V"),
     "lbfgs_push": ("one variable, one pair", "refused pairs", "the contest's smallest vocabulary"),

@@ -1,7 +1,8 @@
 """Runs kernels' cases on their PTX, without a GPU, and says what is wrong with them.
 
-    python -m tests.ptx                        every case of every kernel, for sm_80 and sm_90
+    python -m tests.ptx                        every case of every kernel but production, for sm_80 and sm_90
     python -m tests.ptx CASE ...               those whose "kernel | case" contains one of these
+    --production                               production cases instead, of fewer windows, sequences or rows
     --target sm_90                             for this target alone
     --suite                                    what the test suite runs: SUITE of cases.py for sm_90, and the mutants
 
@@ -49,12 +50,13 @@ def main() -> int:
     )
     parser.add_argument("cases", nargs="*", metavar="CASE")
     parser.add_argument("--target", choices=("sm_80", "sm_90"))
+    parser.add_argument("--production", action="store_true")
     parser.add_argument("--suite", action="store_true")
     args = parser.parse_args()
     if args.suite:
         chosen = [pair for pair in pairs() if pair[1].reason in SUITE.get(pair[0].name, ())]
         return 1 if run(chosen, ["sm_90"]) + run_mutants() else 0
-    chosen = pairs(*args.cases)
+    chosen = pairs(*args.cases, production=args.production)
     if not chosen:
         parser.error(f"no case contains {' or '.join(map(repr, args.cases))}")
     return 1 if run(chosen, [args.target] if args.target else ["sm_80", "sm_90"]) else 0

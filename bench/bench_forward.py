@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.common import default_device, folder_of, provenance, spread, wall_ms, write_json
+from bench.common import default_device, folder_of, provenance, write_json
+from bench.timing import spread, wall_ms
 from slotfast.config import EvalSettings
 from slotfast.data import TokenStream
 from slotfast.eval.forward import Forward, StreamForward, Streaming, WindowForward

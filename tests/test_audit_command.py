@@ -56,7 +56,7 @@ def test_the_command_audits_our_presets(small, tmp_path, capsys):
 
 
 def test_the_command_finds_the_leaky_preset(small, capsys):
-    arguments = ["--stride", "2", "--max-tokens", "200", "--preset", "pr1350", "--json", "-"]
+    arguments = ["--stride", "2", "--max-tokens", "112", "--preset", "pr1350", "--json", "-"]
     assert _exit([*small, *arguments]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["verdict"] == "leak" and found["disagreements"] == []
@@ -66,7 +66,7 @@ def test_the_command_finds_the_leaky_preset(small, capsys):
 def test_a_preset_that_is_not_what_it_says_is_an_error(small, capsys, monkeypatch):
     honest = PRESETS["pr1350"].compliance.__class__(why="so it says")
     monkeypatch.setattr(type(PRESETS["pr1350"]), "compliance", honest)
-    assert _exit([*small, "--stride", "2", "--max-tokens", "200", "--preset", "pr1350", "--batch-windows", "32"]) == 1
+    assert _exit([*small, "--stride", "2", "--max-tokens", "112", "--preset", "pr1350", "--batch-windows", "32"]) == 1
     assert "ERROR: preset 'pr1350': its choices say causal (so it says); measured, it leaks" in capsys.readouterr().out
 
 

@@ -11,6 +11,7 @@ from .moves import Moved
 from .streams import Probe
 
 _NEAR = 64  # tokens
+_ENDS = 4  # last tokens that are changed, to see whether the first scores move
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Leak:
         same_event: whether one event charged both; None where the loop reports no events.
         events_apart: events from the moved score's to the changed token's; below 0 where the token was charged first.
         stream: which stream it was.
+        another_order: whether events charge each token once, but in another order than the stream's.
         one_event: whether the loop reported all its charges in one event.
-        whole: whether the stream's last token moves its first scores.
+        whole: whether one of the stream's last tokens moves its first scores.
         block: events that move one another's scores, where that is not the whole stream; 0 where it was not looked for.
         became_bos: whether the change made the token a document's first, or no longer one.
         moves_without_bos: where it became one, whether another change of it moves a score too; else None.
@@ -42,6 +44,7 @@ class Leak:
     same_event: bool | None
     events_apart: int
     stream: str
+    another_order: bool = False
     one_event: bool = False
     whole: bool = False
     block: int = 0
@@ -54,7 +57,8 @@ class Leak:
         events = base.event[[moved.score, token]] if base.ordered else None
         same = None if events is None else bool(events[0] == events[1])
         apart = 0 if events is None else int(events[1] - events[0])
-        return cls(relation, token, moved, probe.kind, probe.change, alone, same, apart, stream)
+        another = apart < 0 or (base.misordered is not None and bool((base.charges <= 1).all()))
+        return cls(relation, token, moved, probe.kind, probe.change, alone, same, apart, stream, another)
 
     @property
     def text(self) -> str:
@@ -82,32 +86,51 @@ def reach_of(base: Record, leak: Leak, moved_by: Callable[[int], Moved | None]) 
         leak: one pair of a changed token and a score that it moved.
         moved_by: what a change of the one token at a position moves.
     """
-    last = len(base.tokens) - 1
-    end = moved_by(last)
-    if not base.ordered or len(base.starts) <= 1:
-        whole = end is not None and end.score <= last // 4
-        return {"one_event": base.ordered, "whole": whole}
-    first = int(base.event[base.event >= 0].min())
-    if end is not None and base.event[end.score] == first:
-        return {"whole": True}
-    if leak.events_apart < 0:
+    last, parts = len(base.tokens) - 1, base.ordered and len(base.starts) > 1
+
+    def early(score: int) -> bool:
+        return base.event[score] == base.event[base.event >= 0].min() if parts else score <= last // 4
+
+    # Where tokens move the scores of their like alone, the last one may have none among the first
+    ends = (moved_by(at) for at in range(last, max(0, last - _ENDS), -1))
+    whole = any(end is not None and early(end.score) for end in ends)
+    if whole or not parts:
+        return {"one_event": base.ordered and not parts, "whole": whole}
+    if leak.another_order:
         return {}
-    # Events that a batch holds: the last one whose tokens move the event that moved
-    event = int(base.event[leak.moved.score])
-    near, far = int(base.event[leak.token]), int(base.event.max()) + 1
+    block = _block(base, int(base.event[leak.moved.score]), int(base.event[leak.token]), moved_by)
+    events = int(base.event.max()) + 1
+    if block > 2 or events < 8:
+        return {"block": block}
+    for event in range(events // 2 - 1, events // 2 + 2):  # the stream's last block may be cut short
+        moved = moved_by(_last_of(base, event))
+        if moved is not None:
+            return {"block": max(block, _block(base, int(base.event[moved.score]), event, moved_by))}
+    return {"block": block}
+
+
+def _block(base: Record, event: int, near: int, moved_by: Callable[[int], Moved | None]) -> int:
+    """Events that a batch holds, where tokens of event `near` move event `event`: the last one whose tokens do."""
+    last = int(base.event.max())
+    far = last + 1
     while far - near > 1:
         middle = (near + far) // 2
-        moved = moved_by(int(np.flatnonzero(base.event == middle)[-1]))
+        moved = moved_by(_last_of(base, middle))
         if moved is not None and base.event[moved.score] <= event:
             near, event = middle, int(base.event[moved.score])
         else:
             far = middle
     # The tokens of a block's last windows may be in no context of it: where does the next block begin?
-    for later in range(near + 1, min(near + 4, int(base.event.max()) + 1)):
-        moved = moved_by(int(np.flatnonzero(base.event == later)[-1]))
+    for later in range(near + 1, min(near + 4, last + 1)):
+        moved = moved_by(_last_of(base, later))
         if moved is not None and base.event[moved.score] > near:
-            return {"block": int(base.event[moved.score]) - event}
-    return {"block": near - event + 1}
+            return int(base.event[moved.score]) - event
+    return near - event + 1
+
+
+def _last_of(base: Record, event: int) -> int:
+    """The last position that an event charged."""
+    return int(np.flatnonzero(base.event == event)[-1])
 
 
 def looks_like(leak: Leak) -> str:
@@ -118,7 +141,7 @@ def looks_like(leak: Leak) -> str:
             "a gate, a cache key or a temperature that looks at the realised token (#1420, #779, #1877), or a fit to "
             "the very tokens that are scored (#1240)"
         )
-    if leak.events_apart < 0:
+    if leak.another_order:
         return _another_order(leak)
     if leak.whole:
         unknown = " The loop reports everything at its end, so that its order cannot be told." if leak.one_event else ""
@@ -152,7 +175,7 @@ def looks_like(leak: Leak) -> str:
 
 def _another_order(leak: Leak) -> str:
     text = "documents in another order than the stream's, as longest first (#1530 to #1855): "
-    text += f"token {leak.token} was charged before token {leak.moved.score}"
+    text += f"token {leak.token} was charged {'before' if leak.events_apart < 0 else 'behind'} token {leak.moved.score}"
     if not leak.became_bos:
         return text
     text += "; the change moved a document's start"

@@ -138,7 +138,7 @@ def test_logits_may_be_the_first_of_several_things(project, capsys):
 
 def test_the_shipped_model_scores_alike_as_an_artifact_and_as_a_module(project, capsys):
     row = "causal-unigram:scale=0.7,k=2,decay=0.999"
-    arguments = ("--max-tokens", 700, "--preset", row, "causal-lbfgs")
+    arguments = ("--max-tokens", 700, "--forward", "windows", "--preset", row, "causal-lbfgs")
     ours, theirs = _run(capsys, *arguments), _run(capsys, "--model", "theirs:shipped", *arguments)
     assert [r["adapted"] for r in ours["presets"]] == [r["adapted"] for r in theirs["presets"]]
     assert theirs["plan"] == ours["plan"] and ours["adapted"]["gain_bpb"] != 0

@@ -27,6 +27,8 @@ _MOST = {"W": 4, "B": 1, "T": 200, "m": 300, "n": 512}
 def _fewer(case: Case) -> Case:
     """The same tiles and loops in fewer programs."""
     shape = {name: min(value, _MOST.get(name, value)) for name, value in case.shape.items() if name in _MOST}
+    if "phases" in case.shape:  # where a search does not turn on the last bits of a loss
+        shape |= {"ridge": 3.0, "max_eval": 8}
     if "position" in case.shape:
         shape["position"] = case.shape["position"][: shape.get("B", 1)]
     return replace(case, shape={**case.shape, **shape})

@@ -227,10 +227,12 @@ def test_exit_codes_and_no_traceback(small, tmp_path):
 ENV = {**os.environ, "PYTHONPATH": str(resources.files("slotfast").joinpath(".."))}
 
 
-def test_torchrun_sums_equal_one_process(small, tmp_path):
-    arguments = _args(
-        small, "--batch-windows", "4", "--preset", "none", "causal", "--json", "r.json", "--per-token", "t.npz"
-    )
+@pytest.mark.parametrize(
+    "way", [["windows"], ["stream", "--sinks", "2", "--block-tokens", "48"]], ids=["windows", "stream"]
+)
+def test_torchrun_sums_equal_one_process(small, tmp_path, way):
+    arguments = _args(small, "--batch-windows", "4", "--preset", "none", "causal", "--forward", *way)
+    arguments += ["--json", "r.json", "--per-token", "t.npz"]
     results = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
@@ -252,27 +254,27 @@ def test_torchrun_sums_equal_one_process(small, tmp_path):
     np.testing.assert_allclose(one_rows["adapted_nll"], two_rows["adapted_nll"], atol=1e-5)
 
 
-def test_memory_does_not_grow_with_the_stream(small, tmp_path):
+@pytest.mark.parametrize(
+    ("way", "counts"),
+    # `causal` remembers up to 120,000 tokens, and windows take eight times as long
+    [
+        (["stream", "--sinks", "2", "--preset", "causal"], (40_000, 160_000)),
+        (["windows", "--preset", "none"], (10_000, 40_000)),
+    ],
+    ids=["stream", "windows"],
+)
+def test_memory_does_not_grow_with_the_stream(small, tmp_path, way, counts):
     """Peak of a run over 4 times the tokens; shards are memory-mapped, so only the page cache may grow."""
-    tokens = np.random.default_rng(0).integers(4, 1024, 160_000)
+    tokens = np.random.default_rng(0).integers(4, 1024, counts[-1])
     tokens[::900] = 1
+    options = ["--artifact", str(small / "m"), "--tokens", str(tmp_path / "a.bin"), "--json", "-"]
+    options += ["--stride", "64", "--batch-windows", "32", "--forward", *way]
     peaks = []
-    for count in (40_000, 160_000):  # both past what `causal` remembers
+    for count in counts:
         write_shard(tmp_path / "a.bin", tokens[:count])
-        arguments = ["--artifact", str(small / "m"), "--tokens", str(tmp_path / "a.bin"), "--json", "-"]
-        command = [
-            sys.executable,
-            "-m",
-            "slotfast.eval",
-            *arguments,
-            "--preset",
-            "causal",
-            "--stride",
-            "64",
-            "--batch-windows",
-            "32",
-        ]
-        done = subprocess.run(command, check=True, capture_output=True, env=ENV)
+        done = subprocess.run(
+            [sys.executable, "-m", "slotfast.eval", *options], check=True, capture_output=True, env=ENV
+        )
         peaks.append(json.loads(done.stdout)["peak_memory_bytes"])
     assert peaks[1] - peaks[0] < 40 << 20
 

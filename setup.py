@@ -21,6 +21,7 @@ setup(
     # where a checkout named slotfast, in the folder around it, has been taken for a package without __init__.py.
     package_dir={"": "."},
     package_data={"slotfast": ["demo/*"], "slotfast.kernels": ["README.md"]},
+    entry_points={"console_scripts": ["slotfast = slotfast.__main__:main"]},
     install_requires=[
         "torch>=2.6,<2.16",
         "triton>=3.2; platform_system == 'Linux'",

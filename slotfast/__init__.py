@@ -2,6 +2,12 @@
 
 import os
 import sys
+from typing import TYPE_CHECKING
+
+from .lazy import exports
+
+if TYPE_CHECKING:
+    from .slot import Adapted, adapt
 
 
 def _interrupted(kind, error, trace):
@@ -15,7 +21,6 @@ def _interrupted(kind, error, trace):
 if sys.argv[:1] == ["-m"]:  # so it is while Python looks for the module to run, and never in an import as a library
     sys.excepthook = _interrupted
 
-from .slot import Adapted, adapt  # noqa: E402
-
 __version__ = "0.1.0"
 __all__ = ["Adapted", "adapt"]
+__getattr__, __dir__ = exports(__name__, {".slot": ["Adapted", "adapt"]})

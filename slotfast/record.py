@@ -1,4 +1,4 @@
-"""python -m slotfast.record: what several runs of one configuration show, and whether it is a record.
+"""slotfast record: what several runs of one configuration show, and whether it is a record.
 
 A record must beat the one before by at least 0.005 nats a token, shown at p < 0.01 over several seeds. The test is
 Welch's, one-sided, on the runs' mean losses, against the hypothesis that the improvement is no more than 0.005; the
@@ -20,7 +20,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import config
-from .bundle import CAP_BYTES
+from .bundle.pack import CAP_BYTES
 from .command.files import write_json
 from .command.run import deliver, run_command
 from .errors import InputError, expected
@@ -29,7 +29,7 @@ from .welch import LARGEST_P, THRESHOLD_NATS, Comparison, Sample, compare
 from .words import counted
 
 _ABOUT = (
-    f"Mean, spread and Welch's test of several runs of python -m slotfast.eval; a record is {THRESHOLD_NATS} nats a "
+    f"Mean, spread and Welch's test of several runs of slotfast eval; a record is {THRESHOLD_NATS} nats a "
     f"token better at p < {LARGEST_P}."
 )
 # Settings that say where a run reads and writes, or that the result states resolved: as its text, plan and device.
@@ -138,7 +138,7 @@ def read_runs(paths: Sequence[str], preset: str | None = None, allow_noncausal: 
     """Runs of one configuration, by seed.
 
     Args:
-        paths: JSON results of python -m slotfast.eval, or folders that hold one each.
+        paths: JSON results of slotfast eval, or folders that hold one each.
         preset: the row to take; by default the first that adapts.
         allow_noncausal: take rows whose score has seen its own tokens.
 
@@ -205,11 +205,11 @@ def _difference(one: Any, other: Any, where: str = "") -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs, print the table, write submission.json; raises InputError on bad input."""
-    settings, sources = config.load(config.RecordSettings, "python -m slotfast.record", _ABOUT, argv)
+    settings, sources = config.load(config.RecordSettings, "slotfast record", _ABOUT, argv)
     if settings.show_config:
         return print(config.show(settings, sources))
     if not settings.run:
-        raise InputError("RUN ...: expected results of python -m slotfast.eval, as JSON files or folders with one")
+        raise InputError("RUN ...: expected results of slotfast eval, as JSON files or folders with one")
     config.check_outputs(settings)
     runs = read_runs(settings.run, settings.preset, settings.allow_noncausal)
     code_bytes = _code_bytes(settings.code, runs)

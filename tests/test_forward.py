@@ -67,7 +67,7 @@ def test_a_model_that_needs_a_sink_gets_one():
 
 
 def test_a_model_that_a_stream_breaks_keeps_windows(monkeypatch):
-    monkeypatch.setattr("slotfast.calibrate.SINKS", (0,))
+    monkeypatch.setattr("slotfast.calibrate.fit.SINKS", (0,))
     stream = documents()
     plan = Plan(len(stream) - 1, L, 4)
     found = compare_forwards(needs_a_sink(), stream, plan, BYTES, BOS, batch_windows=8)

@@ -38,9 +38,9 @@ def test_every_flag_and_preset_exists():
     }
     for module, settings in commands.items():
         flags = {"--" + name.strip("_").replace("_", "-") for name in settings.model_fields} | {"--help"}
-        for command in re.findall(rf"python -m slotfast\.{module} ([^#\n]*)", README):
+        for command in re.findall(rf"slotfast[. ]{module} (--[^#\n]*)", README):
             assert set(re.findall(r"--[a-z0-9-]+", command)) <= flags, command
-    for names in re.findall(r"slotfast\.eval .*?--preset ([^#\n]*)", README):
+    for names in re.findall(r"slotfast[. ]eval .*?--preset ([^#\n]*)", README):
         for name in names.split(" --")[0].split():
             parse_preset(name)
 

@@ -144,7 +144,7 @@ def _verified(path: Path) -> tuple[bytes, bytes]:
             if not prefix.startswith(MAGIC):
                 raise InputError(
                     f"{path}: starts with {prefix[:8]!r}, expected {MAGIC!r}: not a slotfast artifact; "
-                    "python -m slotfast.artifact convert makes one of other people's"
+                    "slotfast artifact convert makes one of other people's"
                 )
             if len(prefix) < _PREFIX.size:
                 raise InputError(f"{path}: {size} bytes, truncated inside the first {_PREFIX.size}")

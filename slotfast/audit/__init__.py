@@ -1,4 +1,4 @@
-"""python -m slotfast.audit: runs an evaluation loop on altered tokens and finds out whether it looks where it must not.
+"""slotfast audit: runs an evaluation loop on altered tokens and finds out whether it looks where it must not.
 
 Four conditions make a score honest. C1: the distribution p_t of token t depends on the model and on tokens before t
 only. C2: p_t is a distribution over the whole vocabulary, fixed before token t is looked at, and the charge is
@@ -44,117 +44,28 @@ one, or that knows an audit when it sees one.
 
 `bytes=` in `log.score` gives what the loop counts each token as. A function that never calls the log and returns its
 losses [N - 1] is fine too; then nothing can be said about order. From a shell, for a function in a module that can be
-imported from here: `python -m slotfast.audit --score package.module:score --vocab-size 1024`.
+imported from here: `slotfast audit --score package.module:score --vocab-size 1024`.
 """
 
-import math
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
+from ..lazy import exports
 
-from .budget import Budget
-from .checks import ByteRule, Test
-from .engine import Auditor, Runs
-from .first_runs import with_first_runs
-from .log import Log, Loop, Record, kept_generators, run_loop
-from .places import Hints
-from .report import Report, judge
-from .streams import Stream
+if TYPE_CHECKING:
+    from .api import audit, audit_rows
+    from .checks import Test
+    from .log import Log
+    from .places import Hints
+    from .report import Report
 
-__all__ = ["Hints", "Log", "Report", "Test", "audit"]
-
-
-def audit(
-    score: Loop,
-    tokens: torch.Tensor,
-    vocab_size: int,
-    *,
-    byte_counts: Callable[[torch.Tensor], Any] | Sequence[int] | np.ndarray | torch.Tensor | None = None,
-    bos_id: int | None = None,
-    hints: Hints | None = None,
-    seeds: Sequence[int] = (0,),
-    reruns: int | None = None,
-    seconds: float | None = None,
-    fresh: Callable[[], Loop] | None = None,
-    name: str | None = None,
-) -> Report:
-    """Audit an evaluation loop.
-
-    Args:
-        score: the loop, a function of the stream, int64 [N], and a `Log`.
-        tokens: int [N], N >= 3, ids in 0..V-1; long enough for several of the loop's batches.
-        vocab_size: V.
-        byte_counts: bytes of every token by the rule: a function of a stream, int64 [N] -> int [N], or int [N] for
-            this stream alone.
-        bos_id: the token that starts a document, or None.
-        hints: windows, batches and ranks, for loops whose events do not show them.
-        seeds: of the altered streams; a round of everything for each.
-        reruns: runs of the whole stream a round, about; default: 48, or for 0.3 s where a loop is quick.
-        seconds: time for all rounds instead, about.
-        fresh: makes the loop anew, without a memory of its runs: those that repeat what they said are found so.
-        name: of the loop in the report.
-
-    Returns:
-        The report: `clean`, `failed`, `conditions`, `tests`, `leaks`; printing it gives a table.
-
-    Raises:
-        InputError: the loop failed, or reported what cannot be read.
-    """
-    stream = Stream.checked(tokens, vocab_size, bos_id)
-    name = name or getattr(score, "__name__", "loop")
-    report = audit_rows(
-        lambda tokens, names: {name: run_loop(score, tokens, vocab_size)},
-        [name],
-        stream,
-        byte_rule=_byte_rule(byte_counts),
-        hints=hints,
-        seeds=seeds,
-        reruns=reruns,
-        seconds=seconds,
-    )[0]
-    if fresh is None:
-        return report
-
-    def first_run(tokens: torch.Tensor) -> Record:
-        return run_loop(fresh(), tokens, vocab_size)
-
-    return with_first_runs(report, "fresh loops", first_run, stream, np.random.default_rng([*seeds, 1]))
-
-
-def _byte_rule(counts: Any) -> ByteRule | np.ndarray | None:
-    if callable(counts):
-        return lambda tokens: np.asarray(counts(torch.from_numpy(tokens)))
-    return None if counts is None else np.asarray(counts)
-
-
-def audit_rows(
-    run: Runs,
-    names: Sequence[str],
-    stream: Stream,
-    *,
-    byte_rule: ByteRule | np.ndarray | None,
-    hints: Hints | None,
-    seeds: Sequence[int],
-    reruns: int | None = None,
-    seconds: float | None = None,
-    limit: float = math.inf,
-) -> list[Report]:
-    """Audit several loops that share every run; see `audit`, `Auditor` for `run`, `Budget` for `limit`."""
-    begin, rounds = time.perf_counter(), len(seeds)
-    if seconds is not None:
-        budget = Budget(0, seconds / max(1, rounds))
-    else:
-        budget = Budget(48, 0.3, limit) if reruns is None else Budget(reruns, 0.0, limit)
-    auditor = Auditor(run, names, stream, hints=hints, byte_rule=byte_rule, budget=budget)
-    with kept_generators():
-        found = auditor.audit(seeds)
-    facts = {
-        "seeds": list(map(int, seeds)),
-        "runs": auditor.runs,
-        "seconds": time.perf_counter() - begin,
-        "ranks": auditor.hints.ranks,
-    }
-    return [judge(each, **facts) for each in found]
+__all__ = ["Hints", "Log", "Report", "Test", "audit", "audit_rows"]
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        ".api": ["audit", "audit_rows"],
+        ".checks": ["Test"],
+        ".log": ["Log"],
+        ".places": ["Hints"],
+        ".report": ["Report"],
+    },
+)

@@ -19,7 +19,7 @@ from .places import Hints
 
 @dataclass(frozen=True)
 class OwnLoop:
-    """Scores a stream as `python -m slotfast.eval` does, with any of its rows.
+    """Scores a stream as `slotfast eval` does, with any of its rows.
 
     Args:
         model: in evaluation mode, on `device`.

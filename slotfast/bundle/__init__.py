@@ -1,7 +1,15 @@
-"""python -m slotfast.bundle: the kernels to take along, in a script's one file, or as a kernel hub's folder."""
+"""slotfast bundle: the kernels to take along, in a script's one file, or as a kernel hub's folder."""
 
-from .hub import write_hub
-from .inline import inline
-from .pack import CAP_BYTES, self_extracting
+from typing import TYPE_CHECKING
+
+from ..lazy import exports
+
+if TYPE_CHECKING:
+    from .hub import write_hub
+    from .inline import inline
+    from .pack import CAP_BYTES, self_extracting
 
 __all__ = ["CAP_BYTES", "inline", "self_extracting", "write_hub"]
+__getattr__, __dir__ = exports(
+    __name__, {".hub": ["write_hub"], ".inline": ["inline"], ".pack": ["CAP_BYTES", "self_extracting"]}
+)

@@ -8,8 +8,6 @@ from ..command.files import atomic_write
 from ..command.run import run_command
 from ..errors import InputError
 from ..words import counted
-from .hub import write_hub
-from .inline import inline
 from .pack import CAP_BYTES, self_extracting
 
 _ABOUT = (
@@ -20,7 +18,7 @@ _ABOUT = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the one file, the hub folder, or both; raises InputError on bad input."""
-    settings, sources = config.load(config.BundleSettings, "python -m slotfast.bundle", _ABOUT, argv)
+    settings, sources = config.load(config.BundleSettings, "slotfast bundle", _ABOUT, argv)
     if settings.show_config:
         return print(config.show(settings, sources))
     if settings.script is None and settings.hub is None:
@@ -29,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.script is not None:
         _write_script(settings)
     if settings.hub is not None:
+        from .hub import write_hub  # imports torch
+
         variant = write_hub(Path(settings.hub), settings.name, settings.kernels)
         files = sum(1 for _ in variant.rglob("*.py"))
         print(f"{variant}: {counted(files, 'file')}, loaded by get_local_kernel(Path({settings.hub!r}))")
@@ -39,6 +39,8 @@ def _write_script(settings: config.BundleSettings) -> None:
     script = Path(settings.script)
     if settings.out is None:
         raise InputError("--out: needed with --script")
+    from .inline import inline  # imports torch
+
     plain = inline(script, settings.kernels)
     text = self_extracting(plain) if settings.compress else plain
     size = len(text.encode())

@@ -3,7 +3,7 @@
 from .evaluation import AuditSettings, CalibrateSettings, EvalSettings
 from .files import BundleSettings, ConvertSettings, RecordSettings, ShowSettings
 from .outputs import PROGRESS, Kind, check_outputs, results
-from .settings import ADAPTATION_VARIABLES, Settings, load, setting, show, switch, warn_unread_variables
+from .settings import ADAPTATION_VARIABLES, Settings, load, setting, show, switch, version, warn_unread_variables
 from .training import TrainSettings
 
 __all__ = [
@@ -25,5 +25,6 @@ __all__ = [
     "setting",
     "show",
     "switch",
+    "version",
     "warn_unread_variables",
 ]

@@ -20,7 +20,7 @@ from .settings import Settings, model_config_setting, setting
 
 
 class EvalSettings(Settings):
-    """Settings of python -m slotfast.eval."""
+    """Settings of slotfast eval."""
 
     artifact: str | None = setting(
         None, "model to evaluate; default: the one in this package", "ARTIFACT_PATH", reads=one_file
@@ -98,7 +98,7 @@ class EvalSettings(Settings):
 
 
 class AuditSettings(Settings):
-    """Settings of python -m slotfast.audit."""
+    """Settings of slotfast audit."""
 
     score: str | None = setting(None, "loop to audit, package.module:function; default: our own, with --preset")
     preset: list[str] = setting(
@@ -149,7 +149,7 @@ class AuditSettings(Settings):
 
 
 class CalibrateSettings(Settings):
-    """Settings of python -m slotfast.calibrate."""
+    """Settings of slotfast calibrate."""
 
     artifact: str | None = setting(None, "model to calibrate", "ARTIFACT_PATH", reads=one_file)
     tokenizer: str | None = setting(None, "its SentencePiece model", "TOKENIZER_PATH", reads=one_file)

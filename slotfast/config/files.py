@@ -5,7 +5,7 @@ from .settings import Settings, model_config_setting, setting
 
 
 class BundleSettings(Settings):
-    """Settings of python -m slotfast.bundle."""
+    """Settings of slotfast bundle."""
 
     script: str | None = setting(
         None,
@@ -27,7 +27,7 @@ class BundleSettings(Settings):
 
 
 class RecordSettings(Settings):
-    """Settings of python -m slotfast.record."""
+    """Settings of slotfast record."""
 
     run: list[str] = setting(
         [], "results of slotfast.eval: JSON files, or folders with one", positional=True, reads=results
@@ -45,7 +45,7 @@ class RecordSettings(Settings):
 
 
 class ShowSettings(Settings):
-    """Settings of python -m slotfast.artifact show."""
+    """Settings of slotfast artifact show."""
 
     file: str = setting("", "artifact or checkpoint", positional=True, reads=one_file)
     model_config_: str | None = model_config_setting()
@@ -55,6 +55,6 @@ class ShowSettings(Settings):
 
 
 class ConvertSettings(ShowSettings):
-    """Settings of python -m slotfast.artifact convert."""
+    """Settings of slotfast artifact convert."""
 
     out: str = setting("", "file to write: .slotfast, or .ptz as PR #1019 has it", positional=True, writes=MODEL)

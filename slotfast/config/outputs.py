@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..artifact.format import MAGIC
 from ..command.files import check_writable
 from ..errors import InputError
 
@@ -147,12 +146,18 @@ def _is_script(path: Path) -> bool:
     return any(isinstance(node, ast.Import | ast.ImportFrom) for node in ast.walk(tree))
 
 
+def _is_model(path: Path) -> bool:
+    from ..artifact.format import MAGIC  # imports torch, which settings are read without
+
+    return _starts(MAGIC, b"\xfd7zXZ\0")(path)  # a .slotfast, a .ptz
+
+
 # Ours are indented; documents in a .jsonl stand in a line each.
 JSON = Kind("JSON as written here", _starts(b"{\n", b"[\n"))
 JSON_OR_STDOUT = Kind(JSON.name, JSON.matches, stdout=True)
 ROWS = Kind("an .npz file", _is_npz, ".npz")
 PICTURE = Kind("a PNG picture", _starts(b"\x89PNG"), ".png")
-MODEL = Kind("a model", _starts(MAGIC, b"\xfd7zXZ\0"))  # a .slotfast, a .ptz
+MODEL = Kind("a model", _is_model)
 SCRIPT = Kind("a Python script", _is_script)
 PROGRESS = Kind("saved progress", lambda path: True)  # read before it is replaced, and refused if it is none
 FOLDER = Kind("a folder", lambda path: True, folder=True)

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_orig
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from .. import __version__
 from ..errors import InputError, expected
-from ..slot import VARIABLES
+from ..variables import VARIABLES
 from .outputs import Kind, Reads
 
 # An unread variable that starts like one of these is probably misspelt.
@@ -88,9 +89,10 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
 
     Raises:
         InputError: unknown flag (with the nearest right one), two values where one is taken, or a value out of range.
-        SystemExit: --help.
+        SystemExit: --help, --version.
     """
     parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=version(), help="show the version and exit")
     for name, field in cls.model_fields.items():
         flag = _flag(name, field)
         if field.json_schema_extra["positional"]:
@@ -127,6 +129,11 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         where = _flag(name, cls.model_fields[name]) if source == "flag" else source
         raise InputError(f"{where} {first['input']!r}: {expected(first)}") from None
     return settings, {name: sources.get(name, "default") for name in cls.model_fields}
+
+
+def version() -> str:
+    """What --version says."""
+    return f"slotfast {__version__}"
 
 
 def switch(variable: str, default: bool) -> bool:

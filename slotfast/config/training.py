@@ -7,7 +7,7 @@ from .settings import Settings, setting
 
 
 class TrainSettings(Settings):
-    """Settings of python -m slotfast.train; the defaults are those of the preset `demo`."""
+    """Settings of slotfast train; the defaults are those of the preset `demo`."""
 
     preset: Literal["demo", "baseline", "pr1019", "pr1217", "pr1350"] = setting(
         "demo", "what to train, by defaults of the other settings: the model in this package, or a published stack"

@@ -1,6 +1,12 @@
-"""python -m slotfast.eval: bits per byte of a model, plain and adapted, out of one pass."""
+"""slotfast eval: bits per byte of a model, plain and adapted, out of one pass."""
 
-from .forward import Streaming
-from .loop import Scored, SlidingPass
+from typing import TYPE_CHECKING
+
+from ..lazy import exports
+
+if TYPE_CHECKING:
+    from .forward import Streaming
+    from .loop import Scored, SlidingPass
 
 __all__ = ["Scored", "SlidingPass", "Streaming"]
+__getattr__, __dir__ = exports(__name__, {".forward": ["Streaming"], ".loop": ["Scored", "SlidingPass"]})

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import pydantic
 
 from ..errors import InputError, expected
+from ..variables import VARIABLES
 from .rows import Adaptation
 
 _STREAM = {"scope": "prefix", "optimizer": "rates", "clamp": 5.0}
@@ -133,17 +134,6 @@ def parse_preset(text: str) -> Adaptation:
         if key not in acting:
             raise InputError(f"preset {text!r}: {key!r} does nothing here{_nearest(key, acting)}")
     return changed
-
-
-# What the community's scripts read, the key of a row that it sets, and the value where that is not the variable's.
-VARIABLES: dict[str, tuple[str, Mapping[str, str]]] = {
-    "SLOT_STEPS": ("steps", {}),
-    "SLOT_LR": ("lr", {}),
-    "SLOT_FOCAL_CTX": ("focal", {}),
-    "SLOT_CLAMP": ("clamp", {}),
-    "SLOT_WARMSTART": ("warm_start", {}),
-    "V20_GRAD_WEIGHTED": ("importance", {"1": "0.5"}),  # PR #1372 weights by the root
-}
 
 
 def from_environment(row: Adaptation, text: str) -> Adaptation:

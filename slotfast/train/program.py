@@ -5,7 +5,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ from .inputs import Inputs, check_ttt, read_inputs, tokenizer_path
 from .trainer import Trainer, check_length, evaluate
 
 _COMMAND = "slotfast.train"
-_ABOUT = "Train a model and write its int6 artifact."
 # Settings that change no weight, or whose effect the data's fingerprint covers: a resumed run may have others.
 _FREE = {"out", "text", "tokens", "data_path", "val_text", "val_tokens", "max_val_tokens", "tokenizer", "preset"}
 _FREE |= {"device", "dtype", "compile", "checkpoint", "checkpoint_steps", "checkpoint_seconds", "resume", "log_every"}
@@ -47,13 +46,9 @@ _CALIBRATION_BYTES = 8192  # more than a calibration's numbers and its sketch ta
 _CALIBRATION_TOKENS = 100_000
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def train(settings: config.TrainSettings) -> None:
     """Train, quantise, write; raises InputError on bad input."""
     started = time.perf_counter()
-    settings, sources = config.load(config.TrainSettings, f"python -m {_COMMAND}", _ABOUT, argv)
-    config.warn_unread_variables()
-    if settings.show_config:
-        return print(config.show(settings, sources))
     build_config(settings, settings.vocab_size)
     _check_outputs(settings)
     with join_ranks(settings.device) as (rank, world, device):

@@ -1,9 +1,5 @@
-"""python -m slotfast.calibrate: fit the few numbers of `causal` to a model, on text like its training text.
+"""The few numbers of `causal`, fitted to a model on text like its training text; and its forward."""
 
-It also finds whether the model may be forwarded as a stream, every token once, and with how many sinks.
-"""
-
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,27 +7,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import config
-from .artifact import Artifact, read_artifact, write_artifact
-from .command.run import run_command
-from .data import ByteTable, Tokenizer, TokenStream, read_documents
-from .errors import InputError
-from .eval.forward import Streaming, streams
-from .eval.inputs import block_that_fits, check_tokenizer, windows_that_fit
-from .eval.loop import Scored, SlidingPass
-from .model import GPT
-from .overlap import MAX_OVERLAP, seen, sketch
-from .score import Meter
-from .slot import Adapter, Calibration, parse_preset
-from .slot.repeats import CONTEXTS, DEFAULT_GATES, Followers, Repeats, fit_gates, mix
-from .windows import Plan
-from .words import counted
+from ..artifact import Artifact
+from ..data import ByteTable, TokenStream
+from ..errors import InputError
+from ..eval.forward import Streaming, streams
+from ..eval.inputs import block_that_fits, windows_that_fit
+from ..eval.loop import Scored, SlidingPass
+from ..model import GPT
+from ..overlap import sketch
+from ..score import Meter
+from ..slot import Adapter, Calibration, parse_preset
+from ..slot.repeats import CONTEXTS, DEFAULT_GATES, Followers, Repeats, fit_gates, mix
+from ..windows import Plan
+from ..words import counted
 
 SCALES = (0.0, 0.4, 0.7, 1.0, 1.3)  # 0: the rates are of no use to this model
 DECAYS = (0.94, 0.97, 0.985)  # of 64 tokens
 SINKS = (0, 4)  # of a stream; models that need any are whole again with four
 TOLERANCE_BPB = 0.001  # a stream may be this much worse than windows, which cost 8 to 32 times its arithmetic
-_FEWEST_TOKENS = 1000
 CLOSED_GATES = [[-30.0, 0.0]] * len(CONTEXTS)
 
 
@@ -169,37 +162,6 @@ def _mixed(nll: np.ndarray, followers: Followers, gates: Sequence[Sequence[float
     return -mix(torch.from_numpy(np.exp(-nll)), followers, torch.tensor(gates, dtype=torch.float64)).log().numpy()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Calibrate a stored model; raises InputError on bad input."""
-    settings, sources = config.load(config.CalibrateSettings, "python -m slotfast.calibrate", __doc__, argv)
-    config.warn_unread_variables()
-    if settings.show_config:
-        return print(config.show(settings, sources))
-    for name in ("artifact", "tokenizer", "text", "out"):
-        if getattr(settings, name) is None:
-            raise InputError(f"--{name}: needed")
-    config.check_outputs(settings)
-    artifact, tokenizer = read_artifact(settings.artifact), Tokenizer(settings.tokenizer)
-    check_tokenizer(tokenizer, artifact)
-    ids, _ = tokenizer.encode_documents(read_documents(settings.text), settings.max_tokens)
-    documents = int((ids == tokenizer.bos_id).sum())
-    if documents < 2 or len(ids) < _FEWEST_TOKENS:
-        raise InputError(
-            f"{settings.text}: {counted(documents, 'document')}, {counted(len(ids), 'token')}; calibration needs 2 and "
-            f"{_FEWEST_TOKENS:,}"
-        )
-    stream = TokenStream([ids])
-    if (share := seen(stream, artifact.metadata).get("training", 0.0)) > MAX_OVERLAP:
-        print(
-            f"warning: the text shares about {share:.1%} with the one that the model was trained on",
-            file=sys.stderr,
-        )
-    found = calibrate(artifact.model(), stream, tokenizer.byte_table, tokenizer.bos_id, artifact.unigram)
-    print(summary(found), flush=True)
-    size = write_artifact(settings.out, calibrated(artifact, found, stream))
-    print(f"{settings.out}: {size:,} bytes")
-
-
 def summary(found: dict[str, Any]) -> str:
     """What a calibration chose, in a line."""
     forward = found["forward"]
@@ -214,7 +176,3 @@ def summary(found: dict[str, Any]) -> str:
         f"{'off' if found['gates'] == CLOSED_GATES else 'on'}, {repeats:+.4f} ± {spread} bpb in cross-validation; "
         f"forward {forward['forward']}, {counted(forward['sinks'], 'sink')}{against} bpb"
     )
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -1,0 +1,189 @@
+"""The command: settings to loops, their audit, a certificate."""
+
+import contextlib
+import importlib.metadata
+import math
+import platform
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from tqdm import tqdm
+
+from .. import __version__, config
+from ..command.files import json_text, write_json
+from ..command.run import deliver
+from ..data import TokenStream
+from ..errors import InputError
+from .api import audit_rows
+from .checks import Test, Verdict
+from .engine import Runs
+from .first_runs import with_first_runs
+from .fresh_process import run_in_process
+from .inputs import DRAWN, Subject, read_subject
+from .log import Record
+from .report import Report
+
+_OWN_RERUNS, _OWN_SECONDS = 32, 20.0  # a round; of each row
+_CONTEST_DOCUMENTS, _CONTEST_BYTES = 50_000, (151_070_000, 151_080_000)
+
+
+def run(settings: config.AuditSettings, argv: Sequence[str]) -> None:
+    """Audit, print the report and write the certificate; raises InputError on bad input, exits with 1 on a leak.
+
+    Args:
+        settings: of the command.
+        argv: the arguments that gave them, for the certificate.
+    """
+    if settings.fresh_process and not settings.score:
+        raise InputError("--fresh-process: is for --score; our own loop keeps nothing between calls")
+    config.check_outputs(settings)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what a loop prints is not our result
+            subject = read_subject(settings, np.random.default_rng(settings.seed))
+            reports = _audit(settings, subject)
+    except InputError as error:
+        if settings.traceback and error.__cause__:
+            traceback.print_exception(error.__cause__)
+        raise
+    spent = max((report.seconds for report in reports), default=0.0)
+    if settings.budget and spent > 1.5 * settings.budget + 0.5:
+        runs = max(report.runs for report in reports)
+        print(
+            f"--budget {settings.budget:g}: the least that is asked, {runs} runs, took {spent:.0f} s", file=sys.stderr
+        )
+    disagreements = [line for report in reports for line in _disagreement(report, subject)]
+    result = _result(settings, subject, reports, disagreements, argv)
+    shown = "\n".join(["\n\n".join(map(str, reports)), "", *disagreements, result["summary"]])
+    deliver(
+        json_text(result, allow_nan=True) if settings.json_ == "-" else shown,
+        (settings.certificate, lambda path: write_json(path, result, allow_nan=True)),
+        (settings.json_, lambda path: write_json(path, result, allow_nan=True)),
+    )
+    if result["verdict"] != "clean":
+        sys.exit(1)
+
+
+def _audit(settings: config.AuditSettings, subject: Subject) -> list[Report]:
+    own = bool(subject.computed)
+    reports = audit_rows(
+        _Counted(subject.run),
+        subject.names,
+        subject.stream,
+        byte_rule=subject.byte_rule,
+        hints=subject.hints,
+        seeds=settings.seed,
+        reruns=settings.reruns or (_OWN_RERUNS if own else None),
+        seconds=settings.budget,
+        limit=_OWN_SECONDS * len(subject.names) if own and not settings.reruns else math.inf,
+    )
+    if settings.fresh_process:
+        reports = [
+            with_first_runs(
+                report,
+                "fresh processes",
+                lambda tokens: run_in_process(settings.score, tokens, subject.stream.vocab_size),
+                subject.stream,
+                np.random.default_rng([*settings.seed, 1]),
+            )
+            for report in reports
+        ]
+    real = [] if subject.source != DRAWN else ["choices that are close on real text only (--tokens, --text)"]
+    return [
+        replace(report, tests=[*report.tests, *_denominator(subject)], unreached=[*report.unreached, *real])
+        for report in reports
+    ]
+
+
+class _Counted:
+    """Runs that are counted on a terminal, with a line every ten seconds elsewhere."""
+
+    def __init__(self, run: Runs):
+        self.run, self.done, self.begin = run, 0, time.perf_counter()
+        self.last = self.begin
+        self.bar = tqdm(unit=" runs", disable=None, file=sys.stderr, leave=False)
+
+    def __call__(self, tokens: Tensor, names: Sequence[str]) -> dict[str, Record]:
+        records, now = self.run(tokens, names), time.perf_counter()
+        self.done += 1
+        self.bar.set_postfix_str(f"of {len(names)} loops", refresh=False)
+        self.bar.update()
+        if self.bar.disable and now - self.last > 10:
+            self.last = now
+            print(
+                f"{self.done} runs in {now - self.begin:.0f} s, now of {len(names)} loops", file=sys.stderr, flush=True
+            )
+        return records
+
+
+def _denominator(subject: Subject) -> list[Test]:
+    """The bytes of the whole stream, where something is known about what they must be."""
+    if subject.whole is None or subject.byte_rule is None:
+        return []
+    documents = subject.whole.count(subject.stream.bos_id)
+    if subject.text_bytes is None and documents != _CONTEST_DOCUMENTS:
+        return []
+    verdict: Verdict
+    if subject.text_bytes:
+        bytes_ = subject.text_bytes
+        verdict = "PASS" if bytes_.exact else "UNTESTED"
+        detail = f"the rule counts {bytes_.rule:,} for a text of {bytes_.raw:,}"
+        return [Test("denominator", verdict, ("bytes",), f"{documents:,} documents", detail)]
+    total, last = 0, subject.whole.read(0, 1)
+    for chunk in subject.whole.chunks():
+        total += int(subject.byte_rule(np.concatenate([last, chunk]))[1:].sum())
+        last = chunk[-1:]
+    low, high = _CONTEST_BYTES
+    verdict = "PASS" if low <= total <= high else "FAIL"
+    detail = f"{total:,} bytes; the contest's validation set has {low:,} to {high:,}"
+    return [Test("denominator", verdict, ("bytes",), f"{documents:,} documents", detail)]
+
+
+def _disagreement(report: Report, subject: Subject) -> list[str]:
+    """A line where a preset's verdict, as computed from its choices, is not what was measured."""
+    row = subject.computed.get(report.name)
+    if row is None or row.compliance.causal == report.clean:
+        return []
+    computed, measured = ("causal", "it leaks") if row.compliance.causal else ("a leak", "nothing leaks")
+    return [f"ERROR: preset {report.name!r}: its choices say {computed} ({row.compliance.why}); measured, {measured}"]
+
+
+def _result(
+    settings: config.AuditSettings,
+    subject: Subject,
+    reports: list[Report],
+    disagreements: list[str],
+    argv: Sequence[str],
+) -> dict[str, Any]:
+    """The audit as JSON, which is also its certificate: what was covered, of what, and how to do it again."""
+    leaking = [report.name for report in reports if not report.clean]
+    untested = sorted({name for r in reports for name, verdict in r.conditions.items() if verdict == "UNTESTED"})
+    summary = f"LEAK in {', '.join(leaking)}" if leaking else "no leak found"
+    summary += f"; UNTESTED: {', '.join(untested)}" if untested else ""
+    return {
+        "verdict": "leak" if leaking else "disagreement" if disagreements else "clean",
+        "summary": summary,
+        "disagreements": disagreements,
+        "loops": [
+            report.as_dict() | ({"computed_causal": row.compliance.causal, "row": row.summary()} if row else {})
+            for report in reports
+            for row in [subject.computed.get(report.name)]
+        ],
+        "stream": {
+            "source": subject.source,
+            "tokens": len(subject.stream.tokens),
+            "sha256": TokenStream([subject.stream.tokens.numpy()]).sha256(),
+        },
+        "sha256": subject.files,
+        "hints": {name: getattr(subject.hints, name) for name in ("seq_len", "stride", "batch_windows", "ranks")},
+        "command": shlex.join(["python", "-m", "slotfast.audit", *argv]),
+        "config": settings.model_dump(by_alias=True),
+        "versions": {"slotfast": __version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
+    }

@@ -1,0 +1,157 @@
+"""The command: settings to inputs, one pass, a report."""
+
+import sys
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from .. import config, ops
+from ..command.files import json_text, write_json
+from ..command.plots import pyplot
+from ..command.ranks import join_ranks
+from ..command.run import deliver, no_exit
+from ..errors import InputError
+from ..slot import Adaptation, Adapter, Calibration
+from ..words import counted
+from .inputs import choose_batch, choose_plan, choose_rows, choose_streaming, choose_training, read_inputs
+from .loop import SlidingPass
+from .plot import draw
+from .report import TokenRows, list_presets, merge_work, peak_memory_bytes, report, show_preset, table
+from .resume import Saver, describe, rank_path
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def evaluate(settings: config.EvalSettings) -> None:
+    """Evaluate, print the table and write what was asked for; raises InputError on bad input."""
+    started = time.perf_counter()
+    if settings.list_presets:
+        return print(list_presets())
+    if settings.show_preset is not None:
+        return print(show_preset(settings.show_preset))
+    rows = choose_rows(settings)
+    with join_ranks(settings.device) as (rank, world, device), no_exit(f"--model {settings.model}"):
+        _check_outputs(settings, rank)
+        found, sliding, collected = _evaluate(settings, rows, rank, world, device, started)
+    if rank:
+        return None
+    title = f"{found['text']['source']}, {counted(found['tokens'], 'token')}"
+    deliver(
+        json_text(found) if settings.json_ == "-" else table(found),
+        (settings.json_, lambda path: write_json(path, found)),
+        (settings.per_token, lambda path: collected.write(path, [row["preset"] for row in found["presets"]])),
+        (settings.plot, lambda path: draw(path, title, sliding.meter, sliding.along)),
+    )
+    return None
+
+
+def _evaluate(
+    settings: config.EvalSettings, rows: list[Adaptation], rank: int, world: int, device: str, started: float
+) -> tuple[dict[str, Any], SlidingPass, TokenRows]:
+    """The result, its sums and, where asked for, every token's losses; on rank 0 of all ranks."""
+    triton = ops.uses_triton(settings.backend, device)
+    dtype = _DTYPES.get(settings.dtype, torch.float32 if device == "cpu" else torch.bfloat16)
+    if dtype == torch.float64 and triton:
+        raise InputError("--dtype float64: the kernels compute in float32; add --backend torch")
+    inputs = read_inputs(settings)
+    plan = choose_plan(settings, inputs)
+    batch_windows, adapt_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size, device)
+    training = choose_training(settings, rows, world)
+    streaming = choose_streaming(settings, rows, inputs, plan, world, device)
+    calibration = Calibration.stored(inputs.artifact.unigram, inputs.artifact.metadata)
+    bos_id = inputs.tokenizer.bos_id
+    adapters = [Adapter(row, calibration, bos_id) for row in rows]
+    model = inputs.artifact.model(settings.weights, settings.backend).to(device)
+    if dtype == torch.float64:
+        model = model.double()
+    collected = TokenRows()
+    sliding = SlidingPass(
+        model,
+        inputs.stream,
+        plan,
+        adapters,
+        inputs.tokenizer.byte_table,
+        bos_id,
+        batch_windows=batch_windows,
+        adapt_windows=adapt_windows,
+        streaming=streaming,
+        training=training,
+        dtype=dtype,
+        device=device,
+        rank=rank,
+        world=world,
+        backend=settings.backend,
+    )
+    where = {
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "backend": "triton" if triton else "torch",
+        "ranks": world,
+        "batch_windows": batch_windows,
+        "adapt_windows": adapt_windows,
+        "forward": "stream" if streaming else "windows",
+        "sinks": streaming.sinks if streaming else None,
+        "block_tokens": streaming.block_tokens if streaming else None,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    saver = None
+    if settings.resume:
+        run = describe(settings, inputs, model, plan, adapters, where)
+        saver = Saver(rank_path(settings.resume, rank), run, sliding, collected)
+    loaded = time.perf_counter()
+    with _progress(len(plan.owned(rank, world)), sliding.windows, silent=rank > 0) as progress:
+        sliding.run(
+            on_scored=collected.add if settings.per_token else None,
+            on_windows=progress,
+            on_piece=saver.save_when_due if saver else None,
+        )
+    if saver:
+        saver.save()  # all of it, should writing the result fail
+    sliding.meter.reduce()
+    sliding.along.reduce()
+    work, peak = [adapter.work() for adapter in adapters], peak_memory_bytes(device)
+    if world > 1:
+        gathered: list | None = [None] * world if rank == 0 else None
+        dist.gather_object((collected.parts, work, peak), gathered)
+        if rank:
+            return {}, sliding, collected
+        collected.parts = [part for parts, _, _ in gathered for part in parts]
+        work = [merge_work(each) for each in zip(*(work for _, work, _ in gathered), strict=True)]
+        peak = max(peak for _, _, peak in gathered)
+    earlier = saver.seconds if saver else 0.0
+    total = earlier + time.perf_counter() - started
+    seconds = {"load": loaded - started, **sliding.seconds, "total": total}
+    where |= {"peak_memory_bytes": peak, "ttt_chunks": len(training.chunks(plan)) if training else 0}
+    return report(settings, inputs, plan, adapters, work, sliding, seconds, where), sliding, collected
+
+
+def _check_outputs(settings: config.EvalSettings, rank: int) -> None:
+    """Refuse before the work what could not be written after it."""
+    own = {f"--resume of rank {rank}": (rank_path(settings.resume, rank), config.PROGRESS)} if settings.resume else {}
+    config.check_outputs(settings, own if rank else None)
+    if settings.plot:
+        pyplot()
+
+
+class _progress:
+    """A bar on a terminal, a line every ten seconds elsewhere; called with the number of windows just done."""
+
+    def __init__(self, total: int, done: int, silent: bool):
+        self.total, self.silent, self.done, self.last = total, silent, done, time.perf_counter()
+        options = {"unit": " windows", "file": sys.stderr, "leave": False, "disable": True if silent else None}
+        self.bar = tqdm(total=total, initial=done, **options)
+
+    def __enter__(self) -> "_progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def __call__(self, windows: int) -> None:
+        self.done += windows
+        self.bar.update(windows)
+        if self.bar.disable and not self.silent and time.perf_counter() - self.last > 10:
+            self.last = time.perf_counter()
+            print(f"{self.done} of {self.total} windows", file=sys.stderr, flush=True)

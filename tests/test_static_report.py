@@ -88,6 +88,8 @@ def test_a_spill_fails(report, spill):
     assert not report.spills([ROW])
     assert not report.spills([{**ROW, spill: 16, "accepted_spill": 16}])
     assert report.spills([{**ROW, spill: 8}])
+    assert not report.spills([{**ROW, spill: 8}], [{**ROW, spill: 8}])
+    assert report.spills([{**ROW, spill: 16}], [{**ROW, spill: 8}])
 
 
 def test_hot_loop_is_the_longest_of_the_deepest(report):
@@ -149,6 +151,7 @@ def test_older_compilers_do_about_as_well(report):
     old = {report.label(row): row for row in old}
     assert old.keys() == {report.label(row) for row in new}
     for row in new:
+        assert max(row["stack"], row["local"]) <= row["accepted_spill"], report.label(row)
         found, (ratio, spilled) = old[report.label(row)], WORSE.get(row["kernel"], (1.1, 0))
         assert max(found["stack"], found["local"]) <= max(spilled, found["accepted_spill"]), report.label(row)
         assert (found["per_element"] or 0) <= ratio * (row["per_element"] or 0), report.label(row)

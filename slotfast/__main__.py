@@ -1,6 +1,5 @@
 """slotfast: the commands, by name."""
 
-import difflib
 import runpy
 import sys
 from collections.abc import Sequence
@@ -9,6 +8,7 @@ from . import __doc__ as _ABOUT
 from . import config
 from .command.run import run_command
 from .errors import InputError
+from .words import nearest
 
 COMMANDS = {
     "eval": "score a model, plain and adapted: bits per byte out of one pass",
@@ -38,8 +38,7 @@ def _choose(arguments: Sequence[str]) -> None:
     elif name == "--version":
         print(config.version())
     elif name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        raise InputError(f"{name}: no such command" + (f"; the nearest is {near[0]}" if near else "; see --help"))
+        raise InputError(f"{name}: no such command{nearest(name, COMMANDS) or '; see --help'}")
 
 
 if __name__ == "__main__":

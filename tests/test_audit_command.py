@@ -251,7 +251,7 @@ WRONG = {
     ),
     "a model for somebody else's loop": (["--score", "my_loops:clean", "--artifact", "x"], "loads its own model"),
     "a vocabulary for our own": (["--vocab-size", "16"], "the model has its own"),
-    "an unknown preset": (["--preset", "casual"], "the nearest is 'causal'"),
+    "an unknown preset": (["--preset", "casual"], "the nearest is causal"),
     "a batch that splits a preset's": (["--preset", "pr1350", "--batch-windows", "8"], "expected a multiple of 32"),
     "a misspelt flag": (["--scores", "x"], "the nearest is --score"),
     "nowhere to write": (["--certificate", "no/where.json"], "cannot be written"),

@@ -157,7 +157,7 @@ WRONG = {
         lambda s, t: _args(s, "--preset", "pr1350"),
         "not causal: 32 windows share .* --allow-noncausal",
     ),
-    "an unknown preset": (lambda s, t: _args(s, "--preset", "casual"), "the nearest is 'causal'"),
+    "an unknown preset": (lambda s, t: _args(s, "--preset", "casual"), "the nearest is causal"),
     "a preset twice": (lambda s, t: _args(s, "--preset", "causal", "causal"), "given twice"),
     "a misspelt flag": (lambda s, t: _args(s, "--per-tokens", "x"), "the nearest is --per-token"),
     "no such text": (lambda s, t: ["--text", str(t / "no.txt")], "no such file"),

@@ -1,11 +1,17 @@
 """What is said before any work: commands, help, versions; and how soon."""
 
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from slotfast import __main__, __version__
+from slotfast import __main__, __version__, config
+from slotfast.command.run import EXIT_CODES
+from slotfast.errors import InputError
+from slotfast.slot import parse_preset
 
 _SAY = """
 import contextlib, io, runpy, sys
@@ -61,3 +67,65 @@ def test_names_are_imported_when_they_are_used():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="module 'slotfast' has no attribute 'adopt'"):
         __import__("slotfast").adopt  # noqa: B018
+
+
+CLASSES = [*config.Settings.__subclasses__(), config.ConvertSettings]
+
+
+def _help(cls, capsys):
+    with pytest.raises(SystemExit) as ended:
+        config.load(cls, "slotfast", "about", ["--help"])
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_help_shows_every_flag_once_in_groups_of_few(cls, capsys):
+    text = _help(cls, capsys)
+    assert max(map(len, text.splitlines())) <= 120
+    shown = re.findall(r"^  (--[a-z0-9-]+)", text, re.M)
+    fields = {name: field for name, field in cls.model_fields.items() if not field.json_schema_extra["positional"]}
+    flags = ["--" + name.strip("_").replace("_", "-") for name in fields]
+    assert sorted(shown) == sorted([*flags, "--version"])
+    groups = re.split(r"^\S.*:$", text.split("\nexamples:")[0], flags=re.M)[1:]
+    assert cls.GROUPS.keys() <= cls.model_fields.keys() and len(groups) == max(len(cls.GROUPS), 1) + 1
+    assert all(len(re.findall(r"^  (?=\S)", group, re.M)) <= 23 for group in groups)
+    for field in fields.values():
+        if variable := field.json_schema_extra["env"]:
+            assert re.search(rf"\[[^\]]*{variable}\]", text), variable
+    for code, meaning in EXIT_CODES.items():
+        assert f"  {code:<4} {meaning}\n" in text
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_the_examples_of_a_help_can_be_given(cls):
+    assert len(cls.EXAMPLES) == 3
+    for example in cls.EXAMPLES:
+        config.load(cls, "", "", shlex.split(example, comments=True))
+
+
+def test_the_readme_has_the_same_exit_codes():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("`", "")
+    for code, meaning in EXIT_CODES.items():
+        assert f"| {code} | {meaning} |\n" in readme
+
+
+def test_only_what_is_near_is_suggested():
+    for wrong, near in (
+        ("--strid", "--stride"),
+        ("--versio", "--version"),
+        ("--jsn", "--json"),
+        ("--batch", "--batch-windows"),
+    ):
+        with pytest.raises(InputError, match=f"^{wrong}: no such flag; the nearest is {near}$"):
+            config.load(config.EvalSettings, "", "", [wrong])
+    for wrong in ("--verbosity", "--quiet", "--output", "-x", "--tttx-x"):
+        with pytest.raises(InputError, match=f"^{wrong}: no such flag; see --help$"):
+            config.load(config.EvalSettings, "", "", [wrong])
+
+
+def test_a_key_that_a_preset_lacks_is_answered_with_those_that_it_has():
+    with pytest.raises(InputError, match="'foo' does nothing here; keys that do: .*") as error:
+        parse_preset("causal:foo=1")
+    keys = str(error.value).partition("keys that do: ")[2].split(", ")
+    assert len(keys) == len(set(keys)) and {"scale", "decay", "clamp"} <= set(keys)

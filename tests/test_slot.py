@@ -166,9 +166,9 @@ def test_options_and_their_errors():
     assert row.phases == ((7, 20),) and row.ridge == 2 and row.clamp == 3
     assert parse_preset("pr1350:phases=5x10+18x20").phases == ((5, 10), (18, 20))
     for text, message in {
-        "pr135": "no such preset; the nearest is 'pr1350'",
+        "pr135": "no such preset; the nearest is pr1350",
         "causal:ridge=3": "'ridge' does nothing here",
-        "causal-lbfgs:rigde=3": "the nearest is 'ridge'",
+        "causal-lbfgs:rigde=3": "the nearest is ridge",
         "causal-lbfgs:ridge=-1": "ridge=-1: expected at least 0",
         "causal-lbfgs:steps=x": "invalid literal",
         "causal-lbfgs:phases=3": "phases",

@@ -11,6 +11,14 @@ from typing import NoReturn
 
 from ..errors import InputError
 
+EXIT_CODES = {
+    0: "done; audit: no leak found",
+    1: "audit: a leak, or a verdict that was not what was measured; anywhere: a fault of ours, with its traceback",
+    2: "bad input, said in one line; nothing is written",
+    130: "interrupted (Ctrl-C)",
+    141: "whoever read the output went away",
+}
+
 
 def run_command(main: Callable[[], None], foreign: str | None = None) -> None:
     """Call a command's main function and turn what it raises into an exit code.

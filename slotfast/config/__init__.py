@@ -1,9 +1,10 @@
 """Validated settings of the commands, one class each."""
 
+from .arguments import ADAPTATION_VARIABLES, version
 from .evaluation import AuditSettings, CalibrateSettings, EvalSettings
 from .files import BundleSettings, ConvertSettings, RecordSettings, ShowSettings
 from .outputs import PROGRESS, Kind, check_outputs, results
-from .settings import ADAPTATION_VARIABLES, Settings, load, setting, show, switch, version, warn_unread_variables
+from .settings import Settings, load, setting, show, switch, warn_unread_variables
 from .training import TrainSettings
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Settings of what scores: eval, audit, calibrate."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import NonNegativeInt
 
@@ -96,6 +96,22 @@ class EvalSettings(Settings):
     show_preset: str | None = setting(None, "show one preset and why it is, or is not, causal, and exit")
     show_config: bool = setting(False, "show every setting with its source and exit")
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "artifact": "what is scored",
+        "preset": "adaptation",
+        "forward": "forward",
+        "ttt": "test-time training",
+        "weights": "where and how it runs",
+        "json_": "output",
+        "list_presets": "presets",
+    }
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "--text mine.txt --preset none causal",
+        "--artifact my.slotfast --tokenizer my.model --tokens 'data/fineweb_val_*.bin' --json result.json",
+        "--model path/to/folder --text mine.txt      # of Hugging Face",
+    )
+    CHANGES_ROWS: ClassVar[bool] = True
+
 
 class AuditSettings(Settings):
     """Settings of slotfast audit."""
@@ -147,6 +163,21 @@ class AuditSettings(Settings):
     traceback: bool = setting(False, "show where a loop failed")
     show_config: bool = setting(False, "show every setting with its source and exit")
 
+    GROUPS: ClassVar[dict[str, str]] = {
+        "score": "what is audited",
+        "tokens": "the stream",
+        "seq_len": "how the loop runs",
+        "seed": "how long it is looked at",
+        "backend": "where and how our own loop runs",
+        "json_": "output",
+    }
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "--preset all",
+        "--score package.module:function --vocab-size 1024 --certificate audit.json",
+        "--score package.module:function --tokenizer my.model --text mine.txt --fresh-process",
+    )
+    CHANGES_ROWS: ClassVar[bool] = True
+
 
 class CalibrateSettings(Settings):
     """Settings of slotfast calibrate."""
@@ -157,3 +188,10 @@ class CalibrateSettings(Settings):
     max_tokens: int | None = setting(100_000, "use only the start of it", ge=2)
     out: str | None = setting(None, "artifact to write: the same model with its calibration", writes=MODEL)
     show_config: bool = setting(False, "show every setting with its source and exit")
+
+    GROUPS: ClassVar[dict[str, str]] = {"artifact": "model and text", "out": "output"}
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "--artifact my.slotfast --tokenizer my.model --text held-out.jsonl --out calibrated.slotfast",
+        "--artifact my.slotfast --tokenizer my.model --text held-out.txt --max-tokens 500000 --out calibrated.slotfast",
+        "--artifact my.slotfast --show-config",
+    )

@@ -1,5 +1,7 @@
 """Settings of what reads and writes files: bundle, record, artifact."""
 
+from typing import ClassVar
+
 from .outputs import FOLDER, JSON, JSON_OR_STDOUT, MODEL, SCRIPT, one_file, results
 from .settings import Settings, model_config_setting, setting
 
@@ -25,6 +27,13 @@ class BundleSettings(Settings):
     )
     show_config: bool = setting(False, "show every setting with its source and exit")
 
+    GROUPS: ClassVar[dict[str, str]] = {"script": "one file", "hub": "a folder of the kernel hub", "kernels": "both"}
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "--script train_gpt.py --out one.py",
+        "--script train_gpt.py --out one.py --compress --artifact my.slotfast",
+        "--hub folder --kernels solver",
+    )
+
 
 class RecordSettings(Settings):
     """Settings of slotfast record."""
@@ -43,6 +52,13 @@ class RecordSettings(Settings):
     allow_noncausal: bool = setting(False, "also report presets whose score has seen its own tokens")
     show_config: bool = setting(False, "show every setting with its source and exit")
 
+    GROUPS: ClassVar[dict[str, str]] = {"run": "what is compared", "code": "submission", "allow_noncausal": "rules"}
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "run1.json run2.json run3.json",
+        "run1.json run2.json run3.json --baseline 1.8822,0.0003,3",
+        "ours --baseline theirs --code train_gpt.py --submission submission.json",
+    )
+
 
 class ShowSettings(Settings):
     """Settings of slotfast artifact show."""
@@ -53,8 +69,20 @@ class ShowSettings(Settings):
         None, "write the result as JSON; - for standard output", alias="json", writes=JSON_OR_STDOUT
     )
 
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "my.slotfast",
+        "final_model.int6.ptz --model-config pr1019",
+        "final_model.int6.ptz --json -",
+    )
+
 
 class ConvertSettings(ShowSettings):
     """Settings of slotfast artifact convert."""
 
     out: str = setting("", "file to write: .slotfast, or .ptz as PR #1019 has it", positional=True, writes=MODEL)
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "final_model.int6.ptz my.slotfast --model-config pr1019",
+        "my.slotfast final_model.int6.ptz",
+        "model.safetensors my.slotfast --model-config pr549,xsa_layers=3",
+    )

@@ -4,26 +4,22 @@ argparse reads the flags and pydantic validates the values. (pydantic-settings w
 commas that `--preset NAME:key=value,key=value` needs, and does not tell where a value came from.)
 """
 
-import argparse
-import difflib
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from .. import __version__
 from ..errors import InputError, expected
-from ..variables import VARIABLES
+from ..words import nearest
+from .arguments import ADAPTATION_VARIABLES, flag, read_flags, variable
 from .outputs import Kind, Reads
 
 # An unread variable that starts like one of these is probably misspelt.
 _PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "TTT_", "V20_")
-# They change the rows of presets, not settings.
-ADAPTATION_VARIABLES = ("SLOT_ENABLED", *VARIABLES)
 _SWITCH = pydantic.TypeAdapter(bool)
 
 
@@ -64,13 +60,17 @@ class Settings(BaseModel):
     )
     # Other defaults of the settings, by the value of the setting `preset`; empty where that is none of these.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    # For --help: the title of each group by the setting that it begins with, and arguments as examples.
+    GROUPS: ClassVar[dict[str, str]] = {}
+    EXAMPLES: ClassVar[tuple[str, ...]] = ()
+    CHANGES_ROWS: ClassVar[bool] = False  # whether ADAPTATION_VARIABLES act
     force: bool = setting(False, "overwrite an existing file of another kind")
 
     def given(self) -> Iterator[tuple[str, Any, Any]]:
         """Flag, field and value of every setting that has one."""
         for name, field in type(self).model_fields.items():
             if (value := getattr(self, name)) not in (None, "", []):
-                yield _flag(name, field), field, value
+                yield flag(name, field), field, value
 
 
 S = TypeVar("S", bound=Settings)
@@ -88,35 +88,15 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         The settings, and for each field where its value came from: "flag", the variable's name, "preset" or "default".
 
     Raises:
-        InputError: unknown flag (with the nearest right one), two values where one is taken, or a value out of range.
+        InputError: unknown flag (with a near one that exists), two values where one is taken, or a value out of range.
         SystemExit: --help, --version.
     """
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("--version", action="version", version=version(), help="show the version and exit")
+    flags = read_flags(cls, prog, description, argv)
+    values, sources = dict(flags), dict.fromkeys(flags, "flag")
     for name, field in cls.model_fields.items():
-        flag = _flag(name, field)
-        if field.json_schema_extra["positional"]:
-            many = {"nargs": "*"} if get_origin(field.annotation) is list else {}
-            parser.add_argument(name, metavar=flag, help=field.description, **many)
-        elif field.annotation is bool:
-            parser.add_argument(flag, dest=name, action="store_true", help=field.description)
-        else:
-            many = {"nargs": "+", "action": "extend"} if get_origin(field.annotation) is list else {"action": _Once}
-            choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-            metavar = "/".join(choices) or name.strip("_").upper()
-            default = "" if field.default in (None, "auto", []) else f" (default: {field.default})"
-            text = (field.description + default).replace("%", "%%")
-            parser.add_argument(flag, dest=name, metavar=metavar, help=text, **many)
-    flags, unknown = parser.parse_known_args(argv)
-    if unknown:
-        known = [_flag(name, field) for name, field in cls.model_fields.items()]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
-        raise InputError(f"{unknown[0]}: no such flag" + (f"; the nearest is {near[0]}" if near else "; see --help"))
-    values, sources = dict(vars(flags)), dict.fromkeys(vars(flags), "flag")
-    for name, field in cls.model_fields.items():
-        variable = _variable(field)
-        if variable and name not in values and os.environ.get(variable):
-            values[name], sources[name] = os.environ[variable], variable
+        found = variable(field)
+        if found and name not in values and os.environ.get(found):
+            values[name], sources[name] = os.environ[found], found
     for name, value in _preset(cls, values).items():
         if name not in values:
             values[name], sources[name] = value, "preset"
@@ -126,14 +106,9 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         first = error.errors()[0]
         name = next(n for n, f in cls.model_fields.items() if first["loc"][0] in (n, f.alias))
         source = sources.get(name, "default")
-        where = _flag(name, cls.model_fields[name]) if source == "flag" else source
+        where = flag(name, cls.model_fields[name]) if source == "flag" else source
         raise InputError(f"{where} {first['input']!r}: {expected(first)}") from None
     return settings, {name: sources.get(name, "default") for name in cls.model_fields}
-
-
-def version() -> str:
-    """What --version says."""
-    return f"slotfast {__version__}"
 
 
 def switch(variable: str, default: bool) -> bool:
@@ -158,42 +133,17 @@ def warn_unread_variables() -> None:
     """Say on standard error which environment variables look like ours but are read by nothing."""
     known = set(ADAPTATION_VARIABLES)
     for cls in Settings.__subclasses__():
-        known.update(filter(None, map(_variable, cls.model_fields.values())))
-    for variable in sorted(os.environ):
-        if variable.startswith(_PREFIXES) and variable not in known:
-            near = difflib.get_close_matches(variable, known, 1)
-            hint = f"; the nearest that is read is {near[0]}" if near else ""
-            print(f"warning: nothing reads the environment variable {variable}{hint}", file=sys.stderr)
+        known.update(filter(None, map(variable, cls.model_fields.values())))
+    for name in sorted(os.environ):
+        if name.startswith(_PREFIXES) and name not in known:
+            hint = nearest(name, known, "the nearest that is read is")
+            print(f"warning: nothing reads the environment variable {name}{hint}", file=sys.stderr)
 
 
 def show(settings: Settings, sources: Mapping[str, str]) -> str:
     """A table of every setting, its value and where it came from."""
     fields = type(settings).model_fields
-    rows = [(_flag(name, fields[name]), json.dumps(getattr(settings, name)), sources[name]) for name in fields]
+    rows = [(flag(name, fields[name]), json.dumps(getattr(settings, name)), sources[name]) for name in fields]
     rows += [(name, os.environ[name], "changes rows of presets") for name in ADAPTATION_VARIABLES if name in os.environ]
     widths = [max(len(row[column]) for row in rows) for column in range(2)]
     return "\n".join(f"{name:<{widths[0]}}  {value:<{widths[1]}}  {source}" for name, value, source in rows)
-
-
-def _flag(name: str, field: Any) -> str:
-    return name.upper() if field.json_schema_extra["positional"] else "--" + name.strip("_").replace("_", "-")
-
-
-def _variable(field: Any) -> str | None:
-    return field.json_schema_extra["env"]
-
-
-class _Once(argparse.Action):
-    """A flag of one value: of two the first would be lost without a word."""
-
-    def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
-        if (before := getattr(namespace, self.dest, value)) != value:
-            raise InputError(f"{option}: given twice, {before!r} and {value!r}; it takes one")
-        setattr(namespace, self.dest, value)
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are InputErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")

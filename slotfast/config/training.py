@@ -126,6 +126,23 @@ class TrainSettings(Settings):
     show_config: bool = setting(False, "show every setting with its source and exit")
 
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+    GROUPS: ClassVar[dict[str, str]] = {
+        "preset": "what is trained, and where it goes",
+        "text": "text and tokens",
+        "layers": "model",
+        "steps": "schedule",
+        "matrix_lr": "optimiser",
+        "average": "averaging and late rounding",
+        "quantize": "quantisation and calibration",
+        "ttt": "training on one more stream",
+        "seed": "where and how it runs",
+        "checkpoint": "checkpoints, measurements, output",
+    }
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "--preset demo --out mine.slotfast",
+        "--text mine.jsonl --val-text held-out.jsonl --out mine.slotfast --checkpoint run.ckpt",
+        "--preset pr1350 --data-path data --tokenizer my.model --show-config",
+    )
 
 
 # The contest's stack at the time of PR #1019: its parts, its optimiser, 600 s on 8 GPUs. It calibrated its quantisation

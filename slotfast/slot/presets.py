@@ -1,13 +1,13 @@
 """The published systems and ours, a row each, and the way from text and environment to a row."""
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import pydantic
 
 from ..errors import InputError, expected
 from ..variables import VARIABLES
+from ..words import nearest
 from .rows import Adaptation
 
 _STREAM = {"scope": "prefix", "optimizer": "rates", "clamp": 5.0}
@@ -118,7 +118,7 @@ def parse_preset(text: str) -> Adaptation:
     """
     name, _, options = text.partition(":")
     if name not in PRESETS:
-        raise InputError(f"preset {name!r}: no such preset{_nearest(name, PRESETS)}; --list-presets shows them")
+        raise InputError(f"preset {name!r}: no such preset{nearest(name, PRESETS)}; --list-presets shows them")
     row, changes = PRESETS[name], {}
     for option in filter(None, options.split(",")):
         key, equals, value = option.partition("=")
@@ -132,7 +132,9 @@ def parse_preset(text: str) -> Adaptation:
     acting = (*changed.options, *(("steps",) if changed.optimizer == "lbfgs" else ()), *_MAY_IDLE)
     for key in changes:
         if key not in acting:
-            raise InputError(f"preset {text!r}: {key!r} does nothing here{_nearest(key, acting)}")
+            keys = ", ".join(dict.fromkeys(acting))
+            near = nearest(key, acting)
+            raise InputError(f"preset {text!r}: {key!r} does nothing here{near}; keys that do: {keys}")
     return changed
 
 
@@ -160,8 +162,3 @@ def _changed(row: Adaptation, changes: Mapping[str, str], where: str) -> Adaptat
         raise InputError(f"{where}: {key}{expected(first)}") from None
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None
-
-
-def _nearest(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), 1)
-    return f"; the nearest is {near[0]!r}" if near else ""

@@ -1,0 +1,253 @@
+"""The loop: a chunk is forwarded once, charged, and its loss learned from, before the next one is forwarded.
+
+Keys and values that later chunks see are those of the forward that charged a chunk: stale, where the weights have moved
+since. No gradient reaches them.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..errors import InputError
+from ..model import GPT, PackedLinear
+from ..stream import CachedForward
+from .lora import Learner, Lora, Weights
+from .row import Learning, parse_row
+
+
+@dataclass(frozen=True)
+class Charged:
+    """Tokens that were charged, and not yet learned from.
+
+    Args:
+        start: the first prediction, which is charged for token start + 1 of the stream.
+        nll, unlearned: float32 (float64 for float64) [n], nats, with what has been learned and without.
+        logprobs: float [n, V], the distributions that nll was taken from; None unless asked for.
+    """
+
+    start: int
+    nll: Tensor
+    unlearned: Tensor
+    logprobs: Tensor | None = None
+
+
+class LearningLoop:
+    """Charges a stream chunk by chunk, and learns from each chunk once it is charged; runs once.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        row: how to learn.
+        window: tokens that one attends to, >= 1.
+        sinks: first tokens of the stream that stay visible, >= 0.
+        bos_id: the token that starts a document.
+        dtype: of the forward; the embedding's where None.
+        keep_logprobs: give the distributions too.
+
+    Attributes:
+        seconds: of forwarding and learning, and of the same forwards without learning.
+
+    Raises:
+        InputError: a chunk longer than the window, documents that nothing starts, weights that cannot learn.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        row: Learning,
+        window: int,
+        sinks: int = 0,
+        bos_id: int | None = None,
+        dtype: torch.dtype | None = None,
+        keep_logprobs: bool = False,
+    ):
+        check(row, model, window, bos_id)
+        self.model, self.row, self.bos_id, self.keep_logprobs = model, row, bos_id, keep_logprobs
+        self.seconds = {"learned": 0.0, "unlearned": 0.0}
+        self._cached, self._plain = (CachedForward(model, window, sinks, dtype=dtype) for _ in range(2))
+        self._learner: Learner = (
+            Lora(model, row.rank, row.projections) if row.what == "lora" else Weights(model, row.what == "norms")
+        )
+        self._optimizer = _optimizer(row, self._learner)
+        self._work = self._tokens = 0
+
+    @property
+    def forwards(self) -> float:
+        """Passes through the model for each token: 1 forward, 1 back, 1 more where the matrices get gradients."""
+        return self._work / max(1, self._tokens)
+
+    def run(
+        self, read: Callable[[int, int], np.ndarray], predictions: int, on_charged: Callable[[Charged], None]
+    ) -> None:
+        """Charge and learn.
+
+        Args:
+            read: tokens [start, stop) of the stream, integers.
+            predictions: tokens of the stream but the first.
+            on_charged: called with each chunk before anything is learned from it; leaves the model alone.
+
+        Raises:
+            InputError: losses that are no numbers.
+        """
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.requires_grad_(False)
+        try:
+            start = 0
+            while start < predictions:
+                stop = min(start + self.row.chunk, predictions)
+                tokens = torch.from_numpy(np.asarray(read(start, stop + 1)).astype(np.int64))
+                start += self._chunk(start, tokens, predictions, on_charged)
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def _chunk(self, start: int, tokens: Tensor, predictions: int, on_charged: Callable[[Charged], None]) -> int:
+        """Charge predictions of tokens [n + 1], and learn from them; how many: n, or fewer where a document ends."""
+        clock, count = time.perf_counter(), len(tokens) - 1
+        if self.row.scope == "document":
+            borders = (tokens[:-1] == self.bos_id).nonzero()[:, 0].tolist()
+            if borders[:1] == [0]:
+                self._learner.reset()
+                self._optimizer.state.clear()
+            count = next((border for border in borders if border), count)
+        ends = count < len(tokens) - 1 or start + count == predictions  # nothing that is learned here is used
+        tokens = tokens.to(self.model.tok_emb.weight.device)
+        with torch.no_grad():
+            unlearned = _losses(self._plain, self.model.head, tokens[: count + 1])[0]
+        clock = self._lap("unlearned", clock)
+        before = self._cached.state_dict() if ends or self.row.steps > 1 else None
+        with self._learner.attached():
+            losses, logits = self._forward(tokens)
+            nll = losses.detach()[:count]
+            self._tokens += count
+            self._check(start, nll)
+            rows = torch.log_softmax(logits.detach()[:count], -1) if self.keep_logprobs else None
+            on_charged(Charged(start, nll, unlearned, rows))
+            if not ends:
+                self._learn(losses, tokens, before)
+            elif count < len(tokens) - 1:
+                # Nothing before a BOS may depend on it, not even by the rounding of a shorter forward: what is charged
+                # comes from the whole chunk, and what is remembered ends where the document does.
+                self._cached.load_state_dict(before)
+                self._forward(tokens[: count + 1])
+        self._lap("learned", clock)
+        return count
+
+    def _learn(self, losses: Tensor, tokens: Tensor, before: dict | None) -> None:
+        """Steps on the losses of a chunk; what is remembered of it stays as it was charged."""
+        after = self._cached.state_dict() if self.row.steps > 1 else None
+        for step in range(self.row.steps):
+            if step:
+                self._cached.load_state_dict(before)
+                losses, _ = self._forward(tokens)
+            losses.mean().backward()
+            self._work += len(losses) * (2 if self.row.what == "all" else 1)
+            if self.row.clip:
+                nn.utils.clip_grad_norm_(self._learner.parameters, self.row.clip)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        if after:
+            self._cached.load_state_dict(after)
+
+    @torch.enable_grad()
+    def _forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses [n] and logits [n, V] of the predictions of tokens [n + 1], with what has been learned."""
+        self._work += len(tokens) - 1
+        return _losses(self._cached, lambda hidden: self._learner.head(self.model, hidden), tokens)
+
+    def _check(self, start: int, nll: Tensor) -> None:
+        broken = (~nll.isfinite()).nonzero()
+        if len(broken):
+            at = int(broken[0])
+            raise InputError(
+                f"preset {self.row.name!r}: a loss of {float(nll[at])} for the token at position {start + at + 1}: "
+                f"broken weights, or lr={self.row.lr:g} is too high for them"
+            )
+
+    def _lap(self, phase: str, since: float) -> float:
+        if self.model.tok_emb.weight.is_cuda:
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] += now - since
+        return now
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Losses of a stream.
+
+    Args:
+        nll, unlearned: float32 (float64 for float64) [N - 1], nats: of tokens 1, 2, ..., with learning and without.
+        forwards: passes through the model for each token; see `LearningLoop`.
+        seconds: of learning and of the same forwards without.
+    """
+
+    nll: Tensor
+    unlearned: Tensor
+    forwards: float
+    seconds: dict[str, float]
+
+
+def learn(
+    model: GPT,
+    tokens: Tensor,
+    row: str | Learning = "learn",
+    *,
+    window: int | None = None,
+    sinks: int = 0,
+    bos_id: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Learned:
+    """Charge a stream while learning from it, each chunk only once it is charged.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        tokens: int [N], N >= 2.
+        row: how to learn, NAME, NAME:key=value or a row.
+        window: tokens that one attends to; the model's training length where None.
+        sinks: first tokens of the stream that stay visible, >= 0.
+        bos_id: the token that starts a document, for scope=document.
+        dtype: of the forward; the embedding's where None.
+
+    Raises:
+        InputError: a row that does not exist or does not fit, fewer than 2 tokens, or losses that are no numbers.
+    """
+    if tokens.dim() != 1 or len(tokens) < 2:
+        raise InputError(f"tokens {list(tokens.shape)}: expected [N] with at least 2 of them")
+    parsed = parse_row(row) if isinstance(row, str) else row
+    if not isinstance(parsed, Learning):
+        raise InputError(f"preset {parsed.name!r} learns nothing: slotfast.adapt runs it")
+    loop = LearningLoop(model, parsed, window or model.config.seq_len, sinks, bos_id, dtype)
+    ids, charged = tokens.cpu().numpy(), []
+    loop.run(lambda start, stop: ids[start:stop], len(ids) - 1, charged.append)
+    nll, unlearned = (torch.cat([getattr(part, name) for part in charged]) for name in ("nll", "unlearned"))
+    return Learned(nll, unlearned, loop.forwards, loop.seconds)
+
+
+def check(row: Learning, model: nn.Module, window: int, bos_id: int | None) -> None:
+    """Raise InputError where a row cannot learn with a model."""
+    where = f"preset {row.name!r}: "
+    if not isinstance(model, GPT):
+        raise InputError(f"{where}learns with models of this package only, not with a {type(model).__name__}")
+    if any(isinstance(module, PackedLinear) for module in model.modules()):
+        raise InputError(f"{where}packed weights pass no gradients on; leave out --weights int6")
+    if row.chunk > window:
+        raise InputError(f"{where}chunk={row.chunk} is longer than the window of {window} tokens")
+    if row.scope == "document" and bos_id is None:
+        raise InputError(f"{where}scope=document: expected a token that starts one")
+
+
+def _losses(cached: CachedForward, head: Callable[[Tensor], Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    logits = head(cached(tokens[None, :-1]))
+    return ops.cross_entropy(logits, tokens[None, 1:])[0], logits[0]
+
+
+def _optimizer(row: Learning, learner: Learner) -> torch.optim.Optimizer:
+    options = {"lr": row.lr, "weight_decay": row.decay}
+    if row.optimizer == "sgd":
+        return torch.optim.SGD(learner.parameters, momentum=row.momentum, **options)
+    return torch.optim.AdamW(learner.parameters, betas=row.betas, eps=row.eps, **options)

@@ -1,0 +1,152 @@
+"""What learns: LoRA's factors beside a model's projections, its gains, or all of its weights.
+
+Source: LoRA (arXiv 2106.09685): y + (x A^T) B^T, A uniform in +-1/sqrt(inputs), B zero, so that nothing changes yet.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..model import GPT
+
+# Of every block; `head` is the output matrix. Tables' own projections are no part of a block, and stay.
+_LAYERS = {
+    "q": "attn.c_q",
+    "k": "attn.c_k",
+    "v": "attn.c_v",
+    "o": "attn.proj",
+    "up": "mlp.fc",
+    "down": "mlp.proj",
+}
+PROJECTIONS = (*_LAYERS, "head")
+
+
+class Learner(Protocol):
+    """What learns of a model."""
+
+    parameters: list[nn.Parameter]
+
+    def attached(self) -> contextlib.AbstractContextManager[None]:
+        """Within, the model computes with what has been learned; afterwards it is what it was."""
+        ...
+
+    def head(self, model: GPT, hidden: Tensor) -> Tensor:
+        """Soft-capped logits of hidden states."""
+        ...
+
+    def reset(self) -> None:
+        """Forget all that was learned."""
+
+
+class Lora:
+    """Two factors beside each of the chosen projections of every block.
+
+    Args:
+        model: its weights are left alone.
+        rank: of the product, >= 1.
+        projections: some of `PROJECTIONS`.
+    """
+
+    def __init__(self, model: GPT, rank: int, projections: Sequence[str]):
+        like = model.tok_emb.weight
+        source = torch.Generator().manual_seed(0)
+        self._layers: list[tuple[nn.Module, Tensor, Tensor]] = []
+        self._head: tuple[Tensor, Tensor] | None = None
+        self.parameters: list[nn.Parameter] = []
+
+        def factors(n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
+            drawn = torch.empty(rank, n_in).uniform_(-1, 1, generator=source) / math.sqrt(n_in)
+            pair = nn.Parameter(drawn.to(like)), nn.Parameter(like.new_zeros(n_out, rank))
+            self.parameters += pair
+            return pair
+
+        for block in model.blocks:
+            for name in projections:
+                if name in _LAYERS:
+                    layer = block.get_submodule(_LAYERS[name])
+                    self._layers.append((layer, *factors(*layer.weight.shape)))
+        if "head" in projections:
+            self._head = factors(*like.shape)
+        self._start = [parameter.detach().clone() for parameter in self.parameters]
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """See `Learner`."""
+        with contextlib.ExitStack() as stack:
+            for layer, a, b in self._layers:
+
+                def add(_layer: nn.Module, args: tuple[Tensor], y: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
+                    return y + _product(args[0], a, b)
+
+                stack.enter_context(_removed(layer.register_forward_hook(add)))
+            yield
+
+    def head(self, model: GPT, hidden: Tensor) -> Tensor:
+        """See `Learner`; the head's factors add to its logits before the soft cap."""
+        return model.head(hidden, None if self._head is None else _product(hidden, *self._head))
+
+    def reset(self) -> None:
+        """See `Learner`."""
+        _restore(self.parameters, self._start)
+
+
+class Weights:
+    """A model's own weights: it has the learned ones while they are attached, and its own apart from that.
+
+    Args:
+        model: where the weights are.
+        gains_only: those of no linear layer and no table.
+    """
+
+    def __init__(self, model: GPT, gains_only: bool = False):
+        matrices = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+        held = {id(module.weight) for module in matrices} if gains_only else set()
+        self.parameters = [parameter for parameter in model.parameters() if id(parameter) not in held]
+        self._start = [parameter.data for parameter in self.parameters]
+        self._learned = [value.clone() for value in self._start]
+
+    @contextlib.contextmanager
+    def attached(self) -> Iterator[None]:
+        """See `Learner`."""
+        self._put(self._learned, True)
+        try:
+            yield
+        finally:
+            self._put(self._start, False)
+
+    def _put(self, values: Sequence[Tensor], learns: bool) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.data = value
+            parameter.requires_grad_(learns)
+            parameter.grad = None
+
+    def head(self, model: GPT, hidden: Tensor) -> Tensor:
+        """See `Learner`."""
+        return model.head(hidden)
+
+    def reset(self) -> None:
+        """See `Learner`."""
+        _restore(self._learned, self._start)
+
+
+def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+
+@torch.no_grad()
+def _restore(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
+
+
+@contextlib.contextmanager
+def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,178 @@
+"""Score first, then learn: no charge knows a later token, and what learns is what the row says."""
+
+import copy
+
+import pytest
+import torch
+
+from slotfast.errors import InputError
+from slotfast.learn import LearningLoop, Lora, learn, parse_row
+from slotfast.stream import CachedForward
+
+from .models import VARIANTS, random_model
+
+V, BOS, WINDOW = 37, 5, 12
+ROWS = (
+    "learn:chunk=8,lr=0.02,rank=2",
+    "learn:chunk=8,lr=0.02,steps=3,what=all,clip=1,decay=0.01",
+    "learn:chunk=7,lr=0.05,what=norms,optimizer=sgd,momentum=0.9,scope=document",
+    "learn:chunk=8,lr=0.02,rank=2,projections=q/v/head,scope=document,steps=2",
+)
+
+
+def _tokens(n=58, seed=0):
+    tokens = torch.randint(6, V, (n,), generator=torch.Generator().manual_seed(seed))
+    for place in (0, 21, 24, 40):
+        tokens[place : place + 1] = BOS
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(layers=2, value_layers=(1,))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_no_charge_moves_when_a_later_token_changes(model, row):
+    tokens = _tokens()
+    before = learn(model, tokens, row, window=WINDOW, sinks=2, bos_id=BOS).nll
+    for flipped in (7, 8, 9, 16, 21, 22, 24, 33, 56):
+        other = tokens.clone()
+        other[flipped] = BOS if flipped in (16, 22, 33) else 6 + (int(tokens[flipped]) + 1) % (V - 6)
+        after = learn(model, other, row, window=WINDOW, sinks=2, bos_id=BOS).nll
+        assert torch.equal(before[: flipped - 1], after[: flipped - 1])
+        assert not torch.equal(before[flipped - 1 :], after[flipped - 1 :])
+    for length in (2, 9, 10, 45):
+        after = learn(model, tokens[:length], row, window=WINDOW, sinks=2, bos_id=BOS).nll
+        torch.testing.assert_close(before[: length - 1], after, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_first_chunk_is_charged_unlearned_and_later_ones_are_not(model, row):
+    found = learn(model, _tokens(), row, window=WINDOW, bos_id=BOS)
+    first = parse_row(row).chunk
+    assert torch.equal(found.nll[:first], found.unlearned[:first])
+    assert float((found.nll - found.unlearned)[first:21].abs().max()) > 1e-6
+
+
+def test_a_document_starts_afresh():
+    """What was learned before a BOS is gone, and what follows it is learned from; a window of 1 remembers no key."""
+    model, tokens = random_model(layers=2, value_layers=(1,), bos_id=BOS), _tokens()
+    found = learn(model, tokens, "learn:chunk=1,lr=0.05,scope=document,projections=up", window=1, bos_id=BOS)
+    starts = [0, 21, 24, 40]
+    assert torch.equal(found.nll[starts], found.unlearned[starts])
+    assert bool((found.nll != found.unlearned)[[22, 25, 26, 41]].all())
+    apart = learn(model, tokens[40:], "learn:chunk=1,lr=0.05,projections=up", window=1)
+    assert torch.equal(apart.nll, found.nll[40:])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_factors_that_learned_nothing_change_no_bit(variant):
+    model = random_model(**VARIANTS[variant])
+    lora = Lora(model, 3, ("q", "k", "v", "o", "up", "down", "head"))
+    tokens = _tokens(12)[None]
+    plain = model.head(model.hidden(tokens))
+    with lora.attached():
+        assert torch.equal(lora.head(model, model.hidden(tokens)), plain)
+        with torch.no_grad():
+            for b in lora.parameters[1::2]:
+                b.normal_()
+        assert not torch.equal(lora.head(model, model.hidden(tokens)), plain)
+    assert torch.equal(model.head(model.hidden(tokens)), plain)
+    lora.reset()
+    with lora.attached():
+        assert torch.equal(lora.head(model, model.hidden(tokens)), plain)
+
+
+def test_factors_are_a_product_added_to_the_weight(model):
+    lora, merged = Lora(model, 3, ("q", "down")), copy.deepcopy(model)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        pairs = iter(zip(lora.parameters[::2], lora.parameters[1::2], strict=True))
+        for block in merged.blocks:
+            for layer in (block.attn.c_q, block.mlp.proj):
+                a, b = next(pairs)
+                assert float(a.abs().max()) <= layer.in_features**-0.5 and not b.any()
+                b.normal_()
+                layer.weight += b @ a
+        tokens = _tokens(12)[None]
+        with lora.attached():
+            torch.testing.assert_close(model.hidden(tokens), merged.hidden(tokens), rtol=0, atol=1e-9)
+
+
+def test_it_is_the_optimiser_on_the_mean_loss_of_the_chunk(model):
+    """All weights, AdamW, 2 steps on each of 2 chunks by hand; the window takes in the stream, and the last step of a
+    chunk does not reach the keys of the one before: those are of the weights that charged it."""
+    tokens = _tokens(18)
+    found = learn(model, tokens, "learn:what=all,chunk=6,steps=2,lr=0.01,clip=0.5,decay=0.1", window=12)
+    mine = copy.deepcopy(model).requires_grad_(True)
+    optimizer = torch.optim.AdamW(mine.parameters(), lr=0.01, betas=(0.9, 0.99), weight_decay=0.1)
+    cached, nll = CachedForward(mine, 12), []
+    for start in (0, 6, 12):
+        piece = tokens[start : start + 7]
+        state = cached.state_dict()
+        for step in range(3):
+            if step == 1:
+                after = cached.state_dict()
+            if step:
+                losses.mean().backward()  # noqa: F821
+                torch.nn.utils.clip_grad_norm_(mine.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+            if step < 2:
+                cached.load_state_dict(state)
+                logits = mine.head(cached(piece[None, :-1]))[0]
+                losses = torch.nn.functional.cross_entropy(logits, piece[1:], reduction="none")
+            if step == 0:
+                nll.append(losses.detach())
+        cached.load_state_dict(after)
+    torch.testing.assert_close(found.nll, torch.cat(nll), rtol=0, atol=1e-9)
+    assert found.forwards == pytest.approx((17 + 6 * 2 + 12 * 2 * 2) / 17)
+
+
+def test_it_learns_what_repeats_and_leaves_the_model_as_it_was(model):
+    tokens = _tokens(40).repeat(6)
+    own = copy.deepcopy(model).requires_grad_(True)
+    kept = [parameter.detach().clone() for parameter in own.parameters()]
+    for row in ("learn:chunk=8,lr=0.02", "learn:chunk=8,lr=0.02,what=all", "learn:chunk=8,lr=0.05,what=norms"):
+        found = learn(own, tokens, row, window=WINDOW)
+        assert found.nll[160:].mean() < found.unlearned[160:].mean() - 0.3, row
+        assert all(torch.equal(a, b) for a, b in zip(own.parameters(), kept, strict=True))
+        assert all(parameter.requires_grad and parameter.grad is None for parameter in own.parameters())
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("lern", "'lern': no such preset; the nearest is 'learn'"),
+        ("learn:rank=0", "rank=0: expected at least 1"),
+        ("learn:rank", "'rank' is not of the form"),
+        ("learn:chunk=13", "chunk=13 is longer than the window of 12"),
+        ("learn:projections=q/w", "projections=q/w: no projection 'w'"),
+        ("learn:projections=q/q", "expected different projections"),
+        ("learn:keys=recompute", "keys=recompute: expected 'stale'"),
+        ("learn:order=longest", "order=longest: expected 'stream'"),
+        ("learn:what=norms,rank=4", "'rank' does nothing here"),
+        ("learn:momentum=0.5", "'momentum' does nothing here"),
+        ("learn:betas=0.9", "betas=0.9:"),
+        ("learn:betas=a+b", "betas=a+b:"),
+        ("learn:chunk=8,scope=document", "expected a token that starts one"),
+        ("causal", "learns nothing"),
+    ],
+)
+def test_a_row_that_cannot_be_ends_with_one_line(model, row, words):
+    with pytest.raises(InputError) as caught:
+        learn(model, _tokens().repeat(3), row, window=WINDOW)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_losses_that_are_no_numbers_end_with_one_line(model):
+    broken = copy.deepcopy(model)
+    broken.tok_emb.weight[30] = float("nan")
+    with pytest.raises(InputError, match=r"a loss of nan for the token at position \d+: broken weights, or lr=0.0005"):
+        learn(broken, _tokens(), "learn:chunk=8", window=WINDOW)
+
+
+def test_other_models_are_refused():
+    with pytest.raises(InputError, match="models of this package only"):
+        LearningLoop(torch.nn.Linear(2, 2), parse_row("learn"), 64)

@@ -383,6 +383,13 @@ class GPT(nn.Module):
         attend = WindowAttention(tokens.size(1), self.config, tokens.device, length)
         return self.states(tokens, attend, dtype or self.tok_emb.weight.dtype, first=first)
 
+    def cast_matrices(self, dtype: torch.dtype) -> "GPT":
+        """Cast linear weights and embeddings for good, not in each forward; every state has the same bits."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.data = module.weight.data.to(dtype)
+        return self
+
     @property
     def order(self) -> tuple[int, ...]:
         """Layers in the order in which they run."""

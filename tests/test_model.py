@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from slotfast.model import GPT, GPTConfig
-from tests.models import PLAIN, SMALL
+from tests.models import PLAIN, SMALL, random_model
 
 VARIANTS = {
     "every part": {},
@@ -153,6 +153,15 @@ def test_no_position_sees_a_later_token(changes):
         before, after = model.hidden(tokens), model.hidden(other)
         assert torch.equal(before[:, :position], after[:, :position])
         assert not torch.equal(before[:, position:], after[:, position:])
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_matrices_cast_once_give_the_bits_of_matrices_cast_in_every_forward(changes):
+    model = random_model(**changes).float()
+    tokens = torch.arange(24).reshape(2, 12) % model.config.vocab_size
+    each_time = model.head(model.hidden(tokens, torch.bfloat16))
+    assert torch.equal(model.cast_matrices(torch.bfloat16).head(model.hidden(tokens, torch.bfloat16)), each_time)
+    assert model.tok_emb.weight.dtype == torch.bfloat16
 
 
 def test_gradients_reach_every_parameter():

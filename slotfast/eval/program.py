@@ -14,6 +14,7 @@ from ..command.plots import pyplot
 from ..command.ranks import join_ranks
 from ..command.run import deliver, no_exit
 from ..errors import InputError
+from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..words import counted
 from .inputs import choose_batch, choose_plan, choose_rows, choose_streaming, choose_training, read_inputs
@@ -67,6 +68,8 @@ def _evaluate(
     model = inputs.artifact.model(settings.weights, settings.backend).to(device)
     if dtype == torch.float64:
         model = model.double()
+    elif isinstance(model, GPT) and training is None:
+        model.cast_matrices(dtype)
     collected = TokenRows()
     sliding = SlidingPass(
         model,

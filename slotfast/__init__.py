@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 from .lazy import exports
 
 if TYPE_CHECKING:
-    from .slot import Adapted, adapt
+    from .artifact import Artifact, load_artifact, read_artifact, write_artifact
+    from .data import ByteTable, Tokenizer, TokenStream, open_shards, read_documents
+    from .errors import InputError
+    from .eval import Scored, SlidingPass, Streaming
+    from .model import GPT, GPTConfig
+    from .quantize import quantize_model
+    from .score import Meter, Score
+    from .slot import PRESETS, Adaptation, Adapted, Adapter, Calibration, adapt, parse_preset
+    from .windows import Plan
 
 
 def _interrupted(kind, error, trace):
@@ -22,5 +30,45 @@ if sys.argv[:1] == ["-m"]:  # so it is while Python looks for the module to run,
     sys.excepthook = _interrupted
 
 __version__ = "0.1.0"
-__all__ = ["Adapted", "adapt"]
-__getattr__, __dir__ = exports(__name__, {".slot": ["Adapted", "adapt"]})
+__all__ = [
+    "GPT",
+    "PRESETS",
+    "Adaptation",
+    "Adapted",
+    "Adapter",
+    "Artifact",
+    "ByteTable",
+    "Calibration",
+    "GPTConfig",
+    "InputError",
+    "Meter",
+    "Plan",
+    "Score",
+    "Scored",
+    "SlidingPass",
+    "Streaming",
+    "TokenStream",
+    "Tokenizer",
+    "adapt",
+    "load_artifact",
+    "open_shards",
+    "parse_preset",
+    "quantize_model",
+    "read_artifact",
+    "read_documents",
+    "write_artifact",
+]
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        ".artifact": ["Artifact", "load_artifact", "read_artifact", "write_artifact"],
+        ".data": ["ByteTable", "Tokenizer", "TokenStream", "open_shards", "read_documents"],
+        ".errors": ["InputError"],
+        ".eval": ["Scored", "SlidingPass", "Streaming"],
+        ".model": ["GPT", "GPTConfig"],
+        ".quantize": ["quantize_model"],
+        ".score": ["Meter", "Score"],
+        ".slot": ["PRESETS", "Adaptation", "Adapted", "Adapter", "Calibration", "adapt", "parse_preset"],
+        ".windows": ["Plan"],
+    },
+)

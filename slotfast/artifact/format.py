@@ -63,10 +63,17 @@ class Entry:
 
 
 def write_artifact(path: str | os.PathLike, artifact: Artifact) -> int:
-    """Write an artifact atomically.
+    """Write an artifact, whole or not at all.
+
+    Args:
+        path: of the file; what is there is replaced.
+        artifact: the model as it is stored.
 
     Returns:
         Size of the file in bytes.
+
+    Raises:
+        InputError: the file cannot be written.
     """
     parts = _encoded(artifact)
     with atomic_write(path) as file:
@@ -108,6 +115,12 @@ def _encoded(artifact: Artifact) -> list[bytes]:
 
 def read_artifact(path: str | os.PathLike) -> Artifact:
     """Read and verify an artifact; executes nothing and allocates at most what its model needs.
+
+    Args:
+        path: a .slotfast file.
+
+    Returns:
+        The model as it is stored; `.model()` builds it.
 
     Raises:
         InputError: missing, truncated, damaged or hostile file, NaN or infinite weights.

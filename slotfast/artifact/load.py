@@ -28,8 +28,12 @@ def load_artifact(path: str | os.PathLike, overrides: Mapping[str, Any] | None =
     """Read a model from our artifact, a community artifact or a checkpoint; executes nothing.
 
     Args:
+        path: of the file; what it is, its first bytes say.
         overrides: settings of the model that other people's files do not say; `generation` names one that gives the
             rest, see `read_community`.
+
+    Returns:
+        The model as it is stored; `.model()` builds it.
 
     Raises:
         InputError: damaged or hostile file, another kind of file, settings that are needed and missing, overrides for a

@@ -43,6 +43,7 @@ def show(settings: config.ShowSettings) -> tuple[dict[str, Any], str]:
             }
         )
     found = {
+        "schema": 1,
         "file": settings.file,
         "bytes": Path(settings.file).stat().st_size,
         "weights": sum(row["weights"] for row in rows),
@@ -142,7 +143,8 @@ def convert(settings: config.ConvertSettings) -> tuple[dict[str, Any], str]:
         artifact = replace(artifact, metadata={"imported": dict(artifact.metadata)})
     size = (write_artifact if suffix == ".slotfast" else write_community)(settings.out, artifact)
     before = Path(settings.file).stat().st_size
-    found = {"file": settings.file, "bytes": before, "out": settings.out, "out_bytes": size, "rounded": rounded}
+    found = {"schema": 1, "file": settings.file, "bytes": before, "out": settings.out, "out_bytes": size}
+    found["rounded"] = rounded
     lines = [f"{settings.out}: {size:,} bytes, from {before:,}", *assumed]
     if rounded:
         lines.append(f"rounded   all {len(rounded)} matrices, which were not quantised: 6 bits in blocks, 8 elsewhere")

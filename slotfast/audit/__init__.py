@@ -52,13 +52,13 @@ from typing import TYPE_CHECKING
 from ..lazy import exports
 
 if TYPE_CHECKING:
-    from .api import audit, audit_rows
+    from .api import audit
     from .checks import Test
     from .log import Log
     from .places import Hints
     from .report import Report
 
-__all__ = ["Hints", "Log", "Report", "Test", "audit", "audit_rows"]
+__all__ = ["Hints", "Log", "Report", "Test", "audit"]
 __getattr__, __dir__ = exports(
     __name__,
     {

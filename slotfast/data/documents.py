@@ -39,6 +39,9 @@ def read_documents(path: str | os.PathLike) -> Iterator[str]:
         path: `.jsonl` (one object a line, key `text`) or plain text (the whole file is one document), either one
             optionally compressed as .xz, .gz, .bz2 or .zst; UTF-8.
 
+    Returns:
+        The texts, read while they are taken.
+
     Raises:
         InputError: missing, a folder, truncated, not UTF-8, not JSON, a document of more than 1 GiB, or no plain text:
             a table by its name, JSON, or a binary file.

@@ -160,6 +160,9 @@ def open_shards(pattern: str, max_tokens: int | None = None, flag: str = "--toke
         pattern, flag: as for `shard_paths`.
         max_tokens: only the start of it.
 
+    Returns:
+        The shards one after the other, by name; their tokens stay on disk.
+
     Raises:
         InputError: nothing matches, or a shard is damaged.
     """

@@ -68,6 +68,7 @@ def report(
     if inputs.text_bytes:
         text |= asdict(inputs.text_bytes) | {"exact": inputs.text_bytes.exact}
     found = {
+        "schema": 1,  # of result.schema.json
         "preset": first["preset"],
         "resolved_preset": first["resolved_preset"],
         "causal": first["causal"],

@@ -99,6 +99,9 @@ def quantize_model(
             calls of `size`, that take longer.
         dtype: of the calibration's forward pass; the embedding's where None.
 
+    Returns:
+        The tensors as they are to be stored, and what became of each.
+
     Raises:
         InputError: an unknown choice, gptq without calibration, NaN or infinite weights or activations, a target that
             pruning cannot reach.

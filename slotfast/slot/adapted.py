@@ -66,6 +66,10 @@ def adapt(
         head: from hidden states [n, D], and a bias [V] before the soft cap for presets that add one there, to logits.
         allow_noncausal: needed for presets whose score has seen its own tokens.
 
+    Returns:
+        Losses with and without the adaptation, float32 [W, T] in nats, NaN where nothing is scored; and the state for
+        the next call.
+
     Raises:
         InputError: unknown preset, a preset that leaks, shapes or tokens that do not fit, a state of another preset or
             of another place in the stream: for presets that carry something, each window's context must be the tokens

@@ -113,8 +113,14 @@ def is_published(row: Adaptation) -> bool:
 def parse_preset(text: str) -> Adaptation:
     """A row from NAME or NAME:key=value,key=value.
 
+    Args:
+        text: a name of `PRESETS`, and changes of its keys.
+
+    Returns:
+        The row; its `name` is the preset's.
+
     Raises:
-        InputError: unknown name or key (with the nearest right one), or a value that does not fit.
+        InputError: unknown name or key (with a near one that exists), or a value that does not fit.
     """
     name, _, options = text.partition(":")
     if name not in PRESETS:

@@ -160,6 +160,7 @@ def _finish(
     measured = seconds["quantize"] + seconds.get("calibrate", 0.0)
     seconds["total"] = sum(seconds.values()) - measured + time.perf_counter() - start
     return {
+        "schema": 1,
         "preset": settings.preset,
         "ttt": metadata.get("ttt"),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -22,7 +22,7 @@ def _scores_ref(logits, bias, softcap, cap_after_bias):
 
 
 def _targets_ref(targets, vocabulary, ignore_index):
-    """Which positions count, which of those have no such token, and an index that is safe to gather with."""
+    """Which positions count, which of those name no token, and an index that is safe to gather with."""
     used = targets != ignore_index
     bad = used & ((targets < 0) | (targets >= vocabulary))
     return used, bad, targets.masked_fill(~used | bad, 0).long()

@@ -156,7 +156,7 @@ def _slope(z, softcap):
 
 @triton.jit
 def _load_targets(targets_ptr, window, offs_t, T, V, ignore_index):
-    """Targets, safe to gather with; which positions count, and which of those have no such token."""
+    """Targets that are safe to gather with; which positions count; which of those name no token of the vocabulary."""
     target = tl.load(targets_ptr + window * T + offs_t, mask=offs_t < T, other=ignore_index)
     used = target != ignore_index
     bad = used & ((target < 0) | (target >= V))

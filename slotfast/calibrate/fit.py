@@ -73,7 +73,7 @@ def calibrate(
     if not n_bytes.sum():
         raise InputError("the calibration text stands for no bytes")
 
-    # Rates are chosen beside repeats as they usually are, and alone where repeats turn out to be of no use
+    # Rates are chosen together with repeats at their default gates; alone, where repeats turn out to be useless
     decays = {adapter.row.decay for adapter in adapters}
     repeats = {d: Repeats(d, rows[0].document_decay, bos_id).take(torch.from_numpy(tokens)) for d in decays}
     both = [_mixed(each, repeats[a.row.decay], DEFAULT_GATES).sum() for each, a in zip(nll, adapters, strict=True)]

@@ -34,14 +34,14 @@ def join_ranks(name: str) -> Iterator[tuple[int, int, str]]:
             raise InputError(f"{values}: several processes need all of these, as torchrun sets them")
         rank, local, world = (int(values[variable]) for variable in variables[:3])
         if not rank < world:
-            raise InputError(f"RANK {rank} of WORLD_SIZE {world}: expected less")
+            raise InputError(f"RANK={rank}: expected 0 to {world - 1}, as WORLD_SIZE is {world}")
         if device.index is not None:
             raise InputError(f"--device {name}: under torchrun each process has its own; expected cuda")
     if device.type == "cuda":
         torch.cuda.set_device(local)
     if world > 1:
-        # Torch imports it some time. After this line its functions' defaults would be the group, which then outlives
-        # its end, with threads that now and then abort a process that is done.
+        # Torch imports this module lazily. Imported later than now, its functions would take the process group as a
+        # default argument and keep it alive, and its threads now and then abort a process that has finished.
         importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

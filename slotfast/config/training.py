@@ -231,6 +231,6 @@ TrainSettings.PRESETS |= {
         "muon": "muoneq-r",
         "qat": "soft",
     },
-    # Its coprime loader and late QAT were claimed; here they are there.
+    # Its description names a coprime loader and late QAT, which its code did not have; here both act.
     "pr1350": _PR1019 | {"qk_gain": 5.0, "bigram_buckets": 2048, "bigram_width": 128, "loader": "coprime"},
 }

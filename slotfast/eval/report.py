@@ -50,7 +50,7 @@ def report(
     """
     meter, device = result.meter, where["device"]
     if not meter.bytes.any():
-        raise InputError(f"{inputs.source}: its tokens stand for no bytes: there is nothing to count bits per")
+        raise InputError(f"{inputs.source}: its tokens stand for no bytes, so bits per byte is undefined")
     base, scores = meter.score(0), [meter.score(row + 1) for row in range(len(adapters))]
     ran = {"forward": where["forward"], "sinks": where["sinks"]}
     presets = [_preset(PRESETS["none"], base) | ran]

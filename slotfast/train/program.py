@@ -41,7 +41,7 @@ _COMMAND = "slotfast.train"
 _FREE = {"out", "text", "tokens", "data_path", "val_text", "val_tokens", "max_val_tokens", "tokenizer", "preset"}
 _FREE |= {"device", "dtype", "compile", "checkpoint", "checkpoint_steps", "checkpoint_seconds", "resume", "log_every"}
 _FREE |= {"val_every", "json_", "plot", "show_config", "force", "allow_noncausal", "target_bytes", "calibrate"}
-_AFTERWARDS = ("ttt", "quantize")  # how the names begin of those that act after all that a checkpoint holds
+_AFTERWARDS = ("ttt", "quantize")  # prefixes of settings that act after everything that a checkpoint holds
 _CALIBRATION_BYTES = 8192  # more than a calibration's numbers and its sketch take in the header
 _CALIBRATION_TOKENS = 100_000
 
@@ -364,7 +364,7 @@ def _logger(settings: config.TrainSettings, rank: int) -> Callable[[str], None]:
 
 
 def _describe(settings: config.TrainSettings, inputs: Inputs, model: GPTConfig, world: int) -> dict[str, Any]:
-    """What a checkpoint must agree with to be gone on from."""
+    """What a checkpoint must agree with before a training goes on from it."""
     chosen = {
         name: value
         for name, value in settings.model_dump().items()

@@ -27,6 +27,7 @@ _EXPECTED = {
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
     "missing": "a value",
+    "list_type": "a list",
 }
 
 

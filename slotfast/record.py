@@ -35,7 +35,7 @@ _ABOUT = (
 # Settings that say where a run reads and writes, or that the result states resolved: as its text, plan and device.
 _STATED = set(
     "artifact model tokens text data_path tokenizer preset batch_windows device allow_noncausal budget "
-    "json per_token resume plot force".split()
+    "json per_token resume plot force config".split()
 )
 # Of a model's metadata, what its training measured; of a preset, what is then calibrated where its name does not say.
 _MEASURED = {"seed", "steps", "seconds", "tokens", "scale", "calibration", "sketches"}

@@ -1,5 +1,6 @@
 """Settings: flags before variables before defaults, and errors that name what is right."""
 
+import json
 import re
 import typing
 
@@ -7,6 +8,8 @@ import pytest
 
 from slotfast import config
 from slotfast.errors import InputError
+
+CLASSES = [*config.Settings.__subclasses__(), config.ConvertSettings]
 
 
 def load(*argv):
@@ -108,3 +111,79 @@ def test_unread_variables_are_warned_about(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "warning: nothing reads the environment variable SLOT_STEP; the nearest that is read is SLOT_STEPS\n"
     )
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text):
+        (tmp_path / "run.toml").write_text(text)
+        return str(tmp_path / "run.toml")
+
+    return write
+
+
+def test_a_file_comes_after_flags_and_variables_and_before_a_preset(file, monkeypatch):
+    path = file(
+        'stride = 16\nseq-len = 128\nttt = true\nttt-lr = 1\npreset = ["none", "causal:k=3"]\njson = "r.json"\n'
+    )
+    monkeypatch.setenv("EVAL_SEQ_LEN", "256")
+    settings, sources = load("--config", path, "--json", "-")
+    assert (settings.stride, settings.seq_len, settings.json_, settings.ttt) == (16, 256, "-", True)
+    assert settings.ttt_lr == 1.0 and settings.preset == ["none", "causal:k=3"]
+    assert [sources[n] for n in ("stride", "seq_len", "json_", "dtype")] == [path, "EVAL_SEQ_LEN", "flag", "default"]
+    assert re.search(rf"^--stride +16 +{re.escape(path)}$", config.show(settings, sources), re.M)
+    path = file('preset = "pr1350"\nlayers = 3\n')
+    settings, sources = config.load(config.TrainSettings, "", "", ["--config", path, "--width", "64"])
+    assert (settings.preset, settings.layers, settings.width, settings.heads) == ("pr1350", 3, 64, 8)
+    assert (sources["layers"], sources["heads"]) == (path, "preset")
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_flag_can_be_a_line_of_a_file(cls, file):
+    """Its default, where that is a value; the file that says it is named."""
+    given, lines = [], []
+    for name, field in cls.model_fields.items():
+        key = name.strip("_").replace("_", "-")
+        if field.json_schema_extra["positional"] and typing.get_origin(field.annotation) is not list:
+            given.append("x")
+        elif name != "config_" and field.default is not None:
+            lines.append(f"{key} = {json.dumps(field.default)}")
+    path = file("\n".join(lines))
+    settings, sources = config.load(cls, "", "", [*given, "--config", path])
+    assert list(sources.values()).count(path) == len(lines) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("strid = 3", "run.toml: strid: no such flag; the nearest is stride$"),
+        ("seq_len = 3", "run.toml: seq_len: no such flag; the nearest is seq-len$"),
+        ('config = "x"', "run.toml: config: no such flag; see --help$"),
+        ("stride = 0", "run.toml: stride 0: expected at least 1$"),
+        ('stride = "x"', "run.toml: stride 'x': expected a whole number$"),
+        ("stride = true", "run.toml: stride True: expected no true or false$"),
+        ("stride = [3]", r"run.toml: stride \[3\]: expected one value$"),
+        ("ttt = 1", "run.toml: ttt 1: expected true or false$"),
+        ('preset = "none"', "run.toml: preset 'none': expected a list$"),
+        ("preset = [3]", "run.toml: preset 3: expected text$"),
+        ("[eval]\nstride = 3", "run.toml: eval: no such flag; see --help$"),
+        ("[stride]", "run.toml: stride {}: expected one value$"),
+        ("stride: 3", "--config '.*run.toml': expected a TOML file: .* line 1"),
+        ("stride = 3\nstride = 4", "--config '.*run.toml': expected a TOML file: Cannot overwrite a value"),
+        ("text = 1979-05-27", r"run.toml: text .*: expected text$"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_line(file, text, message):
+    with pytest.raises(InputError, match=message):
+        load("--config", file(text))
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="--config 'nowhere.toml': expected a TOML file: No such file"):
+        load("--config", "nowhere.toml")
+
+
+def test_the_file_is_never_written_over(file):
+    settings, _ = load("--force", "--config", file("stride = 3"), "--json", file("stride = 3"))
+    with pytest.raises(InputError, match="--config and --json: both are"):
+        config.check_outputs(settings)

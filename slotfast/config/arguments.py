@@ -16,6 +16,7 @@ from .outputs import file_or_folder, matching_files, results, shards
 ADAPTATION_VARIABLES = ("SLOT_ENABLED", *VARIABLES)
 _PLACES = {shards: "FOLDER", file_or_folder: "PATH", results: "RESULT", matching_files: "GLOB"}
 _WIDTH = 110
+_ABOUT_THE_COMMAND = ("config_", "show_config")
 
 
 def version() -> str:
@@ -66,8 +67,8 @@ def _parser(cls: Any, prog: str, description: str) -> "_Parser":
         for name, field in members:
             _add(group, name, field)
     group = parser.add_argument_group("this command")
-    if "show_config" in fields:
-        _add(group, "show_config", fields["show_config"])
+    for name in filter(fields.get, _ABOUT_THE_COMMAND):
+        _add(group, name, fields[name])
     group.add_argument("--version", action="version", version=version(), help="show the version and exit")
     group.add_argument("-h", "--help", action="help", help="show this and exit")
     return parser
@@ -76,7 +77,7 @@ def _parser(cls: Any, prog: str, description: str) -> "_Parser":
 def _groups(cls: Any) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """Titles and settings, in the order of the class, where a title stands by its first setting."""
     title, members = "arguments", []
-    own = {name: field for name, field in cls.model_fields.items() if name not in ("force", "show_config")}
+    own = {name: field for name, field in cls.model_fields.items() if name not in (*_ABOUT_THE_COMMAND, "force")}
     for name, field in own.items():
         if name in cls.GROUPS and members:
             yield title, members

@@ -1,4 +1,4 @@
-"""How settings are read: from flags, then environment variables, then a preset, then defaults.
+"""How settings are read: from flags, then environment variables, then a file, then a preset, then defaults.
 
 argparse reads the flags and pydantic validates the values. (pydantic-settings would do both, but it splits lists at the
 commas that `--preset NAME:key=value,key=value` needs, and does not tell where a value came from.)
@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import InputError, expected
 from ..words import nearest
 from .arguments import ADAPTATION_VARIABLES, flag, read_flags, variable
-from .outputs import Kind, Reads
+from .outputs import Kind, Reads, one_file
+from .toml import read_config
 
 # An unread variable that starts like one of these is probably misspelt.
 _PREFIXES = ("SLOT_", "SLOTFAST_", "EVAL_", "TTT_", "V20_")
@@ -65,6 +66,13 @@ class Settings(BaseModel):
     EXAMPLES: ClassVar[tuple[str, ...]] = ()
     CHANGES_ROWS: ClassVar[bool] = False  # whether ADAPTATION_VARIABLES act
     force: bool = setting(False, "overwrite an existing file of another kind")
+    config_: str | None = setting(
+        None,
+        "read flags that are not given here, nor by variables, from a TOML file: seq-len = 1024, ttt = true, "
+        'preset = ["none", "causal"]',
+        alias="config",
+        reads=one_file,
+    )
 
     def given(self) -> Iterator[tuple[str, Any, Any]]:
         """Flag, field and value of every setting that has one."""
@@ -85,7 +93,8 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         argv: arguments, sys.argv's by default.
 
     Returns:
-        The settings, and for each field where its value came from: "flag", the variable's name, "preset" or "default".
+        The settings, and for each field where its value came from: "flag", the name of the variable or
+        of the file, "preset" or "default".
 
     Raises:
         InputError: unknown flag (with a near one that exists), two values where one is taken, or a value out of range.
@@ -97,6 +106,10 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         found = variable(field)
         if found and name not in values and os.environ.get(found):
             values[name], sources[name] = os.environ[found], found
+    path = values.get("config_")
+    for name, value in read_config(cls, path).items() if path else ():
+        if name not in values:
+            values[name], sources[name] = value, path
     for name, value in _preset(cls, values).items():
         if name not in values:
             values[name], sources[name] = value, "preset"
@@ -106,7 +119,8 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         first = error.errors()[0]
         name = next(n for n, f in cls.model_fields.items() if first["loc"][0] in (n, f.alias))
         source = sources.get(name, "default")
-        where = flag(name, cls.model_fields[name]) if source == "flag" else source
+        called = flag(name, cls.model_fields[name])
+        where = {"flag": called, path: f"{path}: {called.lstrip('-')}"}.get(source, source)
         raise InputError(f"{where} {first['input']!r}: {expected(first)}") from None
     return settings, {name: sources.get(name, "default") for name in cls.model_fields}
 

@@ -5,8 +5,6 @@ a GPU and torch elsewhere. Nothing falls back silently. The operators registered
 the tensors' device, and have shapes and gradients, so that they trace under `torch.compile(fullgraph=True)`.
 """
 
-import functools
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from .banded import fused_banded_attention
 from .errors import InputError
+from .flash import flash_attention, torch_attention
 from .kernels import (
     PackedInt6,
     banded_attention_ref,
@@ -212,9 +211,6 @@ def _(x, low, high, scale, n, k):
 # ---------------------------------------------------------------------------------------------------------------------
 # attention
 
-# In the order in which they are tried; each has flash_attn_func(q, k, v, causal=...) on [B, T, heads, width].
-_FLASH_MODULES = ("flash_attn_interface", "flash_attn.cute", "flash_attn")
-
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention of the last positions, grouped where there are fewer key heads than query heads.
@@ -229,17 +225,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     flash = flash_attention(q.device) if q.dtype in (torch.bfloat16, torch.float16) else None
     if flash is not None:
         return flash(q, k, v)
-    return _torch_attention(q, k, v)
-
-
-def _torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    n, length, group = q.size(1), k.size(1), q.size(2) // k.size(2)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mask = None
-    if n < length:  # torch's own causal mask is that of the first positions
-        mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
-    options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": group > 1}  # a plain bool, traced or not
-    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+    return torch_attention(q, k, v)
 
 
 def without_own(y: Tensor, v: Tensor) -> Tensor:
@@ -255,44 +241,6 @@ def without_own(y: Tensor, v: Tensor) -> Tensor:
     own = F.normalize(v, dim=-1)[:, :, :, None, :]  # (B, T, kv_heads, 1, width)
     grouped = y.reshape(*v.shape[:3], y.size(2) // v.size(2), v.size(-1))
     return (grouped - (grouped * own).sum(-1, keepdim=True) * own).reshape(y.shape)
-
-
-# By type of device. A dictionary, not a cache decorator: a compiler that traces `attention` reads it, whereas it would
-# look through the decorator and trace the probe. Whoever compiles calls `flash_attention` once before.
-_FLASH: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor] | None] = {"cpu": None}
-
-
-def flash_attention(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """The first FlashAttention that computes a tiny grouped, causal bfloat16 case rightly on a device, or None.
-
-    An importable library proves nothing: it may lack kernels for this GPU, or be another one of the same name.
-    """
-    if device.type not in _FLASH:
-        _FLASH[device.type] = probe_flash_attention(device)
-    return _FLASH[device.type]
-
-
-def probe_flash_attention(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
-    """Call each library on a tiny input and compare with torch."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(1, 32, heads, 64, generator=generator).to(device, torch.bfloat16).contiguous()
-        for heads in (4, 2, 2)
-    )
-    expected = _torch_attention(q, k, v).float()
-    for name in _FLASH_MODULES:
-        try:
-            candidate = functools.partial(_call_flash, importlib.import_module(name).flash_attn_func)
-            if (candidate(q, k, v).float() - expected).abs().max() < 0.05:
-                return candidate
-        except Exception:  # whatever goes wrong in somebody else's library, it is not usable here
-            continue
-    return None
-
-
-def _call_flash(function: Callable, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    out = function(q, k, v, causal=True)
-    return out[0] if isinstance(out, tuple) else out  # some versions return the log-sum-exp as well
 
 
 def banded_attention(

@@ -20,12 +20,12 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
 from . import config
-from .bundle.pack import CAP_BYTES
 from .command.files import write_json
 from .command.run import deliver, run_command
+from .contest import CAP_BYTES, LARGEST_P, THRESHOLD_NATS
 from .errors import InputError, expected
 from .overlap import MAX_OVERLAP
-from .welch import LARGEST_P, THRESHOLD_NATS, Comparison, Sample, compare
+from .welch import Comparison, Sample, compare
 from .words import counted
 
 _ABOUT = (

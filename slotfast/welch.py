@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .contest import LARGEST_P, THRESHOLD_NATS
 from .errors import InputError
 from .words import counted
-
-THRESHOLD_NATS = 0.005
-LARGEST_P = 0.01
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import torch
 
 import slotfast
 from slotfast import kernels
-from slotfast.bundle import CAP_BYTES, inline, self_extracting, write_hub
+from slotfast.bundle import inline, self_extracting, write_hub
 from slotfast.bundle.__main__ import main
 from slotfast.bundle.source import Folder
+from slotfast.contest import CAP_BYTES
 from slotfast.errors import InputError
 
 PUBLIC = {name: getattr(kernels, name) for name in kernels.__all__}

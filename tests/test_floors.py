@@ -10,12 +10,12 @@ import slotfast
 
 ROOT = Path(slotfast.__file__).parent
 FLOORS = [
-    {"errors", "words", "variables", "lazy", "kernels"},
-    {"windows", "welch", "loader", "command", "ops", "banded", "lbfgs"},
+    {"errors", "contest", "words", "variables", "lazy", "kernels"},
+    {"windows", "welch", "loader", "command", "ops", "banded", "flash", "lbfgs"},
     {"data", "corpus", "score", "overlap", "optim", "model", "slot"},
     {"stream", "quantize", "generate", "learn", "ttt"},
     {"artifact", "config"},
-    {"foreign", "foreign_stream"},
+    {"foreign"},
     {"eval", "bundle"},
     {"calibrate", "record"},
     {"train", "audit"},

@@ -161,7 +161,7 @@ def test_a_large_vocabulary_scores_its_shards_like_plain_torch(project, capsys, 
     # the shipped tokenizer stands for the bytes of the first 1,024 ids alone
     with pytest.raises(InputError, match="1024 pieces; the model gives 50257 logits"):
         main(["--model", "theirs:wide", "--tokens", str(project / "a.bin")])
-    monkeypatch.setattr("slotfast.foreign._PADDING_ROWS", 1 << 20)
+    monkeypatch.setattr("slotfast.foreign.models._PADDING_ROWS", 1 << 20)
     arguments = ("--tokens", project / "a.bin", "--preset", "none", "--seq-len", 128)
     found = _run(capsys, "--model", "theirs:wide", *arguments)
     ids = torch.from_numpy(tokens)

@@ -8,7 +8,7 @@ import torch
 
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main
-from slotfast.foreign_stream import OwnStream, TransformersStream, transformers_stream
+from slotfast.foreign.streams import OwnStream, TransformersStream, transformers_stream
 
 V, LONGEST, WINDOW = 97, 64, 16
 SIZES = {"vocab_size": V, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": LONGEST}

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from slotfast import ops
+from slotfast import flash, ops
 from slotfast.errors import InputError
 from slotfast.kernels import pack_int6
 
@@ -131,7 +131,7 @@ def _right(with_lse, calls, name):
     def flash_attn_func(q, k, v, causal=False):
         assert causal and q.dtype == torch.bfloat16 and q.shape[2] % k.shape[2] == 0
         calls.append(name)
-        out = ops._torch_attention(q, k, v)
+        out = flash.torch_attention(q, k, v)
         return (out, torch.zeros(1)) if with_lse else out
 
     return flash_attn_func
@@ -139,25 +139,25 @@ def _right(with_lse, calls, name):
 
 @pytest.fixture
 def no_libraries(monkeypatch):
-    for name in ops._FLASH_MODULES:
+    for name in flash.MODULES:
         monkeypatch.setitem(sys.modules, name, None)  # import fails
 
 
-@pytest.mark.parametrize("name", ops._FLASH_MODULES)
+@pytest.mark.parametrize("name", flash.MODULES)
 @pytest.mark.parametrize("with_lse", [False, True])
 def test_each_library_is_found_by_calling_it(monkeypatch, no_libraries, name, with_lse):
     calls = []
     _library(monkeypatch, name, _right(with_lse, calls, name))
-    flash = ops.probe_flash_attention(torch.device("cpu"))
+    found = flash.probe_flash_attention(torch.device("cpu"))
     q, k, v = _qkv(dtype=torch.bfloat16)
-    assert torch.equal(flash(q, k, v), ops._torch_attention(q, k, v)) and calls == [name, name]
+    assert torch.equal(found(q, k, v), flash.torch_attention(q, k, v)) and calls == [name, name]
 
 
 def test_libraries_are_tried_in_order(monkeypatch, no_libraries):
     calls = []
-    for name in reversed(ops._FLASH_MODULES):
+    for name in reversed(flash.MODULES):
         _library(monkeypatch, name, _right(False, calls, name))
-    ops.probe_flash_attention(torch.device("cpu"))
+    flash.probe_flash_attention(torch.device("cpu"))
     assert calls == ["flash_attn_interface"]
 
 
@@ -177,13 +177,13 @@ def _nan(q, k, v, causal=False):
 def test_a_library_that_does_not_work_is_passed_over(monkeypatch, no_libraries, broken):
     calls = []
     _library(monkeypatch, "flash_attn_interface", broken)
-    assert ops.probe_flash_attention(torch.device("cpu")) is None
+    assert flash.probe_flash_attention(torch.device("cpu")) is None
     _library(monkeypatch, "flash_attn", _right(False, calls, "flash_attn"))
-    assert ops.probe_flash_attention(torch.device("cpu")) is not None and calls == ["flash_attn"]
+    assert flash.probe_flash_attention(torch.device("cpu")) is not None and calls == ["flash_attn"]
 
 
 def test_torch_attends_where_there_is_no_gpu():
-    assert ops.flash_attention(torch.device("cpu")) is None
+    assert flash.flash_attention(torch.device("cpu")) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from slotfast import config, ops, train
+from slotfast import config, flash, train
 from slotfast.artifact import read_artifact
 from slotfast.command import checkpoint
 from slotfast.data import write_shard
@@ -225,10 +225,10 @@ def test_the_average_is_what_the_model_ends_with(average, decay):
 
 def test_the_forward_compiles_in_one_graph_in_every_form(monkeypatch):
     """As on a GPU with FlashAttention, where the library was found before; forms change as the training goes on."""
-    library = SimpleNamespace(flash_attn_func=lambda q, k, v, causal: ops._torch_attention(q, k, v))
-    monkeypatch.setitem(sys.modules, ops._FLASH_MODULES[0], library)
-    monkeypatch.setitem(ops._FLASH, "cpu", ops.probe_flash_attention(torch.device("cpu")))
-    assert ops.flash_attention(torch.device("cpu")) is not None
+    library = SimpleNamespace(flash_attn_func=lambda q, k, v, causal: flash.torch_attention(q, k, v))
+    monkeypatch.setitem(sys.modules, flash.MODULES[0], library)
+    monkeypatch.setitem(flash._FOUND, "cpu", flash.probe_flash_attention(torch.device("cpu")))
+    assert flash.flash_attention(torch.device("cpu")) is not None
     trainer = _trainer(**{**EVERYTHING, "layers": 2, "loop_start": 0, "loop_end": 0, "value_layers": 1})
     model = trainer.model
     for parameter in model.parameters():  # zero-initialised parts would hide a form that does not act

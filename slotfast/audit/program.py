@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .. import __version__, config
 from ..command.files import json_text, write_json
 from ..command.run import deliver
+from ..contest import VALIDATION_BYTES, VALIDATION_DOCUMENTS
 from ..data import TokenStream
 from ..errors import InputError
 from .api import audit_rows
@@ -31,7 +32,6 @@ from .log import Record
 from .report import Report
 
 _OWN_RERUNS, _OWN_SECONDS = 32, 20.0  # a round; of each row
-_CONTEST_DOCUMENTS, _CONTEST_BYTES = 50_000, (151_070_000, 151_080_000)
 
 
 def run(settings: config.AuditSettings, argv: Sequence[str]) -> None:
@@ -127,7 +127,7 @@ def _denominator(subject: Subject) -> list[Test]:
     if subject.whole is None or subject.byte_rule is None:
         return []
     documents = subject.whole.count(subject.stream.bos_id)
-    if subject.text_bytes is None and documents != _CONTEST_DOCUMENTS:
+    if subject.text_bytes is None and documents != VALIDATION_DOCUMENTS:
         return []
     verdict: Verdict
     if subject.text_bytes:
@@ -139,7 +139,7 @@ def _denominator(subject: Subject) -> list[Test]:
     for chunk in subject.whole.chunks():
         total += int(subject.byte_rule(np.concatenate([last, chunk]))[1:].sum())
         last = chunk[-1:]
-    low, high = _CONTEST_BYTES
+    low, high = VALIDATION_BYTES
     verdict = "PASS" if low <= total <= high else "FAIL"
     detail = f"{total:,} bytes; the contest's validation set has {low:,} to {high:,}"
     return [Test("denominator", verdict, ("bytes",), f"{documents:,} documents", detail)]

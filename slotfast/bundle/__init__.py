@@ -7,9 +7,7 @@ from ..lazy import exports
 if TYPE_CHECKING:
     from .hub import write_hub
     from .inline import inline
-    from .pack import CAP_BYTES, self_extracting
+    from .pack import self_extracting
 
-__all__ = ["CAP_BYTES", "inline", "self_extracting", "write_hub"]
-__getattr__, __dir__ = exports(
-    __name__, {".hub": ["write_hub"], ".inline": ["inline"], ".pack": ["CAP_BYTES", "self_extracting"]}
-)
+__all__ = ["inline", "self_extracting", "write_hub"]
+__getattr__, __dir__ = exports(__name__, {".hub": ["write_hub"], ".inline": ["inline"], ".pack": ["self_extracting"]})

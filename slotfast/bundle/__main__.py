@@ -6,9 +6,10 @@ from pathlib import Path
 from .. import config
 from ..command.files import atomic_write
 from ..command.run import run_command
+from ..contest import CAP_BYTES
 from ..errors import InputError
 from ..words import counted
-from .pack import CAP_BYTES, self_extracting
+from .pack import self_extracting
 
 _ABOUT = (
     "The kernels to take along: in a script's one file (--script, --out), or as a folder of the kernel hub (--hub). "

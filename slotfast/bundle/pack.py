@@ -3,8 +3,6 @@
 import base64
 import lzma
 
-CAP_BYTES = 16_000_000  # code and model of an entry; decimal megabytes
-
 # Raw LZMA2 with the dictionary that decoders take for granted, so that the wrapper need not say.
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 23, "lc": 4, "pb": 0}]
 # Triton compiles from source, which it asks `inspect` for, which asks `linecache`. A time of None keeps an entry there

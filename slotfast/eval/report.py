@@ -15,6 +15,7 @@ import torch
 from .. import __version__
 from ..command.files import atomic_write
 from ..config import EvalSettings
+from ..contest import VALIDATION_WINDOWS
 from ..data import is_jsonl
 from ..errors import InputError
 from ..overlap import seen
@@ -27,7 +28,6 @@ from .loop import Scored, SlidingPass
 from .notes import notes
 
 _COLUMNS = ("position", "token", "n_bytes", "nll")
-_CONTEST_WINDOWS = 969_057  # of the contest's validation stream, length 2048, stride 64
 
 
 def report(
@@ -60,7 +60,7 @@ def report(
     first = presets[min(1, len(presets) - 1)]
     passed = sum(result.seconds.values())
     speed = len(plan) / passed if passed else None
-    projected = _CONTEST_WINDOWS / (8 * speed / where["ranks"]) if speed and device != "cpu" else None
+    projected = VALIDATION_WINDOWS / (8 * speed / where["ranks"]) if speed and device != "cpu" else None
     metadata = inputs.artifact.metadata
     text = {"source": inputs.source, "sha256": inputs.stream.sha256(), "documents": len(meter.tokens)}
     text["seen"] = seen(inputs.stream, metadata)

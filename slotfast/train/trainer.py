@@ -12,10 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .. import ops
 from ..config import TrainSettings
 from ..data import TokenStream
 from ..errors import InputError
+from ..flash import flash_attention
 from ..loader import Loader
 from ..model import GPT
 from ..optim import Muon, WeightAverage, average_gradients
@@ -60,7 +60,7 @@ class Trainer:
         self.on_save, self.on_validate, self.log = on_save, on_validate, log
         self.group = dist.group.WORLD if world > 1 else None
         on_gpu = self.device.type == "cuda"
-        ops.flash_attention(self.device)  # found before anything is compiled
+        flash_attention(self.device)  # found before anything is compiled
         self.forward: nn.Module = torch.compile(model) if on_gpu and settings.compile == "auto" else model
         self.muon, self.adam = build_optimizers(model, settings, dtype, self.group)
         self.average = None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError
+from ..errors import InputError
 
 _PROBE_TOKENS = 24
 _PROBE_WINDOW = 5

@@ -1,34 +1,24 @@
-"""Models of other projects behind the interface of ours: a factory's torch module, or a Hugging Face folder.
-
-The evaluation asks a model for `hidden(tokens, dtype)` and `head(hidden)`. A module that has `hidden(tokens)` and
-`head(hidden)` apart keeps them; of one that only maps tokens to logits, the logits are the hidden states and the head
-does nothing. A module with `stream(tokens, state)`, and one of a Hugging Face folder, can be forwarded as a stream.
-Before anything is scored, a few tokens go through the model: it must give finite logits of one
-vocabulary, and a changed token must leave the logits before it as they were.
-"""
+"""Models of other projects: a factory's torch module, or a Hugging Face folder, behind the interface of ours."""
 
 import functools
-import hashlib
 import importlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from .config import EvalSettings
-from .data import ByteTable, Tokenizer
-from .errors import InputError
-from .foreign_stream import OwnStream, transformers_stream
+from ..config import EvalSettings
+from ..data import Tokenizer
+from ..errors import InputError
+from .library import first_line, transformers_library
+from .streams import OwnStream, transformers_stream
+from .tokenizers import HuggingFaceTokenizer
 
 _NARROW = (torch.bfloat16, torch.float16)
 _PROBE_TOKENS = 16
@@ -87,7 +77,7 @@ class LanguageModel(nn.Module):
                 raise
             except Exception as error:  # whatever somebody else's code raises
                 shape = list(tokens.shape)
-                raise InputError(f"--model: fails on tokens int64 {shape}: {_first_line(error)}") from error
+                raise InputError(f"--model: fails on tokens int64 {shape}: {first_line(error)}") from error
             if self._hidden is None and isinstance(states, tuple | list) and not hasattr(states, "logits"):
                 states = next(iter(states), states)  # nanoGPT's logits and loss
             return self._as_hidden(getattr(states, "logits", states), dtype)[:, first:]
@@ -201,7 +191,7 @@ def _from_factory(name: str) -> tuple[nn.Module, LanguageModel]:
             factory = getattr(factory, part)
         module = factory()
     except Exception as error:  # whatever somebody else's code raises
-        raise InputError(f"--model {name}: {_first_line(error)}") from error
+        raise InputError(f"--model {name}: {first_line(error)}") from error
     if not isinstance(module, nn.Module):
         raise InputError(f"--model {name}: returned {type(module).__name__}, expected a torch.nn.Module")
     module = module.eval().requires_grad_(False)
@@ -214,7 +204,7 @@ def _from_factory(name: str) -> tuple[nn.Module, LanguageModel]:
 
 def _from_folder(folder: Path) -> tuple[nn.Module, LanguageModel]:
     """A Hugging Face causal language model of a local folder, as it is and behind our interface; runs no code of it."""
-    transformers = _transformers(folder)
+    transformers = transformers_library(folder)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -227,7 +217,7 @@ def _from_folder(folder: Path) -> tuple[nn.Module, LanguageModel]:
             output_loading_info=True,
         )
     except Exception as error:  # damaged files raise whatever their parsers raise
-        raise InputError(f"{folder}: not a causal language model: {_first_line(error)}") from None
+        raise InputError(f"{folder}: not a causal language model: {first_line(error)}") from None
     # transformers would start such weights at random, with a warning
     absent = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if absent:
@@ -256,13 +246,6 @@ def _from_folder(folder: Path) -> tuple[nn.Module, LanguageModel]:
     return module, LanguageModel(module, *((hidden, head) if apart else (None, None)), stream)
 
 
-def _transformers(folder: Path) -> ModuleType:
-    try:
-        return importlib.import_module("transformers")
-    except ImportError:
-        raise InputError(f"{folder}: reading it needs transformers: pip install 'slotfast[hf]'") from None
-
-
 def _declared_length(module: nn.Module) -> int | None:
     """Positions that a module, or its `config`, says it was made for."""
     for owner in (module, getattr(module, "config", None)):
@@ -287,7 +270,7 @@ def _probe(model: LanguageModel, where: str, length: int) -> int:
     except InputError as error:
         raise InputError(f"{where}:{str(error).removeprefix('--model:')}") from error
     except Exception as error:  # whatever somebody else's code raises
-        raise InputError(f"{where}: fails on tokens int64 [2, {length}]: {_first_line(error)}") from error
+        raise InputError(f"{where}: fails on tokens int64 [2, {length}]: {first_line(error)}") from error
     if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != (2, length):
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         last = ", of every position and not of the last alone" if shape[:2] == [2, 1] else ""
@@ -299,116 +282,3 @@ def _probe(model: LanguageModel, where: str, length: int) -> int:
         moved = float((before - after).abs().max())
         raise InputError(f"{where}: a token moves logits before it by up to {moved:.3g}: not a causal language model")
     return logits.size(-1)
-
-
-def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer of the `tokenizers` library and the byte count of each of its pieces.
-
-    A document starts with the tokenizer's BOS, or its EOS where it has none. Special tokens written out in a text are
-    text.
-
-    Args:
-        path: a folder with tokenizer.json, or with what transformers makes one of.
-
-    Raises:
-        InputError: no such tokenizer there, or one without BOS and EOS.
-    """
-
-    def __init__(self, path: Path):
-        self.path = Path(path)
-        transformers = _transformers(self.path)
-        try:
-            loaded = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            self._backend = loaded.backend_tokenizer
-        except Exception as error:  # damaged files raise whatever their parsers raise
-            raise InputError(f"{path}: not a tokenizer of the tokenizers library: {_first_line(error)}") from None
-        found = (loaded.bos_token_id, loaded.eos_token_id)
-        self._separator = next((token for token in found if token is not None), None)
-        if self._separator is None:
-            raise InputError(f"{path}: has neither BOS nor EOS; every document must start with one")
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._model = self._backend.to_str().encode()
-        self._backend.encode_special_tokens = True
-
-    @property
-    def vocab_size(self) -> int:
-        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
-
-    @property
-    def bos_id(self) -> int:
-        return self._separator
-
-    @property
-    def unknown_id(self) -> int:
-        return self._unknown
-
-    @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self._model).hexdigest()
-
-    @cached_property
-    def _unknown(self) -> int:
-        """The token of unknown characters, -1 where there is none: GPT-2's never comes, as every byte has a piece."""
-        model = json.loads(self._model)["model"]
-        if isinstance(model.get("unk_token"), str):
-            token = self._backend.token_to_id(model["unk_token"])
-        else:
-            token = model.get("unk_id")  # of Unigram models
-        return -1 if token is None or token == self._separator else token
-
-    @cached_property
-    def byte_table(self) -> ByteTable:
-        """UTF-8 bytes of each piece, from how its decoder spells it; `encode_documents` holds their sums to the text.
-
-        A byte-level piece has a character a byte. Another one spells spaces as U+2581, and single bytes as <0x0A>.
-        """
-        stored = json.loads(self._model)
-        decoder = stored["decoder"] or {}
-        kinds = {part["type"] for part in [decoder, *decoder.get("decoders", [])] if part}
-        byte_level = "ByteLevel" in kinds
-        space = "\u0120" if byte_level else "\u2581"
-        special = {token["id"] for token in stored["added_tokens"] if token["special"]} | {self._unknown}
-        literal = {token["id"] for token in stored["added_tokens"]} - special
-        # Some put a space in front of every text; the rule for leading spaces leaves it out behind BOS.
-        first = self._backend.encode("a", add_special_tokens=False).tokens[:1]
-        prepends = bool(first) and first[0].startswith(space)
-        size = self.vocab_size
-        table = ByteTable(np.zeros(size, np.int64), np.zeros(size, bool), np.zeros(size, bool))
-        for piece, token in self._backend.get_vocab(with_added_tokens=True).items():
-            if token in special:
-                table.boundary[token] = True
-            elif token in literal:
-                table.base[token] = len(piece.encode("utf-8"))
-            elif "ByteFallback" in kinds and re.fullmatch(r"<0x[0-9A-F]{2}>", piece):
-                table.base[token] = 1
-            else:
-                table.leading_space[token] = prepends and piece.startswith(space)
-                piece = piece[int(table.leading_space[token]) :]
-                table.base[token] = len(piece if byte_level else piece.replace(space, " ").encode("utf-8"))
-        return table
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of one document, its separator first.
-
-        Raises:
-            InputError: a lone surrogate.
-        """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise InputError(f"lone surrogate at character {error.start}: not text") from None
-        return [self.bos_id, *self._backend.encode(text, add_special_tokens=False).ids]
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of token ids; special tokens vanish."""
-        return self._backend.decode([int(token) for token in ids], skip_special_tokens=True)
-
-    def normalized(self, text: str, ids: np.ndarray) -> str:
-        """What the pieces spell: the text, where the tokenizer loses nothing."""
-        return self.decode(ids)

@@ -1,0 +1,8 @@
+"""What the contest fixed: sizes, its validation stream, and when a record counts. Source: openai/parameter-golf."""
+
+CAP_BYTES = 16_000_000  # code and model of an entry; decimal megabytes
+VALIDATION_DOCUMENTS = 50_000
+VALIDATION_BYTES = (151_070_000, 151_080_000)  # least and most that its byte rule gives
+VALIDATION_WINDOWS = 969_057  # of length 2048 and stride 64
+THRESHOLD_NATS = 0.005  # by which a record must beat the one before
+LARGEST_P = 0.01  # of the test that it does

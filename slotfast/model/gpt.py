@@ -1,0 +1,126 @@
+"""The whole model."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from .config import GPTConfig
+from .layers import Attend, BigramHash, Block, Linear, SmearGate, ValueEmbedding, WindowAttention, rms_norm, softcap
+
+
+class GPT(nn.Module):
+    """The whole model.
+
+    Args:
+        config: shape and parts.
+
+    `looping` is for training, which may run every layer once at first: False leaves the repetitions out.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.looping = True
+        self.tok_emb = nn.Embedding(config.vocab_size, config.width)
+        nn.init.normal_(self.tok_emb.weight, std=0.005)
+        self.bigram = BigramHash(config) if config.bigram_buckets else None
+        self.smear = SmearGate(config) if config.smear else None
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.skip_weights = nn.Parameter(torch.ones(config.skips, config.width)) if config.skips else None
+        gates = config.skips and config.skip_gates
+        self.skip_gates = nn.Parameter(torch.zeros(config.skips, config.width)) if gates else None
+        has_values = config.value_width and config.value_layers
+        self.ve_shared = ValueEmbedding(config) if has_values else None
+        scales = config.value_layers if has_values else ()
+        self.ve_layer_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in scales)
+        self.lm_head = None if config.tied else Linear(config.width, config.vocab_size)
+
+    def hidden(
+        self, tokens: Tensor, dtype: torch.dtype | None = None, first: int = 0, length: int | None = None
+    ) -> Tensor:
+        """Normalised states before the output matrix, of windows.
+
+        Args:
+            tokens: int [B, T].
+            dtype: of the computation; the embedding's where None.
+            first: position from which on states are wanted; the last layer leaves out what those before it alone need.
+            length: that the windows would have, were there more of the stream; T by default.
+
+        Returns:
+            [B, T - first, width] in that dtype.
+        """
+        attend = WindowAttention(tokens.size(1), self.config, tokens.device, length)
+        return self.states(tokens, attend, dtype or self.tok_emb.weight.dtype, first=first)
+
+    def cast_matrices(self, dtype: torch.dtype) -> "GPT":
+        """Cast linear weights and embeddings for good, not in each forward; every state has the same bits."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                module.weight.data = module.weight.data.to(dtype)
+        return self
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Layers in the order in which they run."""
+        return self.config.order if self.looping else tuple(range(self.config.layers))
+
+    def states(self, tokens: Tensor, attend: Attend, dtype: torch.dtype, before: int = 0, first: int = 0) -> Tensor:
+        """Normalised states before the output matrix, of tokens that attend as `attend` says.
+
+        Args:
+            tokens: int [B, before + T].
+            attend: called once for each layer's run, with the queries, keys and values of the last T tokens.
+            dtype: of the computation.
+            before: leading tokens that only smear gate and bigram hash look at.
+            first: of the T positions, the first whose state is wanted.
+
+        Returns:
+            [B, T - first, width] in that dtype.
+        """
+        x = self.tok_emb(tokens).to(dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens, dtype)
+        x = rms_norm(x)
+        if self.smear is not None:
+            x = self.smear(x, tokens)
+        x, tokens = x[:, before:], tokens[:, before:]
+        x0, skips = x, []
+        value = self.ve_shared(tokens, dtype) if self.ve_shared is not None else None
+        order = self.order
+        half = len(order) // 2
+        for run, layer in enumerate(order):
+            if skips and run >= half:
+                x = self.add_skip(x, skips.pop(), run - half)
+            own_value = None
+            if value is not None and layer in self.config.value_layers:
+                own_value = value * self.ve_layer_scales[self.config.value_layers.index(layer)].to(dtype)
+            x = self.blocks[layer](x, x0, own_value, attend, run, first if run == len(order) - 1 else 0)
+            if self.config.unet and run < half:
+                skips.append(x)
+        return rms_norm(x)
+
+    def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
+        """States x joined by those of the skip that step `index` of the second half takes; both [B, T, width]."""
+        skip = self.skip_weights[index].to(x.dtype) * skip
+        if self.skip_gates is None:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states [..., width] before the soft cap, in their dtype [..., vocab_size]."""
+        matrix = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(hidden, matrix.to(hidden.dtype))
+
+    def head(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits of hidden states [..., width], soft-capped, float32 (float64 for float64) [..., vocab_size].
+
+        A bias [..., vocab_size] is added before the cap.
+        """
+        logits = self.unembed(hidden)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        return softcap(logits if bias is None else logits + bias, self.config.softcap)
+
+    def forward(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Mean cross-entropy in nats; tokens and targets int [B, T]."""
+        return ops.cross_entropy(self.unembed(self.hidden(tokens, dtype)), targets, softcap=self.config.softcap).mean()

@@ -29,7 +29,7 @@ from .first_runs import with_first_runs
 from .fresh_process import run_in_process
 from .inputs import DRAWN, Subject, read_subject
 from .log import Record
-from .report import Report
+from .report import LEGEND, Report
 
 _OWN_RERUNS, _OWN_SECONDS = 32, 20.0  # a round; of each row
 
@@ -60,7 +60,7 @@ def run(settings: config.AuditSettings, argv: Sequence[str]) -> None:
         )
     disagreements = [line for report in reports for line in _disagreement(report, subject)]
     result = _result(settings, subject, reports, disagreements, argv)
-    shown = "\n".join(["\n\n".join(map(str, reports)), "", *disagreements, result["summary"]])
+    shown = "\n".join(["\n\n".join(map(Report.table, reports)), "", LEGEND, *disagreements, result["summary"]])
     deliver(
         json_text(result, allow_nan=True) if settings.json_ == "-" else shown,
         (settings.certificate, lambda path: write_json(path, result, allow_nan=True)),

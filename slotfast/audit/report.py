@@ -7,6 +7,11 @@ import numpy as np
 
 from .checks import NEEDED, Findings, Test, Verdict
 
+LEGEND = (
+    "C1: only earlier tokens matter; C2: whole distributions, fixed before their token is seen; C3: charged before "
+    "learned from; C4: one pass, left to right, each token once; bytes: as the rule counts them"
+)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -80,6 +85,10 @@ class Report:
         }
 
     def __str__(self) -> str:
+        """A table for people, and what its conditions are."""
+        return f"{self.table()}\n  {LEGEND}"
+
+    def table(self) -> str:
         """A table for people."""
         seeds = ", ".join(map(str, self.seeds))
         lines = [

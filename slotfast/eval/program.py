@@ -6,18 +6,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from .. import config, ops
 from ..command.files import json_text, write_json
 from ..command.plots import pyplot
+from ..command.progress import Progress
 from ..command.ranks import join_ranks
 from ..command.run import deliver, no_exit
 from ..errors import InputError
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..words import counted
-from .inputs import choose_batch, choose_plan, choose_rows, choose_streaming, choose_training, read_inputs
+from .inputs import Inputs, choose_batch, choose_plan, choose_rows, choose_streaming, choose_training, read_inputs
 from .loop import SlidingPass
 from .plot import draw
 from .report import TokenRows, list_presets, merge_work, peak_memory_bytes, report, show_preset, table
@@ -104,7 +104,9 @@ def _evaluate(
         run = describe(settings, inputs, model, plan, adapters, where)
         saver = Saver(rank_path(settings.resume, rank), run, sliding, collected)
     loaded = time.perf_counter()
-    with _progress(len(plan.owned(rank, world)), sliding.windows, silent=rank > 0) as progress:
+    if not rank:
+        print(_intent(inputs, rows, len(plan), where["device"]), file=sys.stderr, flush=True)
+    with Progress(len(plan.owned(rank, world)), sliding.windows, "windows", silent=rank > 0) as progress:
         sliding.run(
             on_scored=collected.add if settings.per_token else None,
             on_windows=progress,
@@ -130,31 +132,16 @@ def _evaluate(
     return report(settings, inputs, plan, adapters, work, sliding, seconds, where), sliding, collected
 
 
+def _intent(inputs: Inputs, rows: list[Adaptation], windows: int, device: str) -> str:
+    """What will be done, in a line."""
+    names = ", ".join(dict.fromkeys(["none", *(row.name for row in rows)]))
+    tokens, count = counted(max(len(inputs.stream) - 1, 0), "token"), counted(windows, "window")
+    return f"scoring {tokens} of {inputs.source} in {count} on {device}: {names}"
+
+
 def _check_outputs(settings: config.EvalSettings, rank: int) -> None:
     """Refuse before the work what could not be written after it."""
     own = {f"--resume of rank {rank}": (rank_path(settings.resume, rank), config.PROGRESS)} if settings.resume else {}
     config.check_outputs(settings, own if rank else None)
     if settings.plot:
         pyplot()
-
-
-class _progress:
-    """A bar on a terminal, a line every ten seconds elsewhere; called with the number of windows just done."""
-
-    def __init__(self, total: int, done: int, silent: bool):
-        self.total, self.silent, self.done, self.last = total, silent, done, time.perf_counter()
-        options = {"unit": " windows", "file": sys.stderr, "leave": False, "disable": True if silent else None}
-        self.bar = tqdm(total=total, initial=done, **options)
-
-    def __enter__(self) -> "_progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def __call__(self, windows: int) -> None:
-        self.done += windows
-        self.bar.update(windows)
-        if self.bar.disable and not self.silent and time.perf_counter() - self.last > 10:
-            self.last = time.perf_counter()
-            print(f"{self.done} of {self.total} windows", file=sys.stderr, flush=True)

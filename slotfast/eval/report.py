@@ -171,6 +171,8 @@ def table(found: dict[str, Any]) -> str:
             error = "n/a" if adapted["gain_se"] is None else f"{adapted['gain_se']:.4f}"
         verdict = "yes" if row["causal"] else f"NO: {row['why'].partition(',')[0]}"
         lines.append(f"{row['preset']:<{width}}{adapted['bpb']:>9.4f}{gain:>10}{error:>9}   {verdict}")
+    if len(found["presets"]) > 1:
+        lines.append("gain: bits per byte less than none, the model unadapted, token by token; s.e. by document")
     rates = [row["resolved_preset"] for row in found["presets"] if row["resolved_preset"]["optimizer"] == "rates"]
     if not found["calibrated"] and rates:
         scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(row["scale"] for row in rates))

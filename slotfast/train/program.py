@@ -38,20 +38,11 @@ from .trainer import Trainer, check_length, evaluate
 
 _COMMAND = "slotfast.train"
 # Settings that change no weight, or whose effect the data's fingerprint covers: a resumed run may have others.
-_FREE = {
-    "out",
-    "calibrate",
-    "text",
-    "tokens",
-    "data_path",
-    "val_text",
-    "val_tokens",
-    "max_val_tokens",
-    "tokenizer",
-    "preset",
-}
-_FREE |= {"device", "dtype", "compile", "checkpoint", "checkpoint_steps", "checkpoint_seconds", "resume", "log_every"}
-_FREE |= {"val_every", "json_", "plot", "show_config", "config_", "force", "allow_noncausal", "target_bytes"}
+_FREE = set(
+    "out text tokens data_path val_text val_tokens max_val_tokens tokenizer preset device dtype compile checkpoint "
+    "checkpoint_steps checkpoint_seconds resume log_every val_every json_ plot show_config config_ force "
+    "allow_noncausal target_bytes calibrate".split()
+)
 _AFTERWARDS = ("ttt", "quantize")  # prefixes of settings that act after everything that a checkpoint holds
 _CALIBRATION_BYTES = 8192  # more than a calibration's numbers and its sketch take in the header
 _CALIBRATION_TOKENS = 100_000

@@ -1,5 +1,6 @@
 """The package as it is installed: what a wheel holds, and that it works from anywhere."""
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,14 @@ def test_the_wheel_holds_kernels_under_our_name_and_the_demo(wheel):
     assert not any(name.startswith(("kernels/", "tests/", "bench/")) for name in names)
     expected = {f"slotfast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
     assert {name for name in names if name.startswith("slotfast/kernels/") and name.endswith(".py")} == expected
+
+
+def test_the_wheel_installs_the_command_and_what_goes_with_the_code(wheel):
+    archive = zipfile.ZipFile(wheel)
+    assert {"slotfast/py.typed", "slotfast/eval/result.schema.json"} <= set(archive.namelist())
+    (points,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
+    assert archive.read(points).decode().split() == ["[console_scripts]", "slotfast", "=", "slotfast.__main__:main"]
+    assert callable(importlib.import_module("slotfast.__main__").main)
 
 
 def test_what_the_wheel_holds_runs_from_another_folder(wheel, tmp_path):

@@ -303,6 +303,23 @@ def test_a_carried_state_goes_on_where_it_ended(name):
     run(0, 8, run(8, 12, run(4, 8)), stream(13, seed=1))
 
 
+def test_a_second_pass_is_refused_however_it_is_cut():
+    """Windows of 40 tokens without context, whose text comes again after other text."""
+    tokens = torch.randint(V, (6, 40), generator=torch.Generator().manual_seed(3))
+
+    def run(order, state=None):
+        targets = tokens[torch.tensor(order)]
+        return slotfast.adapt(torch.zeros(*targets.shape, V), targets, 0, preset="causal", state=state).state
+
+    for first, again in (([0, 1, 2], [0, 1]), ([0, 1], [2, 0]), ([0, 1, 2], [0]), ([0], [1, 0, 2])):
+        for calls in ([first, [3, 4], again], [[*first, *again]]):
+            with pytest.raises(InputError, match="the first 40 tokens of the stream come again: each may be scored"):
+                state = None
+                for order in calls:
+                    state = run(order, state)
+    run([1, 2, 1], run([0]))  # a document that is in the stream twice is no second pass
+
+
 def test_fits_of_each_window_alone_may_come_again_with_a_state():
     windows = stream(9)
     first = slotfast.adapt(*windows, preset="causal-lbfgs")

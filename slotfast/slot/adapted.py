@@ -15,7 +15,7 @@ from .batch import Adjusted, WindowBatch
 from .presets import parse_preset
 from .rates import Calibration
 
-# Fewer tokens than this may come twice in a row by chance.
+# Fewer tokens than this may come again by chance.
 _SHORTEST_REPLAY = 32
 
 
@@ -107,7 +107,7 @@ def adapt(
             raise InputError(f"hidden {tuple(hidden.shape)}: expected {[windows, length]} in front of the width")
     batch = WindowBatch(logits, targets.masked_fill(behind, 0), *ends, hidden=hidden, head=head)
     if row.carries:
-        state.past = _follow(state.past, batch)
+        state.past, state.opening = _follow(state.past, state.opening, batch)
 
     def full(nll: Tensor) -> Tensor:
         result = torch.full((windows, length), math.nan, dtype=nll.dtype, device=nll.device)
@@ -176,15 +176,17 @@ def _check_state(state: Any, preset: str, vocabulary: int, frequency: Tensor | N
         raise InputError("state: built with another frequency than this call's")
 
 
-def _follow(past: Tensor | None, batch: WindowBatch) -> Tensor:
+def _follow(past: Tensor | None, opening: Tensor | None, batch: WindowBatch) -> tuple[Tensor | None, Tensor | None]:
     """The tokens that were scored before a batch, int64 [n], with those that it scores: as many as a later call needs.
+
+    And what the very first window scored, int64 [n], by which a second pass over the stream is known.
 
     Raises:
         InputError: a window whose context is not what was scored last, or a batch that was scored before.
     """
     new, count = batch.targets[batch.scored], batch.scored.sum(1)
     if not len(new):
-        return past
+        return past, opening
     first = int(count.nonzero()[0])
     if past is None:  # what the first window has in front of it was scored elsewhere
         past = batch.targets[first, : batch.context_end[first]]
@@ -204,4 +206,13 @@ def _follow(past: Tensor | None, batch: WindowBatch) -> Tensor:
     scored_before = len(new) >= _SHORTEST_REPLAY and torch.equal(past[-len(new) :], new)
     if scored_before and int(batch.context_end[first]) == 0:
         raise InputError(f"targets: the call before scored the same {len(new)} tokens: each may be scored once")
-    return stream[-max(length, len(new)) :].clone()
+    fresh = (batch.context_end == 0) & (count > 0)
+    if opening is None:
+        opening, fresh[first] = batch.targets[first][batch.scored[first]].clone(), False
+    if len(opening) >= _SHORTEST_REPLAY:
+        for at in begin[fresh].tolist():
+            if torch.equal(stream[at : at + len(opening)], opening.to(stream)):
+                raise InputError(
+                    f"targets: the first {len(opening)} tokens of the stream come again: each may be scored once"
+                )
+    return stream[-max(length, len(new)) :].clone(), opening

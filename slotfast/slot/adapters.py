@@ -35,6 +35,7 @@ class Adapter:
 
     Attributes:
         past: int64 [n], the last tokens that calls of `adapt` scored; None before the first, and in an evaluation.
+        opening: int64 [n], what the first window of those calls scored; None like `past`.
         vocabulary: V of the batches so far; None before the first.
     """
 
@@ -43,6 +44,7 @@ class Adapter:
         self.row = self.calibration.resolve(row)
         self.bos_id = bos_id
         self.past: Tensor | None = None
+        self.opening: Tensor | None = None
         self.vocabulary: int | None = None
         self._fit = Fit(self.row)
         self._rates: Rates | None = None

@@ -58,6 +58,11 @@ class Meter:
         for row, values in enumerate(nll):
             self.nats[row, part] += np.bincount(local, values.astype(np.float64), span)
 
+    def append(self, row: str, nats: np.ndarray) -> None:
+        """Add a row that another pass over the same tokens scored; nats float64 [documents]."""
+        self.rows.append(row)
+        self.nats = np.concatenate([self.nats, nats[None]])
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The sums so far, of this rank."""
         return {name: torch.from_numpy(getattr(self, name)) for name in ("tokens", "bytes", "nats")}

@@ -144,7 +144,7 @@ def test_it_learns_what_repeats_and_leaves_the_model_as_it_was(model):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ("lern", "'lern': no such preset; the nearest is 'learn'"),
+        ("lern", "'lern': no such preset; the nearest is learn"),
         ("learn:rank=0", "rank=0: expected at least 1"),
         ("learn:rank", "'rank' is not of the form"),
         ("learn:chunk=13", "chunk=13 is longer than the window of 12"),

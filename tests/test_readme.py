@@ -12,7 +12,7 @@ from slotfast.config import (
     RecordSettings,
     TrainSettings,
 )
-from slotfast.slot import parse_preset
+from slotfast.learn import parse_row
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,7 +42,7 @@ def test_every_flag_and_preset_exists():
             assert set(re.findall(r"--[a-z0-9-]+", command)) <= flags, command
     for names in re.findall(r"slotfast[. ]eval .*?--preset ([^#\n]*)", README):
         for name in names.split(" --")[0].split():
-            parse_preset(name)
+            parse_row(name)
 
 
 def test_the_shown_run_is_the_committed_one():

@@ -21,6 +21,7 @@ from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_document
 from ..errors import InputError
 from ..eval import Streaming
 from ..eval.inputs import choose_rows, read_inputs
+from ..learn import LEARNING, Learning
 from ..slot import PRESETS, Adaptation, Calibration
 from .checks import ByteRule
 from .engine import Runs
@@ -53,7 +54,7 @@ class Subject:
     hints: Hints
     byte_rule: ByteRule | None
     source: str
-    computed: dict[str, Adaptation]
+    computed: dict[str, Adaptation | Learning]
     files: dict[str, str]
     whole: TokenStream | None = None
     text_bytes: ByteCount | None = None
@@ -78,14 +79,14 @@ def _own(settings: AuditSettings) -> Subject:
         raise InputError(f"--sinks {settings.sinks}: is for a stream; add --forward stream")
     given = {name: getattr(settings, name) for name in ("artifact", "tokens", "text", "tokenizer")}
     given["model_config"] = settings.model_config_
-    presets = [name for preset in settings.preset for name in (PRESETS if preset == "all" else [preset])]
+    presets = [name for preset in settings.preset for name in ([*PRESETS, *LEARNING] if preset == "all" else [preset])]
     wanted = EvalSettings(**given, preset=presets, allow_noncausal=True, data_path=None)
     rows = {"none": PRESETS["none"]} if "none" in presets else {}
     rows |= {row.name: row for row in choose_rows(wanted)}
     if not rows:
         raise InputError("--preset: SLOT_ENABLED is off: nothing is left to audit")
     inputs = read_inputs(wanted)
-    unit = math.lcm(*(row.unit for row in rows.values()))
+    unit = math.lcm(*(row.unit for row in rows.values() if isinstance(row, Adaptation)))
     hints = _hints(settings, min(64, inputs.artifact.config.seq_len), 8, max(unit, 8 // unit * unit), 2)
     if hints.batch_windows % unit:
         raise InputError(f"--batch-windows {hints.batch_windows}: expected a multiple of {unit}, fitted together")

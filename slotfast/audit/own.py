@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..data import ByteTable, TokenStream
 from ..eval import Scored, SlidingPass, Streaming
+from ..learn import Charged, Learning, LearningLoop
 from ..model import GPT
 from ..ops import Backend
 from ..slot import Adaptation, Adapter, Calibration
@@ -23,7 +24,7 @@ class OwnLoop:
 
     Args:
         model: in evaluation mode, on `device`.
-        rows: adaptations by name; that of `none` is the unadapted model.
+        rows: by name; that of `none` is the unadapted model. Those that learn run on one rank.
         calibration: what the closed form takes from the model's training data.
         byte_table: bytes of each token.
         bos_id: the token that starts a document.
@@ -32,7 +33,7 @@ class OwnLoop:
     """
 
     model: GPT
-    rows: dict[str, Adaptation]
+    rows: dict[str, Adaptation | Learning]
     calibration: Calibration
     byte_table: ByteTable
     bos_id: int
@@ -44,16 +45,21 @@ class OwnLoop:
     def __call__(self, tokens: Tensor, names: Sequence[str]) -> dict[str, Record]:
         """One run of the named rows on a stream, int64 [N]."""
         logs = {name: Log() for name in names}
-        adapted = [name for name in names if self.rows[name].optimizer != "none"]
+        learning = [name for name in names if isinstance(self.rows[name], Learning)]
+        adapted = [name for name in names if name not in learning and self.rows[name].optimizer != "none"]
         index = {name: adapted.index(name) + 1 if name in adapted else 0 for name in names}
 
         def report(scored: Scored) -> None:
             for name, log in logs.items():
+                if name in learning:
+                    continue
                 log.score(scored.position, scored.nll[index[name]], scored.n_bytes, scored.logprobs[index[name]])
 
         stream = TokenStream([tokens.numpy()])
         plan = Plan(len(stream) - 1, self.hints.seq_len, self.hints.stride)
-        for rank in range(self.hints.ranks):
+        for name in learning:
+            self._learn(self.rows[name], stream, logs[name])
+        for rank in range(self.hints.ranks) if len(learning) < len(names) else ():
             if not plan.owned(rank, self.hints.ranks):
                 continue
             SlidingPass(
@@ -72,6 +78,19 @@ class OwnLoop:
                 keep_logprobs=True,
             ).run(on_scored=report)
         return {name: read_log(log, tokens, self.model.config.vocab_size) for name, log in logs.items()}
+
+    def _learn(self, row: Learning, stream: TokenStream, log: Log) -> None:
+        sinks = self.streaming.sinks if self.streaming else 0
+
+        def report(charged: Charged) -> None:
+            position = charged.start + 1 + np.arange(len(charged.nll))
+            tokens = stream.read(charged.start, charged.start + len(position) + 1)
+            n_bytes = self.byte_table.count(tokens[1:], tokens[:-1])
+            log.score(position, charged.nll, n_bytes, charged.logprobs)
+            log.update(position)
+
+        loop = LearningLoop(self.model, row, self.hints.seq_len, sinks, self.bos_id, keep_logprobs=True)
+        loop.run(stream.read, len(stream) - 1, report)
 
     def byte_rule(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of every token of a stream; of the first, which nobody is charged for, none."""

@@ -18,7 +18,8 @@ from ..config import EvalSettings, switch
 from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError
 from ..foreign import ForeignModel, HuggingFaceTokenizer, read_foreign
-from ..slot import Adaptation, first_position, from_environment, is_published, parse_preset
+from ..learn import Learning, parse_row
+from ..slot import Adaptation, first_position, from_environment, is_published
 from ..ttt import ScoreFirst
 from ..windows import Plan
 from ..words import counted
@@ -115,15 +116,17 @@ def check_tokenizer(tokenizer: Tokenizer, artifact: Artifact) -> None:
         )
 
 
-def choose_rows(settings: EvalSettings) -> list[Adaptation]:
-    """The adaptations to run, in order, without `none`, which is always scored.
+def choose_rows(settings: EvalSettings) -> list[Adaptation | Learning]:
+    """The rows to run, in order, without `none`, which is always scored.
 
     Raises:
         InputError: unknown preset, one given twice, or one that leaks without --allow-noncausal.
     """
     rows = []
     for text in settings.preset if switch("SLOT_ENABLED", True) else []:
-        row = from_environment(parse_preset(text), text)
+        row = parse_row(text)
+        if isinstance(row, Adaptation):
+            row = from_environment(row, text)
         if row.optimizer == "none":
             continue
         row = row.model_copy(update={"name": text})
@@ -216,6 +219,30 @@ def block_that_fits(vocab_size: int, device: str = "cpu") -> int:
 def stored_forward(artifact: Artifact | ForeignModel) -> Mapping[str, Any] | None:
     """What the calibration found of windows and streams: forward, sinks, and the difference; None where it did not."""
     return (artifact.metadata.get("calibration") or {}).get("forward")
+
+
+def choose_learning(
+    settings: EvalSettings, rows: Sequence[Adaptation | Learning], world: int
+) -> tuple[list[Adaptation], list[Learning]]:
+    """The rows that share the run's forward, and those that learn, each with a forward of its own.
+
+    Raises:
+        InputError: a row that learns, in a run that it cannot be part of.
+    """
+    learning = [row for row in rows if isinstance(row, Learning)]
+    for row in learning:
+        where = f"preset {row.name!r}: "
+        if world > 1:
+            raise InputError(f"{where}on {world} processes is not built: its stream has one order; run one process")
+        if settings.resume:
+            raise InputError(f"{where}with --resume is not built: what it learned is not saved; leave out --resume")
+        if settings.ttt:
+            raise InputError(f"{where}with --ttt: both change the model; give one of them")
+        if settings.weights == "int6":
+            raise InputError(f"{where}with --weights int6: packed weights pass no gradients on; leave out --weights")
+        if settings.model is not None:
+            raise InputError(f"{where}with --model is not built: it learns with this package's own models")
+    return [row for row in rows if isinstance(row, Adaptation)], learning
 
 
 def choose_training(settings: EvalSettings, rows: Sequence[Adaptation], world: int) -> ScoreFirst | None:

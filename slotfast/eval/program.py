@@ -14,10 +14,22 @@ from ..command.progress import Progress
 from ..command.ranks import join_ranks
 from ..command.run import deliver, no_exit
 from ..errors import InputError
+from ..learn import Learning, LearningLoop
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..words import counted
-from .inputs import Inputs, choose_batch, choose_plan, choose_rows, choose_streaming, choose_training, read_inputs
+from .inputs import (
+    Inputs,
+    choose_batch,
+    choose_learning,
+    choose_plan,
+    choose_rows,
+    choose_streaming,
+    choose_training,
+    read_inputs,
+    stored_forward,
+)
+from .learning import LearningPass
 from .loop import SlidingPass
 from .plot import draw
 from .report import TokenRows, list_presets, merge_work, peak_memory_bytes, report, show_preset, table
@@ -50,13 +62,19 @@ def evaluate(settings: config.EvalSettings) -> None:
 
 
 def _evaluate(
-    settings: config.EvalSettings, rows: list[Adaptation], rank: int, world: int, device: str, started: float
+    settings: config.EvalSettings,
+    chosen: list[Adaptation | Learning],
+    rank: int,
+    world: int,
+    device: str,
+    started: float,
 ) -> tuple[dict[str, Any], SlidingPass, TokenRows]:
     """The result, its sums and, where asked for, every token's losses; on rank 0 of all ranks."""
     triton = ops.uses_triton(settings.backend, device)
     dtype = _DTYPES.get(settings.dtype, torch.float32 if device == "cpu" else torch.bfloat16)
     if dtype == torch.float64 and triton:
         raise InputError("--dtype float64: the kernels compute in float32; add --backend torch")
+    rows, learning = choose_learning(settings, chosen, world)
     inputs = read_inputs(settings)
     plan = choose_plan(settings, inputs)
     batch_windows, adapt_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size, device)
@@ -68,7 +86,7 @@ def _evaluate(
     model = inputs.artifact.model(settings.weights, settings.backend).to(device)
     if dtype == torch.float64:
         model = model.double()
-    elif isinstance(model, GPT) and training is None:
+    elif isinstance(model, GPT) and training is None and not learning:
         model.cast_matrices(dtype)
     collected = TokenRows()
     sliding = SlidingPass(
@@ -88,6 +106,18 @@ def _evaluate(
         world=world,
         backend=settings.backend,
     )
+    sinks = streaming.sinks if streaming else (stored_forward(inputs.artifact) or {}).get("sinks", 0)
+    learners = [
+        LearningPass(
+            LearningLoop(model, row, plan.seq_len, sinks, bos_id, dtype),
+            inputs.stream,
+            len(sliding.meter.tokens),
+            inputs.tokenizer.byte_table,
+            bos_id,
+            keep_nll=settings.per_token is not None,
+        )
+        for row in learning
+    ]
     where = {
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),
         "backend": "triton" if triton else "torch",
@@ -105,7 +135,7 @@ def _evaluate(
         saver = Saver(rank_path(settings.resume, rank), run, sliding, collected)
     loaded = time.perf_counter()
     if not rank:
-        print(_intent(inputs, rows, len(plan), where["device"]), file=sys.stderr, flush=True)
+        print(_intent(inputs, chosen, len(plan), where["device"]), file=sys.stderr, flush=True)
     with Progress(len(plan.owned(rank, world)), sliding.windows, "windows", silent=rank > 0) as progress:
         sliding.run(
             on_scored=collected.add if settings.per_token else None,
@@ -116,6 +146,11 @@ def _evaluate(
         saver.save()  # all of it, should writing the result fail
     sliding.meter.reduce()
     sliding.along.reduce()
+    for learner in learners:
+        with Progress(plan.predictions, 0, f"tokens of {learner.row.name}") as progress:
+            learner.run(progress).add_to(sliding.meter, sliding.along)
+        if settings.per_token:
+            collected.append(learner.nll)
     work, peak = [adapter.work() for adapter in adapters], peak_memory_bytes(device)
     if world > 1:
         gathered: list | None = [None] * world if rank == 0 else None
@@ -128,11 +163,13 @@ def _evaluate(
     earlier = saver.seconds if saver else 0.0
     total = earlier + time.perf_counter() - started
     seconds = {"load": loaded - started, **sliding.seconds, "total": total}
+    if learners:
+        seconds["learn"] = sum(sum(learner.loop.seconds.values()) for learner in learners)
     where |= {"peak_memory_bytes": peak, "ttt_chunks": len(training.chunks(plan)) if training else 0}
-    return report(settings, inputs, plan, adapters, work, sliding, seconds, where), sliding, collected
+    return report(settings, inputs, plan, adapters, work, sliding, learners, seconds, where), sliding, collected
 
 
-def _intent(inputs: Inputs, rows: list[Adaptation], windows: int, device: str) -> str:
+def _intent(inputs: Inputs, rows: list[Adaptation | Learning], windows: int, device: str) -> str:
     """What will be done, in a line."""
     names = ", ".join(dict.fromkeys(["none", *(row.name for row in rows)]))
     tokens, count = counted(max(len(inputs.stream) - 1, 0), "token"), counted(windows, "window")

@@ -18,12 +18,14 @@ from ..config import EvalSettings
 from ..contest import VALIDATION_WINDOWS
 from ..data import is_jsonl
 from ..errors import InputError
+from ..learn import LEARNING, Learning, parse_row
 from ..overlap import seen
 from ..score import Score
-from ..slot import PRESETS, Adaptation, Adapter, from_environment, parse_preset
+from ..slot import PRESETS, Adaptation, Adapter, from_environment
 from ..windows import Plan
 from ..words import counted
 from .inputs import Inputs, stored_forward
+from .learning import LearningPass
 from .loop import Scored, SlidingPass
 from .notes import notes
 
@@ -37,12 +39,14 @@ def report(
     adapters: Sequence[Adapter],
     work: Sequence[dict[str, Counter]],
     result: SlidingPass,
+    learners: Sequence[LearningPass],
     seconds: dict[str, float],
     where: dict[str, Any],
 ) -> dict[str, Any]:
     """The result as JSON-able keys; `adapted` is the first preset other than `none`.
 
     Args:
+        result: the pass, and the sums of all rows: `none`, one of each adapter, one of each learner.
         where: device, backend, ranks, peak_memory_bytes, batch_windows and dtype of the run.
 
     Raises:
@@ -57,6 +61,8 @@ def report(
     for adapter, score, counters in zip(adapters, scores, work, strict=True):
         histograms = {name: dict(sorted(counter.items())) for name, counter in counters.items()}
         presets.append(_preset(adapter.row, score) | ran | ({"work": histograms} if histograms else {}))
+    for number, learner in enumerate(learners, len(presets)):
+        presets.append(_preset(learner.row, meter.score(number)) | _learned(learner))
     first = presets[min(1, len(presets) - 1)]
     passed = sum(result.seconds.values())
     speed = len(plan) / passed if passed else None
@@ -124,7 +130,23 @@ def merge_work(ranks: Sequence[dict[str, Counter]]) -> dict[str, Counter]:
     return {name: sum((counters.get(name, Counter()) for counters in ranks), Counter()) for name in names}
 
 
-def _preset(row: Adaptation, score: Score) -> dict[str, Any]:
+def _learned(learner: LearningPass) -> dict[str, Any]:
+    """What else is said of a row that learns: its gain over the same forward unlearned, and what it costs."""
+    loop, unlearned = learner.loop, learner.meter.score(0)
+    score = learner.meter.score(1)
+    return {
+        "forward": "stream",
+        "sinks": loop.sinks,
+        "unlearned": {"bpb": unlearned.bpb, "gain_bpb": score.gain_bpb, "gain_se": score.gain_se},
+        "cost": {
+            "forwards": round(loop.forwards, 3),
+            "seconds": round(loop.seconds["learned"], 3),
+            "unlearned_seconds": round(loop.seconds["unlearned"], 3),
+        },
+    }
+
+
+def _preset(row: Adaptation | Learning, score: Score) -> dict[str, Any]:
     compliance = asdict(row.compliance)
     return {
         "preset": row.name,
@@ -173,6 +195,7 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"{row['preset']:<{width}}{adapted['bpb']:>9.4f}{gain:>10}{error:>9}   {verdict}")
     if len(found["presets"]) > 1:
         lines.append("gain: bits per byte less than none, the model unadapted, token by token; s.e. by document")
+    lines += [_cost_line(row) for row in found["presets"] if "cost" in row]
     rates = [row["resolved_preset"] for row in found["presets"] if row["resolved_preset"]["optimizer"] == "rates"]
     if not found["calibrated"] and rates:
         scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(row["scale"] for row in rates))
@@ -186,6 +209,15 @@ def table(found: dict[str, Any]) -> str:
         verdict = "within" if budget["within"] else "OVER"
         lines.append(f"budget  {budget['measured']:.1f} s of {budget['seconds']:g} s: {verdict}")
     return "\n".join(lines)
+
+
+def _cost_line(row: Mapping[str, Any]) -> str:
+    own, cost = row["unlearned"], row["cost"]
+    error = "" if own["gain_se"] is None else f" ± {own['gain_se']:.4f}"
+    return (
+        f"{row['preset']}: {own['gain_bpb']:+.4f}{error} over its own forward unlearned, {own['bpb']:.4f}; "
+        f"{cost['forwards']:.1f} forwards a token, {cost['seconds']:.1f} s instead of {cost['unlearned_seconds']:.1f}"
+    )
 
 
 def _inexact(text: Mapping[str, Any]) -> str:
@@ -213,6 +245,10 @@ def list_presets() -> str:
         (r.name, r.parameter, r.positions, r.scope, r.optimizer, "yes" if r.compliance.causal else "NO", r.about)
         for r in PRESETS.values()
     ]
+    rows += [
+        (r.name, r.what, "charged", r.scope, r.optimizer, "yes" if r.compliance.causal else "NO", r.about)
+        for r in LEARNING.values()
+    ]
     widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
     lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in (heads, *rows))
     return "\n".join(line.rstrip() for line in lines)
@@ -220,7 +256,9 @@ def list_presets() -> str:
 
 def show_preset(text: str) -> str:
     """One row, key by key, and its verdict with the reason."""
-    row = from_environment(parse_preset(text), text)
+    row = parse_row(text)
+    if isinstance(row, Adaptation):
+        row = from_environment(row, text)
     conditions = asdict(row.compliance)
     why = conditions.pop("why")
     lines = [f"{key:<16}{value}" for key, value in row.summary().items()]
@@ -239,11 +277,19 @@ class TokenRows:
         """Take newly scored tokens in."""
         self.parts.append(scored)
 
+    def append(self, nll: np.ndarray) -> None:
+        """Add a row that another pass over the same tokens scored; float [n]."""
+        whole = self._whole()
+        self.parts = [Scored(**whole | {"nll": np.concatenate([whole["nll"], nll[None]])})]
+
+    def _whole(self) -> dict[str, np.ndarray]:
+        return {name: np.concatenate([getattr(part, name) for part in self.parts], -1) for name in _COLUMNS}
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All rows so far; empty where there are none."""
         if not self.parts:
             return {}
-        whole = {name: np.concatenate([getattr(part, name) for part in self.parts], -1) for name in _COLUMNS}
+        whole = self._whole()
         self.parts = [Scored(**whole)]
         return {name: torch.from_numpy(column) for name, column in whole.items()}
 

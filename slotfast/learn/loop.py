@@ -66,7 +66,7 @@ class LearningLoop:
         keep_logprobs: bool = False,
     ):
         check(row, model, window, bos_id)
-        self.model, self.row, self.bos_id, self.keep_logprobs = model, row, bos_id, keep_logprobs
+        self.model, self.row, self.sinks, self.bos_id, self.keep_logprobs = model, row, sinks, bos_id, keep_logprobs
         self.seconds = {"learned": 0.0, "unlearned": 0.0}
         self._cached, self._plain = (CachedForward(model, window, sinks, dtype=dtype) for _ in range(2))
         self._learner: Learner = (

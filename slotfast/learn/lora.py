@@ -54,6 +54,7 @@ class Lora:
 
     def __init__(self, model: GPT, rank: int, projections: Sequence[str]):
         like = model.tok_emb.weight
+        dtype = torch.promote_types(like.dtype, torch.float32)  # a step is smaller than what bfloat16 can add
         source = torch.Generator().manual_seed(0)
         self._layers: list[tuple[nn.Module, Tensor, Tensor]] = []
         self._head: tuple[Tensor, Tensor] | None = None
@@ -61,7 +62,7 @@ class Lora:
 
         def factors(n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
             drawn = torch.empty(rank, n_in).uniform_(-1, 1, generator=source) / math.sqrt(n_in)
-            pair = nn.Parameter(drawn.to(like)), nn.Parameter(like.new_zeros(n_out, rank))
+            pair = tuple(nn.Parameter(x.to(like.device, dtype)) for x in (drawn, torch.zeros(n_out, rank)))
             self.parameters += pair
             return pair
 

@@ -1,6 +1,5 @@
 """A learning system as a row of choices, the verdict that follows from them, and the way from text to a row."""
 
-import difflib
 from typing import Any, Literal
 
 import pydantic
@@ -8,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ..errors import InputError, expected
 from ..slot import PRESETS, Adaptation, Compliance, parse_preset
+from ..words import nearest
 from .lora import PROJECTIONS
 
 _OPTIONAL = ("clip",)
@@ -100,9 +100,10 @@ def parse_row(text: str) -> Adaptation | Learning:
     name, _, options = text.partition(":")
     if name in LEARNING:
         return _changed(LEARNING[name], options, f"preset {text!r}")
-    near = difflib.get_close_matches(name, [*PRESETS, *LEARNING], 1)
-    if name not in PRESETS and near and near[0] in LEARNING:
-        raise InputError(f"preset {name!r}: no such preset; the nearest is {near[0]!r}; --list-presets shows them")
+    if name not in PRESETS:
+        raise InputError(
+            f"preset {name!r}: no such preset{nearest(name, [*PRESETS, *LEARNING])}; --list-presets shows them"
+        )
     return parse_preset(text)
 
 
@@ -122,6 +123,6 @@ def _changed(row: Learning, options: str, where: str) -> Learning:
         raise InputError(f"{where}: {key}{expected(first)}") from None
     for key in changes:
         if key not in changed.options:
-            near = difflib.get_close_matches(key, changed.options, 1)
-            raise InputError(f"{where}: {key!r} does nothing here{f'; the nearest is {near[0]!r}' if near else ''}")
+            near, keys = nearest(key, changed.options), ", ".join(changed.options)
+            raise InputError(f"{where}: {key!r} does nothing here{near}; keys that do: {keys}")
     return changed

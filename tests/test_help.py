@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import slotfast
 from slotfast import __main__, __version__, config
 from slotfast.command.run import EXIT_CODES
 from slotfast.errors import InputError
@@ -63,10 +64,13 @@ def test_what_is_not_there_is_one_line_and_exit_code_2(arguments, message):
 
 
 def test_names_are_imported_when_they_are_used():
-    code = "import sys, slotfast; assert 'torch' not in sys.modules and 'adapt' in dir(slotfast); slotfast.adapt"
+    code = (
+        "import sys, slotfast; assert 'adapt' in dir(slotfast); slotfast.InputError; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
+    assert callable(slotfast.adapt) and "adapt" in vars(slotfast)
     with pytest.raises(AttributeError, match="module 'slotfast' has no attribute 'adopt'"):
-        __import__("slotfast").adopt  # noqa: B018
+        slotfast.adopt  # noqa: B018
 
 
 CLASSES = [*config.Settings.__subclasses__(), config.ConvertSettings]

@@ -94,6 +94,22 @@ def adapt_then_reset(seed, leak):
     return score
 
 
+@pattern("training text past the chunk's end", 13, "C1 C2 C3")
+def past_the_end(seed, leak):
+    """Chunks have 32 tokens, training sequences 48: each runs into the chunk to come; honest, it ends with its own."""
+    toy = Toy(seed)
+
+    def score(tokens, log):
+        hidden, head = toy.hidden(tokens[:-1]), toy.head
+        for place in chunks(tokens):
+            rows = torch.log_softmax(hidden[place] @ head, -1)
+            log.score(place + 1, nll(rows, tokens[place + 1]), logprobs=rows)
+            text = torch.arange(place[0], min(place[0] + 48, len(hidden))) if leak else place
+            head = sgd(head, hidden[text], tokens[text + 1])
+
+    return score
+
+
 @pattern("a chunk's first token fits itself", 1, "C1 C2 C3")
 def first_token_fits_itself(seed, leak):
     """A bias takes one step on a chunk's first token before the chunk is charged; honest, after it."""

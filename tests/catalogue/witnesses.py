@@ -220,6 +220,7 @@ WITNESSES = {
     "adapt, then score": Moves(60, 40, size=1e-4),
     "adapt, then score, the log denies it": Moves(60, 40, size=1e-4),
     "adapt, then score, reset at every chunk": Moves(60, 40, size=1e-4),
+    "training text past the chunk's end": Moves(range(41, 49), range(33, 41), size=1e-4),
     "multi-epoch TTT, last epoch's scores": Moves(200, 50),
     "multi-epoch TTT, minimum over epochs": Moves(200, range(40, 50)),
     "two-pass cache": Moves(200, range(1, 200)),

@@ -141,8 +141,8 @@ def test_committed_tables_are_about_what_exists(report, version):
     assert wanted == found, "python -m bench.static_report --update"
 
 
-# Where the older compiler is known to do worse: a bound on the ratio of instructions an element, and spilled bytes.
-WORSE = {"banded_attention": (1.15, 32), "int6_matmul": (1.12, 0)}
+# Where the older compiler is known to do worse: a bound on the ratio of instructions an element.
+WORSE = {"int6_matmul": 1.12}
 
 
 def test_older_compilers_do_about_as_well(report):
@@ -152,6 +152,6 @@ def test_older_compilers_do_about_as_well(report):
     assert old.keys() == {report.label(row) for row in new}
     for row in new:
         assert max(row["stack"], row["local"]) <= row["accepted_spill"], report.label(row)
-        found, (ratio, spilled) = old[report.label(row)], WORSE.get(row["kernel"], (1.1, 0))
-        assert max(found["stack"], found["local"]) <= max(spilled, found["accepted_spill"]), report.label(row)
+        found, ratio = old[report.label(row)], WORSE.get(row["kernel"], 1.1)
+        assert max(found["stack"], found["local"]) <= found["accepted_spill"], report.label(row)
         assert (found["per_element"] or 0) <= ratio * (row["per_element"] or 0), report.label(row)

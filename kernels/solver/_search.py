@@ -27,6 +27,47 @@ def _lowest_of_cubic(low_t, low_loss, low_slope, high_t, high_loss, high_slope):
 
 
 @triton.jit
+def _judge(loss, slope, mode, t, start_loss, start_slope, trials, most_trials, low_t, low_loss, high_t):
+    """What the trial is, by mode. Looking for a bracket: `last`, and no better than the start (`back`); `good`, to be
+    accepted; `found`, the other end of a bracket; `onward`, a step on the way. In the zoom: `worse` than `low`, or
+    `better`, of that `good`, or `turned`, with the slope up: `low` is then the other end."""
+    zoom = mode == _ZOOM
+    too_high = loss > start_loss + _ARMIJO * t * start_slope
+    flat = tl.abs(slope) <= -_CURVATURE * start_slope
+
+    bracketing = mode == _BRACKET
+    last = bracketing & (trials >= most_trials)
+    back = last & (start_loss <= loss)
+    looking = bracketing & (trials < most_trials)
+    passed = looking & (too_high | ((trials > 1) & (loss >= low_loss)))
+    good = looking & (passed == 0) & flat
+    found = passed | (looking & (flat == 0) & (slope >= 0))
+    onward = looking & (found == 0) & (good == 0)
+
+    worse = zoom & (too_high | (loss >= low_loss))
+    better = zoom & (worse == 0)
+    good |= better & flat
+    turned = better & (flat == 0) & (slope * (high_t - low_t) >= 0)
+    return last, back, good, found, onward, worse, better, turned
+
+
+@triton.jit
+def _next_trial(onward, zoom, left, right, low_t, low_loss, low_slope, high_t, high_loss, high_slope, cramped):
+    """Where to look next, and whether that is close to an end of the bracket."""
+    floor = tl.where(onward, low_t + 0.01 * (low_t - high_t), left)
+    ceiling = tl.where(onward, low_t * 10.0, right)
+    lowest = _lowest_of_cubic(low_t, low_loss, low_slope, high_t, high_loss, high_slope)
+    middle = (floor + ceiling) / 2
+    t = tl.where(tl.abs(lowest) < float("inf"), tl.minimum(tl.maximum(lowest, floor), ceiling), middle)
+    # A trial close to an end of the bracket is let through once, then moved 10% of the bracket away from it.
+    margin = 0.1 * (right - left)
+    close = zoom & (tl.minimum(right - t, t - left) < margin)
+    moved = close & (cramped | (t >= right) | (t <= left))
+    inner = tl.where(tl.abs(t - right) < tl.abs(t - left), right - margin, left + margin)
+    return tl.where(moved, inner, t), close & (moved == 0)
+
+
+@triton.jit
 def _advance(
     loss,
     slope,
@@ -57,23 +98,9 @@ def _advance(
     usable = (tl.abs(loss) < float("inf")) & (tl.abs(slope) < float("inf"))
     trial_loss = tl.where(usable, loss, float("inf"))
     trial_slope = tl.where(usable, slope, float("nan"))
-    zoom = mode == _ZOOM
-    too_high = trial_loss > start_loss + _ARMIJO * t * start_slope
-    flat = tl.abs(trial_slope) <= -_CURVATURE * start_slope
-
-    bracketing = mode == _BRACKET
-    last = bracketing & (trials >= most_trials)
-    back = last & (start_loss <= trial_loss)
-    looking = bracketing & (trials < most_trials)
-    passed = looking & (too_high | ((trials > 1) & (trial_loss >= low_loss)))
-    good = looking & (passed == 0) & flat
-    found = passed | (looking & (flat == 0) & (trial_slope >= 0))
-    onward = looking & (found == 0) & (good == 0)
-
-    worse = zoom & (too_high | (trial_loss >= low_loss))
-    better = zoom & (worse == 0)
-    good |= better & flat
-    turned = better & (flat == 0) & (trial_slope * (high_t - low_t) >= 0)
+    last, back, good, found, onward, worse, better, turned = _judge(
+        trial_loss, trial_slope, mode, t, start_loss, start_slope, trials, most_trials, low_t, low_loss, high_t
+    )  # fmt: skip
 
     # A point that enters a bracket becomes `low` if it is lower, or level and torch's first.
     lower = (trial_loss < low_loss) | (worse & (low_first == 0) & (trial_loss == low_loss))
@@ -91,23 +118,14 @@ def _advance(
     low_slope = tl.where(as_low, trial_slope, low_slope)
     low_steepest = tl.where(as_low | begins, steepest, tl.where(back, float("inf"), low_steepest))
 
-    zoom |= found
+    zoom = (mode == _ZOOM) | found
     left = tl.minimum(low_t, high_t)
     right = tl.maximum(low_t, high_t)
     small = (right - left) * largest < _SMALLEST_BRACKET
     over = good | last | (zoom & ((trials >= most_trials) | small))
-    floor = tl.where(onward, low_t + 0.01 * (low_t - high_t), left)
-    ceiling = tl.where(onward, low_t * 10.0, right)
-    lowest = _lowest_of_cubic(low_t, low_loss, low_slope, high_t, high_loss, high_slope)
-    middle = (floor + ceiling) / 2
-    t = tl.where(tl.abs(lowest) < float("inf"), tl.minimum(tl.maximum(lowest, floor), ceiling), middle)
-    # A trial close to an end of the bracket is let through once, then moved 10% of the bracket away from it.
-    margin = 0.1 * (right - left)
-    close = zoom & (tl.minimum(right - t, t - left) < margin)
-    moved = close & (cramped | (t >= right) | (t <= left))
-    inner = tl.where(tl.abs(t - right) < tl.abs(t - left), right - margin, left + margin)
-    t = tl.where(moved, inner, t)
-    cramped = close & (moved == 0)
+    t, cramped = _next_trial(
+        onward, zoom, left, right, low_t, low_loss, low_slope, high_t, high_loss, high_slope, cramped
+    )  # fmt: skip
     trials += 1
     mode = tl.where(found, _ZOOM, mode)
     return (

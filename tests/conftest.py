@@ -63,6 +63,21 @@ def tiny_model():
     return model.eval().requires_grad_(False)
 
 
+# Files whose tests take most of the time: processes, compilers, the interpreter, or many reruns of a loop
+SLOW = set(
+    "artifact_fuzz artifact_sizes audit_catalogue audit_command audit_mechanisms audit_own banded_attention "
+    "bias_cross_entropy bundle catalogue eval eval_loop examples fit_launched forward help int6_matmul kernel_lbfgs "
+    "kernels kernels_folder lbfgs learn optim packaging ptx public quantize ranks resume slot_solve static_report "
+    "systems train trainer ttt".split()
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_report_header():
     return STATED
 

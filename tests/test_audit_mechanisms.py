@@ -141,3 +141,8 @@ def test_another_order_is_told_with_what_moved():
     leak = report.leaks[0]
     assert leak["events_apart"] < 0 and f"token {leak['token']} was charged before token" in leak["looks_like"]
     assert "charged never" not in str(report)
+
+
+def test_tail_windows_are_the_cause_of_their_order_too():
+    report = audit(loops.sliding_until_one_token_is_left, stream(0), VOCAB, bos_id=BOS, reruns=8)
+    assert len(report.leaks) == 2 and all("tail windows" in leak["looks_like"] for leak in report.leaks), str(report)

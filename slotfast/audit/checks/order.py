@@ -7,6 +7,7 @@ from .base import Check, Findings, Test
 
 _EARLY_LOOKS_LIKE = "an update before the score, as in pre-quantisation training (#1306)"
 _ORDER_LOOKS_LIKE = "documents in another order (#402, #1530), or a second pass (#846)"
+_TAIL_LOOKS_LIKE = "tail windows: the last tokens are scored again until one is left (fixed in #1394)"
 
 
 class Order(Check):
@@ -52,7 +53,9 @@ class Order(Check):
         verdict, about = "FAIL" if self.once else "PASS", f"{len(reference.nll) - 1:,} tokens"
         tests.append(Test("every token once", verdict, ("C4",), about, self.once, looks_like=self.once_looks_like))
         verdict, about = "FAIL" if self.order else "PASS", f"{len(reference.starts):,} events"
-        tests.append(Test("left to right", verdict, ("C4",), about, self.order, looks_like=_ORDER_LOOKS_LIKE))
+        # tokens that are scored again stand behind later ones
+        looks_like = _TAIL_LOOKS_LIKE if self.once_looks_like == _TAIL_LOOKS_LIKE else _ORDER_LOOKS_LIKE
+        tests.append(Test("left to right", verdict, ("C4",), about, self.order, looks_like=looks_like))
         return tests
 
 
@@ -66,7 +69,7 @@ def charged_amiss(record: Record) -> str:
         return "a charge that is no number, which a mean may skip"
     if len(again) and not len(never):
         if len(again) == length - again[0] and again[0] > length // 2:
-            return "tail windows: the last tokens are scored again until one is left (fixed in #1394)"
+            return _TAIL_LOOKS_LIKE
         return "rescoring (#846), or the best of several passes (#573)"
     if len(never) and not len(again):
         if len(never) == length - never[0]:

@@ -71,6 +71,7 @@ def test_a_preset_that_is_not_what_it_says_is_an_error(small, capsys, monkeypatc
 
 
 LOOPS = """
+import atexit
 import os
 import sys
 
@@ -101,6 +102,10 @@ def leaves(tokens, log):
 
 def vanishes(tokens, log):
     os._exit(0)
+
+def fails_and_vanishes(tokens, log):
+    atexit.register(os._exit, 0)
+    raise KeyError("no weights")
 
 def one_argument(tokens):
     return torch.zeros(len(tokens))
@@ -150,6 +155,7 @@ def test_anybodys_loop_from_a_shell(here):
     broken = run("--score", "my_loops:broken")
     assert broken.returncode == 2 and broken.stderr.splitlines()[-1].startswith("error: the loop failed at my_loops.py")
     assert "Traceback" not in broken.stderr
+    assert run("--score", "my_loops:fails_and_vanishes").returncode == 2
     hidden = run("--score", "my_loops:remembers", "--fresh-process")
     assert (
         hidden.returncode == 1 and "altered streams; other tokens from 30 on move the score of token 1" in hidden.stdout

@@ -44,7 +44,10 @@ def no_exit(what: str) -> Iterator[None]:
 
 
 def _run_in_child(main: Callable[[], None], foreign: str) -> None:
-    """Run `main` in a forked process, which says in a pipe when it has come to its end."""
+    """Run `main` in a forked process, which says in a pipe how it has come to its end.
+
+    What it says there counts beside how the process ends: code that runs at its exit could end it with another code.
+    """
     done, done_end = os.pipe()
     parent, parent_end = os.pipe()  # closes when the parent dies, however it does
     child = os.fork()
@@ -52,19 +55,24 @@ def _run_in_child(main: Callable[[], None], foreign: str) -> None:
         os.close(done)
         os.close(parent_end)
         threading.Thread(target=lambda: (os.read(parent, 1), os._exit(1)), daemon=True).start()
+        said = 1  # an exception's
         try:
             _run(main)
+            said = 0
+        except SystemExit as error:
+            said = error.code or 0
+            raise
         finally:  # by an exception too: only the end of the process itself leaves nothing there
-            os.write(done_end, b".")
+            os.write(done_end, bytes([said]))
         return
     os.close(done_end)
     os.close(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both
     signal.signal(signal.SIGTERM, lambda number, frame: os.kill(child, number))
-    ended = os.read(done, 1)
+    said = os.read(done, 1)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if ended:
-        os._exit(code if code >= 0 else 128 - code)  # the child has flushed and cleaned up what there was
+    if said:
+        os._exit(said[0] or (code if code >= 0 else 128 - code))  # the child has flushed and cleaned up what there was
     how = f"exit code {code}" if code >= 0 else f"signal {-code}"
     _end(f"error: {foreign}: its code ended the process, with {how}: there is no result", 2)
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...words import counted
 from ..leak import Leak, reach_of
 from ..log import Record
 from ..moves import Moved, Noise, moved_before, noise_between
@@ -46,7 +47,8 @@ class Future(Check):
         counts = {name: pairs(len(self.bases[name]), probes, self.bases[name]) for name, probes in self.probes.items()}
         covered = sum(some for some, _ in counts.values())
         some, all_ = counts.get("given", (0, 0))
-        about = f"{some:,} of {all_:,} (changed, watched) pairs, {covered - some:,} in {len(counts) - 1} fresh streams"
+        about = f"{some:,} of {all_:,} (changed, watched) pairs, {covered - some:,} in "
+        about += counted(len(counts) - 1, "fresh stream")
         verdict: Verdict = "FAIL" if leak else "PASS" if covered else "UNTESTED"
         detail = leak.text if leak else "" if covered else "no altered stream could be compared"
         before_use = "FAIL" if own else verdict
@@ -58,7 +60,7 @@ class Future(Check):
         ]
 
     def _length(self) -> Test:
-        name, about = "stream length", f"{self.lengths} lengths"
+        name, about = "stream length", counted(self.lengths, "length")
         if self.found.fixed_length:
             return Test(name, "UNTESTED", ("C1",), "", f"on another length {self.found.fixed_length}")
         if self.by_length and self.found.leak:

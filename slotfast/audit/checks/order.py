@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ...words import counted
 from ..log import Record
 from .base import Check, Findings, Test
 
@@ -52,7 +53,7 @@ class Order(Check):
             ]
         verdict, about = "FAIL" if self.once else "PASS", f"{len(reference.nll) - 1:,} tokens"
         tests.append(Test("every token once", verdict, ("C4",), about, self.once, looks_like=self.once_looks_like))
-        verdict, about = "FAIL" if self.order else "PASS", f"{len(reference.starts):,} events"
+        verdict, about = "FAIL" if self.order else "PASS", counted(len(reference.starts), "event")
         # tokens that are scored again stand behind later ones
         looks_like = _TAIL_LOOKS_LIKE if self.once_looks_like == _TAIL_LOOKS_LIKE else _ORDER_LOOKS_LIKE
         tests.append(Test("left to right", verdict, ("C4",), about, self.order, looks_like=looks_like))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from torch import Tensor
 
+from ...words import counted
 from ..log import Record
 from ..moves import MARGIN
 from .base import Check, Findings, Test
@@ -71,13 +72,13 @@ class Totals(Check):
         deepest = max((at for at, _ in complete), default=0)
         if complete and deepest < self.late and not clear:
             why = (
-                f"only up to token {deepest}, {len(complete)} positions: one behind {self.late} needs about "
+                f"only up to token {deepest}, {counted(len(complete), 'position')}: one behind {self.late} needs about "
                 f"{self.late_reruns} reruns (--reruns), or logprobs= in log.score, which shows all totals"
             )
             return [Test(name, "UNTESTED", ("C2",), f"{tried} runs", why)]
         if complete:
             off = max(abs(total - 1) for _, total in complete)
-            about = f"{len(complete)} positions x {vocab_size}, up to token {deepest}"
+            about = f"{counted(len(complete), 'position')} x {vocab_size}, up to token {deepest}"
             return [Test(name, "PASS", ("C2",), about, f"within {off:.1e} of 1", tried)]
         if clear:
             return [Test(name, "UNTESTED", ("C2",), "", "the distributions themselves are added up")]

@@ -71,15 +71,16 @@ def compare(text: str | None, batches: int, seeds: int) -> dict:
     ).run()
     plain, ours, loop, *noisy = (done.meter.score(row).bpb for row in range(len(adapters) + 1))
     loops, moved = [loop, *noisy], [abs(bpb - loop) for bpb in noisy]
+    deviation = statistics.stdev(loops)  # 0 where too little text was scored for rounding to grow
     return {
         "text": inputs.source,
         "windows": done.windows,
         "seq_len": length,
         "bpb": {"none": plain, "pr1350": ours, "loop": loop, "loop with noise": noisy},
-        "spread": {"least": min(loops), "most": max(loops), "deviation": statistics.stdev(loops)},
+        "spread": {"least": min(loops), "most": max(loops), "deviation": deviation},
         "inside": min(loops) <= ours <= max(loops),
         "from_the_loop": {"pr1350": abs(ours - loop), "noise_least": min(moved), "noise_most": max(moved)},
-        "deviations_from_mean": (ours - statistics.mean(loops)) / statistics.stdev(loops),
+        "deviations_from_mean": (ours - statistics.mean(loops)) / deviation if deviation else None,
     }
 
 

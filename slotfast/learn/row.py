@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ..errors import InputError, expected
 from ..slot import PRESETS, Adaptation, Compliance, parse_preset
+from ..slot.presets import check_acting, read_changes
 from ..words import nearest
 from .lora import PROJECTIONS
 
@@ -108,21 +109,14 @@ def parse_row(text: str) -> Adaptation | Learning:
 
 
 def _changed(row: Learning, options: str, where: str) -> Learning:
-    changes: dict[str, Any] = {}
-    for option in filter(None, options.split(",")):
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise InputError(f"{where}: {option!r} is not of the form key=value")
-        changes[key] = None if value == "none" and key in _OPTIONAL else value
+    changes = read_changes(options, where)
+    known: dict[str, Any] = {key: value for key, value in changes.items() if key in Learning.model_fields}
+    known |= {key: None for key in _OPTIONAL if changes.get(key) == "none"}
     try:
-        known = {key: value for key, value in changes.items() if key in Learning.model_fields}
         changed = Learning.model_validate({**row.model_dump(), **known})
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         key = f"{first['loc'][0]}={changes.get(first['loc'][0])}: " if first["loc"] else ""
         raise InputError(f"{where}: {key}{expected(first)}") from None
-    for key in changes:
-        if key not in changed.options:
-            near, keys = nearest(key, changed.options), ", ".join(changed.options)
-            raise InputError(f"{where}: {key!r} does nothing here{near}; keys that do: {keys}")
+    check_acting(changes, changed.options, where)
     return changed

@@ -1,7 +1,7 @@
 """The published systems and ours, a row each, and the way from text and environment to a row."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import pydantic
 
@@ -125,23 +125,34 @@ def parse_preset(text: str) -> Adaptation:
     name, _, options = text.partition(":")
     if name not in PRESETS:
         raise InputError(f"preset {name!r}: no such preset{nearest(name, PRESETS)}; --list-presets shows them")
-    row, changes = PRESETS[name], {}
+    where = f"preset {text!r}"
+    changes = read_changes(options, where)
+    if {"steps", "phases"} <= changes.keys():
+        raise InputError(f"{where}: steps and phases say the same: give one of them")
+    known = {key: value for key, value in changes.items() if key in Adaptation.model_fields}
+    changed = _changed(PRESETS[name], known, where)
+    check_acting(changes, (*changed.options, *(("steps",) if changed.optimizer == "lbfgs" else ()), *_MAY_IDLE), where)
+    return changed
+
+
+def read_changes(options: str, where: str) -> dict[str, str]:
+    """Values by key of key=value,key=value; raises InputError, which begins with `where`, at any other form."""
+    changes = {}
     for option in filter(None, options.split(",")):
         key, equals, value = option.partition("=")
         if not equals:
-            raise InputError(f"preset {text!r}: {option!r} is not of the form key=value")
+            raise InputError(f"{where}: {option!r} is not of the form key=value")
         changes[key] = value
-    if {"steps", "phases"} <= changes.keys():
-        raise InputError(f"preset {text!r}: steps and phases say the same: give one of them")
-    known = {key: value for key, value in changes.items() if key in Adaptation.model_fields}
-    changed = _changed(row, known, f"preset {text!r}")
-    acting = (*changed.options, *(("steps",) if changed.optimizer == "lbfgs" else ()), *_MAY_IDLE)
+    return changes
+
+
+def check_acting(changes: Iterable[str], acting: Iterable[str], where: str) -> None:
+    """Raise InputError, which begins with `where`, at a key that does nothing on its row."""
+    acting = list(dict.fromkeys(acting))
     for key in changes:
         if key not in acting:
-            keys = ", ".join(dict.fromkeys(acting))
-            near = nearest(key, acting)
-            raise InputError(f"preset {text!r}: {key!r} does nothing here{near}; keys that do: {keys}")
-    return changed
+            near, keys = nearest(key, acting), ", ".join(acting)
+            raise InputError(f"{where}: {key!r} does nothing here{near}; keys that do: {keys}")
 
 
 def from_environment(row: Adaptation, text: str) -> Adaptation:

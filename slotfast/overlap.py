@@ -7,7 +7,7 @@ takes 5.5 KB and travels with a model, which can then say that it has seen the t
 
 import base64
 import binascii
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,13 @@ from .errors import InputError
 BLOCK = 32  # tokens of a run
 MAX_OVERLAP = 0.01  # phrases that texts share by chance are less
 _SKETCH_HASHES = 512
+_NONE = np.empty(0, np.uint64)
 
 
 def overlap(stream: TokenStream, other: TokenStream) -> float:
     """Share of a stream's runs of 32 tokens, cut one after the other, that occur anywhere in another stream; 0..1."""
     keys, which = np.unique(
-        np.concatenate([np.empty(0, np.uint64), *(hashes[::BLOCK] for hashes in _hashes(stream))]), return_inverse=True
+        np.concatenate([_NONE, *(hashes[::BLOCK] for hashes in _hashes(stream))]), return_inverse=True
     )
     if not len(keys):
         return 0.0
@@ -36,7 +37,7 @@ def overlap(stream: TokenStream, other: TokenStream) -> float:
 
 def sketch(stream: TokenStream) -> str:
     """The smallest hashes of a stream's runs, little-endian uint64 in base64."""
-    kept = np.empty(0, np.uint64)
+    kept = _NONE
     for hashes in _hashes(stream):
         if len(kept) == _SKETCH_HASHES:
             hashes = hashes[hashes < kept[-1]]
@@ -52,19 +53,31 @@ def shared(stream: TokenStream, sketched: str) -> float:
     Raises:
         InputError: no sketch.
     """
+    return _shares(stream, [sketched])[0]
+
+
+def _shares(stream: TokenStream, sketches: Iterable[str]) -> list[float]:
+    """`shared` with each of several sketches; the stream is read once."""
+    known = [_kept(sketched) for sketched in sketches]
+    highest = max((kept[-1] for kept in known if len(kept)), default=np.uint64(0))
+    sampled = np.unique(np.concatenate([_NONE, *(hashes[hashes <= highest] for hashes in _hashes(stream))]))
+    shares = []
+    for kept in known:
+        comparable = sampled[sampled <= kept[-1]] if len(kept) else _NONE
+        both = len(np.intersect1d(kept, comparable, assume_unique=True))
+        shares.append(both / max(1, min(len(kept), len(comparable))))
+    return shares
+
+
+def _kept(sketched: str) -> np.ndarray:
+    """A sketch's hashes, uint64, rising; raises InputError where it is none."""
     try:
         kept = np.frombuffer(base64.b64decode(sketched, validate=True), "<u8")
     except (binascii.Error, ValueError, TypeError):
         raise InputError("not a sketch of a text: expected uint64 numbers in base64") from None
     if np.any(kept[1:] <= kept[:-1]):
         raise InputError("not a sketch of a text: expected rising uint64 numbers")
-    if not len(kept):
-        return 0.0
-    sampled = np.unique(np.concatenate([kept[:0], *(hashes[hashes <= kept[-1]] for hashes in _hashes(stream))]))
-    if not len(sampled):
-        return 0.0
-    both = len(np.intersect1d(kept, sampled, assume_unique=True))
-    return both / min(len(kept), len(sampled))
+    return kept
 
 
 def seen(stream: TokenStream, metadata: Mapping[str, Any]) -> dict[str, float]:
@@ -79,7 +92,7 @@ def seen(stream: TokenStream, metadata: Mapping[str, Any]) -> dict[str, float]:
     sketches = metadata.get("sketches") or {}
     if not isinstance(sketches, Mapping):
         raise InputError("the model's sketches: expected one for each text that it was made from")
-    return {name: shared(stream, sketched) for name, sketched in sketches.items()}
+    return dict(zip(sketches, _shares(stream, sketches.values()), strict=True)) if sketches else {}
 
 
 def _hashes(stream: TokenStream, size: int = 1 << 16) -> Iterator[np.ndarray]:

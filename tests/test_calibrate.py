@@ -33,7 +33,7 @@ class Uniform(torch.nn.Module):
 
     config = GPTConfig(vocab_size=V, seq_len=32)
 
-    def hidden(self, tokens, dtype=None, first=0):
+    def hidden(self, tokens, dtype=None, first=0, length=None):
         return torch.zeros(*tokens.shape, V)[:, first:]
 
     def head(self, hidden):

@@ -73,8 +73,6 @@ class WindowForward:
         self.model, self.stream, self.plan, self.batch_windows = model, stream, plan, batch_windows
         self.dtype, self.device, self.backend = dtype, device, backend
         self.keep_hidden, self.first_needed = _needs(adapters, plan)
-        # A stream that fills no window has this one, which has no context that a position in it could be counted from.
-        self.shorter = {"length": plan.seq_len} if plan.positions < plan.seq_len else {}
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
         """See `Forward`."""
@@ -83,7 +81,7 @@ class WindowForward:
         for first in range(0, len(indices), self.batch_windows):
             windows = [self.plan[index] for index in indices[first : first + self.batch_windows]]
             tokens = self._gather(windows)
-            hidden = self.model.hidden(tokens[:, :-1].to(self.device), self.dtype, cut, **self.shorter)
+            hidden = self.model.hidden(tokens[:, :-1].to(self.device), self.dtype, cut, self.plan.seq_len)
             ends = _ends(windows, cut)
             ends = torch.cat([ends, ends.new_zeros(self.batch_windows - len(ends), 2)])
             kept = (hidden,) if self.keep_hidden else ()

@@ -12,10 +12,9 @@ _ABOUT = "Run an evaluation loop on altered tokens and find out whether its scor
 def main(argv: Sequence[str] | None = None) -> None:
     """Audit; raises InputError on bad input, exits with 1 where something leaks."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    settings, sources = config.load(config.AuditSettings, "slotfast audit", _ABOUT, argv)
-    config.warn_unread_variables()
-    if settings.show_config:
-        return print(config.show(settings, sources))
+    settings = config.start(config.AuditSettings, "slotfast audit", _ABOUT, argv)
+    if settings is None:
+        return None
     from .program import run  # imports torch
 
     return run(settings, argv)

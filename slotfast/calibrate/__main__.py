@@ -13,10 +13,9 @@ _ABOUT = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Calibrate a stored model; raises InputError on bad input."""
-    settings, sources = config.load(config.CalibrateSettings, "slotfast calibrate", _ABOUT, argv)
-    config.warn_unread_variables()
-    if settings.show_config:
-        return print(config.show(settings, sources))
+    settings = config.start(config.CalibrateSettings, "slotfast calibrate", _ABOUT, argv)
+    if settings is None:
+        return None
     from .program import run  # imports torch
 
     return run(settings)

@@ -4,7 +4,7 @@ from .arguments import ADAPTATION_VARIABLES, version
 from .evaluation import AuditSettings, CalibrateSettings, EvalSettings
 from .files import BundleSettings, ConvertSettings, RecordSettings, ShowSettings
 from .outputs import PROGRESS, Kind, check_outputs, results
-from .settings import Settings, load, setting, show, switch, warn_unread_variables
+from .settings import Settings, load, setting, show, start, switch, warn_unread_variables
 from .training import TrainSettings
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "results",
     "setting",
     "show",
+    "start",
     "switch",
     "version",
     "warn_unread_variables",

@@ -84,6 +84,19 @@ class Settings(BaseModel):
 S = TypeVar("S", bound=Settings)
 
 
+def start(cls: type[S], prog: str, description: str, argv: Sequence[str] | None = None) -> S | None:
+    """Settings of a command that is to run, or None where they were only to be shown; warns of unread variables.
+
+    Args, Raises: see `load`.
+    """
+    settings, sources = load(cls, prog, description, argv)
+    warn_unread_variables()
+    if settings.show_config:
+        print(show(settings, sources))
+        return None
+    return settings
+
+
 def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None = None) -> tuple[S, dict[str, str]]:
     """Settings of one command.
 

@@ -10,10 +10,9 @@ _ABOUT = "Bits per byte of a model, plain and adapted, out of one pass."
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Evaluate; raises InputError on bad input."""
-    settings, sources = config.load(config.EvalSettings, "slotfast eval", _ABOUT, argv)
-    config.warn_unread_variables()
-    if settings.show_config:
-        return print(config.show(settings, sources))
+    settings = config.start(config.EvalSettings, "slotfast eval", _ABOUT, argv)
+    if settings is None:
+        return None
     from .program import evaluate  # imports torch
 
     return evaluate(settings)

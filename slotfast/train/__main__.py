@@ -10,10 +10,9 @@ _ABOUT = "Train a model and write its int6 artifact."
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, quantise, write; raises InputError on bad input."""
-    settings, sources = config.load(config.TrainSettings, "slotfast train", _ABOUT, argv)
-    config.warn_unread_variables()
-    if settings.show_config:
-        return print(config.show(settings, sources))
+    settings = config.start(config.TrainSettings, "slotfast train", _ABOUT, argv)
+    if settings is None:
+        return None
     from .program import train  # imports torch
 
     return train(settings)

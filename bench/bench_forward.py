@@ -84,9 +84,8 @@ def published(case: Case, plan: Plan, batch: int, device: torch.device | str) ->
     return run
 
 
-def ours(make: Callable[[], Forward], plan: Plan, batch: int) -> Callable[[range], Tensor]:
+def ours(forward: Forward, plan: Plan, batch: int) -> Callable[[range], Tensor]:
     """One of our forwards: the losses of the tokens that windows score."""
-    forward = make()
 
     def run(indices: range) -> Tensor:
         losses = []
@@ -109,8 +108,8 @@ def compare(case: Case, device: torch.device | str, rounds: int) -> dict:
     streaming = Streaming(0, block_that_fits(vocabulary, str(device)))
     ways = {
         "published": published(case, plan, batch, device),
-        "windows": ours(lambda: WindowForward(*context, batch), plan, batch),
-        "stream": ours(lambda: StreamForward(*context, 1, streaming), plan, batch),
+        "windows": ours(WindowForward(*context, batch), plan, batch),
+        "stream": ours(StreamForward(*context, 1, streaming), plan, batch),
     }
     per_round = {"published": case.windows, "windows": case.windows, "stream": (len(plan) - 1) // (rounds + 1)}
     times: dict[str, list[float]] = {name: [] for name in ways}

@@ -118,9 +118,9 @@ def compare_forwards(
     if not streams(model):
         return {"forward": "windows", "sinks": 0, "difference_bpb": None, "difference_se": None}
     device = str(options.get("device", "cpu"))
-    ways = {None: None, **{sinks: _streaming(sinks, model, device) for sinks in SINKS}}
+    ways = [None, *(_streaming(sinks, model, device) for sinks in SINKS)]
     runs: list[list[Scored]] = []
-    for way in ways.values():
+    for way in ways:
         runs.append([])
         passed = SlidingPass(model, stream, plan, [], byte_table, bos_id, streaming=way, **options)
         passed.run(on_scored=runs[-1].append)

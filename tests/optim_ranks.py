@@ -5,6 +5,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: see slotfast.command.ranks
 
 from slotfast import optim
 from slotfast.optim import Muon, average_gradients

@@ -109,6 +109,7 @@ def test_ranks_train_as_one(tmp_path):
     """Two processes with one sequence each step what one process does with two."""
     code = """
 import sys, torch, torch.distributed as dist, numpy as np
+import torch.distributed.nn.functional  # before there is a group: see slotfast.command.ranks
 sys.path.insert(0, {root!r})
 from slotfast.data import TokenStream
 from slotfast.model import GPT, GPTConfig

@@ -30,6 +30,7 @@ from slotfast.eval.forward import Forward, StreamForward, Streaming, WindowForwa
 from slotfast.eval.inputs import block_that_fits, read_inputs, windows_that_fit
 from slotfast.model import GPT, GPTConfig
 from slotfast.windows import Plan
+from slotfast.worker import Worker
 
 TARGET = 0.75  # of the ceiling
 STRIDE = 64
@@ -104,8 +105,8 @@ def compare(case: Case, device: torch.device | str, rounds: int) -> dict:
     length, vocabulary = case.model.config.seq_len, case.model.config.vocab_size
     plan = Plan(len(case.stream) - 1, length, STRIDE)
     batch = max(1, min(32, case.windows, windows_that_fit(length, vocabulary)))
-    context = (case.model, case.stream, plan, [], torch.float32, device, "auto")
-    streaming = Streaming(0, block_that_fits(vocabulary, str(device)))
+    context = (case.model, case.stream, plan, [], Worker(device))
+    streaming = Streaming(0, block_that_fits(vocabulary, torch.device(device).type == "cuda"))
     ways = {
         "published": published(case, plan, batch, device),
         "windows": ours(WindowForward(*context, batch), plan, batch),

@@ -62,11 +62,9 @@ def compare(text: str | None, batches: int, seeds: int) -> dict:
     adapters = [Adapter(parse_preset("pr1350")), PublishedLoop(), *map(PublishedLoop, range(seeds))]
     done = SlidingPass(
         inputs.artifact.model(),
-        inputs.stream,
+        inputs.text,
         plan,
         adapters,
-        inputs.tokenizer.byte_table,
-        inputs.tokenizer.bos_id,
         batch_windows=published.WINDOWS,
     ).run()
     plain, ours, loop, *noisy = (done.meter.score(row).bpb for row in range(len(adapters) + 1))

@@ -14,6 +14,7 @@ from torch import nn
 from . import ops
 from .data import TokenStream
 from .windows import Plan
+from .worker import ALONE, Worker
 
 
 class ScoreFirst:
@@ -78,11 +79,7 @@ class ScoreFirst:
         stream: TokenStream,
         plan: Plan,
         chunk: int,
-        *,
-        rank: int = 0,
-        world: int = 1,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
+        worker: Worker = ALONE,
     ) -> None:
         """Train on what the windows of chunk number `chunk` have scored; nothing to do after the last one.
 
@@ -100,19 +97,19 @@ class ScoreFirst:
         starts = range(begin, stop, plan.seq_len)
         parameters = list(model.parameters())
         for _ in range(self.epochs):
-            for step in range(0, len(starts), self.batch * world):
-                together = starts[step : step + self.batch * world]
+            for step in range(0, len(starts), self.batch * worker.world):
+                together = starts[step : step + self.batch * worker.world]
                 predictions = min(together.start + len(together) * plan.seq_len, stop) - together.start
                 for parameter in parameters:
                     parameter.grad = torch.zeros_like(parameter)
-                for start in together[rank::world]:
+                for start in together[worker.rank :: worker.world]:
                     piece = torch.from_numpy(stream.read(start, min(start + plan.seq_len, stop) + 1).astype("int64"))
-                    piece = piece[None].to(device)
+                    piece = piece[None].to(worker.device)
                     with torch.enable_grad():
-                        logits = model.head(model.hidden(piece[:, :-1], dtype))
+                        logits = model.head(model.hidden(piece[:, :-1], worker.dtype))
                         loss = ops.cross_entropy(logits, piece[:, 1:]).sum() / predictions
                     loss.backward()
-                if world > 1:
+                if worker.world > 1:
                     for parameter in parameters:
                         dist.all_reduce(parameter.grad)
                 nn.utils.clip_grad_norm_(parameters, self.clip)

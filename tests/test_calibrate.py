@@ -9,7 +9,7 @@ import torch
 
 from slotfast.artifact import Artifact, read_artifact, write_artifact
 from slotfast.calibrate import CLOSED_GATES, calibrate, main
-from slotfast.data import ByteTable, Tokenizer, TokenStream
+from slotfast.data import ByteTable, Text, Tokenizer, TokenStream
 from slotfast.errors import InputError
 from slotfast.model import GPT, GPTConfig
 from slotfast.slot import Calibration, parse_preset
@@ -41,14 +41,14 @@ class Uniform(torch.nn.Module):
 
 
 def test_repeats_are_on_where_text_repeats_and_off_where_it_does_not():
-    on = calibrate(Uniform(), _stream(), BYTES, BOS, None, stride=8)
+    on = calibrate(Uniform(), Text(_stream(), BYTES, BOS), None, stride=8)
     assert on["gates"] != CLOSED_GATES and on["repeats_gain_bpb"] > max(1.0, 2 * on["repeats_gain_se"])
-    off = calibrate(Uniform(), _stream(repeat=False), BYTES, BOS, None, stride=8)
+    off = calibrate(Uniform(), Text(_stream(repeat=False), BYTES, BOS), None, stride=8)
     assert off["gates"] == CLOSED_GATES and off["tokens"] == on["tokens"]
 
 
 def test_one_document_cannot_be_cross_validated():
-    assert calibrate(Uniform(), _stream(1), BYTES, BOS, None, stride=8)["gates"] == CLOSED_GATES
+    assert calibrate(Uniform(), Text(_stream(1), BYTES, BOS), None, stride=8)["gates"] == CLOSED_GATES
 
 
 def test_stored_numbers_are_those_that_run():

@@ -5,12 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from slotfast.data import ByteTable, TokenStream
+from slotfast.data import ByteTable, Text, TokenStream
 from slotfast.errors import InputError
 from slotfast.eval import SlidingPass, Streaming
 from slotfast.slot import PRESETS, Adapter, parse_preset
 from slotfast.stream import CachedForward
 from slotfast.windows import Plan
+from slotfast.worker import Worker
 
 V, L, STRIDE, BOS = 64, 32, 8, 1
 BYTES = ByteTable(np.arange(V) % 5, np.arange(V) % 3 == 0, np.arange(V) < 4)
@@ -35,16 +36,13 @@ def _run(model, tokens, presets, batch=8, rank=0, world=1, parts=1, together=Non
     plan = Plan(len(stream) - 1, L, STRIDE)
     result = SlidingPass(
         model,
-        stream,
+        Text(stream, BYTES, BOS),
         plan,
         adapters,
-        BYTES,
-        BOS,
         batch_windows=batch,
         adapt_windows=together,
         streaming=way,
-        rank=rank,
-        world=world,
+        worker=Worker(rank=rank, world=world),
     ).run(on_scored=scored.append)
     columns = [
         np.concatenate([getattr(s, name) for s in scored], -1) for name in ("position", "token", "n_bytes", "nll")
@@ -164,7 +162,7 @@ def test_distributions_are_given_on_request(tiny_model):
     adapters = [Adapter(parse_preset(name), bos_id=BOS) for name in ("causal", "pr1217-window")]
     plan = Plan(len(stream) - 1, L, STRIDE)
     options = {"batch_windows": 8, "keep_logprobs": True}
-    SlidingPass(tiny_model, stream, plan, adapters, BYTES, BOS, **options).run(on_scored=scored.append)
+    SlidingPass(tiny_model, Text(stream, BYTES, BOS), plan, adapters, **options).run(on_scored=scored.append)
     logprobs = torch.cat([part.logprobs for part in scored], 1)
     assert logprobs.shape == (3, 399, V)
     assert (logprobs.exp().sum(-1) - 1).abs().max() < 1e-5

@@ -11,7 +11,7 @@ from slotfast.audit.own import OwnLoop
 from slotfast.audit.streams import Stream, synthetic
 from slotfast.calibrate import compare_forwards
 from slotfast.config import EvalSettings
-from slotfast.data import ByteTable, TokenStream
+from slotfast.data import ByteTable, Text, TokenStream
 from slotfast.errors import InputError
 from slotfast.eval import SlidingPass, Streaming
 from slotfast.eval.__main__ import main
@@ -19,6 +19,7 @@ from slotfast.eval.inputs import choose_plan, choose_rows, choose_streaming, rea
 from slotfast.model import GPT, GPTConfig
 from slotfast.slot import PRESETS, Adapter, Calibration, parse_preset
 from slotfast.windows import Plan
+from slotfast.worker import Worker
 from tests.models import random_model, write_tiny
 
 V, L, BOS = 32, 16, 1
@@ -61,7 +62,7 @@ def needs_a_sink() -> GPT:
 def test_a_model_that_needs_a_sink_gets_one():
     stream = documents()
     plan = Plan(len(stream) - 1, L, 4)
-    found = compare_forwards(needs_a_sink(), stream, plan, BYTES, BOS, batch_windows=8)
+    found = compare_forwards(needs_a_sink(), Text(stream, BYTES, BOS), plan, batch_windows=8)
     assert (found["forward"], found["sinks"]) == ("stream", 4)
     assert abs(found["difference_bpb"]) < 1e-4
 
@@ -70,14 +71,14 @@ def test_a_model_that_a_stream_breaks_keeps_windows(monkeypatch):
     monkeypatch.setattr("slotfast.calibrate.fit.SINKS", (0,))
     stream = documents()
     plan = Plan(len(stream) - 1, L, 4)
-    found = compare_forwards(needs_a_sink(), stream, plan, BYTES, BOS, batch_windows=8)
+    found = compare_forwards(needs_a_sink(), Text(stream, BYTES, BOS), plan, batch_windows=8)
     assert (found["forward"], found["sinks"]) == ("windows", 0)
     assert found["difference_bpb"] > 1.0 and found["difference_bpb"] > 2 * found["difference_se"]
 
 
 def test_without_a_standard_error_windows_stay(tiny_model):
     stream = documents(count=1)
-    found = compare_forwards(tiny_model, stream, Plan(len(stream) - 1, L, 4), BYTES, BOS, batch_windows=8)
+    found = compare_forwards(tiny_model, Text(stream, BYTES, BOS), Plan(len(stream) - 1, L, 4), batch_windows=8)
     assert found["forward"] == "windows" and found["difference_se"] is None
 
 
@@ -85,7 +86,7 @@ def choose(*arguments, world=1, calibration=None):
     settings = EvalSettings(max_tokens=400, **dict(arguments))
     inputs = read_inputs(settings)
     inputs.artifact.metadata["calibration"] = calibration
-    return choose_streaming(settings, choose_rows(settings), inputs, choose_plan(settings, inputs), world)
+    return choose_streaming(settings, choose_rows(settings), inputs, choose_plan(settings, inputs), Worker(world=world))
 
 
 FOUND = {"forward": {"forward": "stream", "sinks": 4, "difference_bpb": 0.0, "difference_se": 0.1}}
@@ -164,9 +165,9 @@ def test_a_window_longer_than_the_stream_computes_no_more_than_the_stream(monkey
     monkeypatch.setattr(GPT, "states", lambda self, t, *a, **k: forwarded.append(t.numel()) or states(self, t, *a, **k))
     rows = [Adapter(parse_preset(name), Calibration(None), BOS) for name in ("causal", "pr1350-window")]
     table = ByteTable(np.ones(37, np.int64), np.zeros(37, bool), np.zeros(37, bool))
-    options = {"batch_windows": 1, "streaming": way, "dtype": torch.float64}
+    options = {"batch_windows": 1, "streaming": way, "worker": Worker(dtype=torch.float64)}
     found = []
-    SlidingPass(model, stream, plan, rows, table, BOS, **options).run(on_scored=found.append)
+    SlidingPass(model, Text(stream, table, BOS), plan, rows, **options).run(on_scored=found.append)
     nll = np.concatenate([part.nll for part in found], 1)
     np.testing.assert_allclose(nll[0], expected.numpy(), rtol=1e-9)
     np.testing.assert_array_equal(nll[2], nll[0])  # nothing to fit to

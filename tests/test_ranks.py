@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from slotfast.command.ranks import join_ranks
 
-with join_ranks("cpu") as (rank, world, device):
+with join_ranks("cpu") as worker:
     total = torch.ones(1)
     dist.all_reduce(total)
     import torch.distributed.nn.functional  # as torch itself does, some time or other
 names = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
-assert total == world == 2 and not [name for name in names if "gloo" in name], names
+assert total == worker.world == 2 and not [name for name in names if "gloo" in name], names
 """
 
 

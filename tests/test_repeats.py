@@ -10,7 +10,7 @@ import torch
 from slotfast.audit import Hints, audit_rows
 from slotfast.audit.own import OwnLoop
 from slotfast.audit.streams import Stream
-from slotfast.data import ByteTable, TokenStream
+from slotfast.data import ByteTable, Text, TokenStream
 from slotfast.errors import InputError
 from slotfast.eval import SlidingPass
 from slotfast.slot import Adapter, Calibration, WindowBatch, parse_preset, sorted_repeats
@@ -252,7 +252,12 @@ def test_causal_with_sorted_repeats_scores_like_with_tables(tiny_model, monkeypa
     def scores():
         adapter, parts = Adapter(parse_preset("causal:decay=0.98"), bos_id=BOS), []
         passed = SlidingPass(
-            tiny_model, TokenStream([tokens.numpy()]), plan, [adapter], table, BOS, batch_windows=4, adapt_windows=8
+            tiny_model,
+            Text(TokenStream([tokens.numpy()]), table, BOS),
+            plan,
+            [adapter],
+            batch_windows=4,
+            adapt_windows=8,
         )
         passed.run(parts.append)
         return adapter._repeats, np.concatenate([part.nll for part in parts], 1)

@@ -15,13 +15,14 @@ import torch
 
 from slotfast.artifact import load_artifact, write_community
 from slotfast.command import checkpoint
-from slotfast.data import ByteTable, TokenStream
+from slotfast.data import ByteTable, Text, TokenStream
 from slotfast.errors import InputError
 from slotfast.eval import SlidingPass, Streaming, resume
 from slotfast.eval.__main__ import main
 from slotfast.slot import PRESETS, Adapter, parse_preset
 from slotfast.ttt import ScoreFirst
 from slotfast.windows import Plan
+from slotfast.worker import Worker
 from tests.arguments import changed
 from tests.kills import run_and_kill
 from tests.models import write_tiny
@@ -44,9 +45,8 @@ def _pass(model, presets, rank, world, training, streaming=None):
     adapters = [Adapter(parse_preset(name), bos_id=BOS) for name in presets]
     training = ScoreFirst(chunk=128, lr=0.02, epochs=1) if training else None
     plan = Plan(len(stream) - 1, L, STRIDE)
-    where = {"batch_windows": 8, "rank": rank, "world": world, "training": training}
-    where["streaming"] = streaming
-    return SlidingPass(copy.deepcopy(model), stream, plan, adapters, BYTES, BOS, **where)
+    options = {"batch_windows": 8, "worker": Worker(rank=rank, world=world), "training": training}
+    return SlidingPass(copy.deepcopy(model), Text(stream, BYTES, BOS), plan, adapters, streaming=streaming, **options)
 
 
 def _quick(name):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from slotfast.data import ByteTable, TokenStream
+from slotfast.data import ByteTable, Text, TokenStream
 from slotfast.eval import SlidingPass
 from slotfast.slot import Adapter, parse_preset
 from slotfast.ttt import ScoreFirst
@@ -29,11 +29,9 @@ def _run(model, tokens, training, presets=()):
     adapters, scored = [Adapter(parse_preset(name), bos_id=BOS) for name in presets], []
     SlidingPass(
         copy.deepcopy(model),
-        TokenStream([np.asarray(tokens)]),
+        Text(TokenStream([np.asarray(tokens)]), BYTES, BOS),
         Plan(len(tokens) - 1, L, STRIDE),
         adapters,
-        BYTES,
-        BOS,
         batch_windows=4,
         training=training,
     ).run(on_scored=scored.append)
@@ -115,6 +113,7 @@ from slotfast.data import TokenStream
 from slotfast.model import GPT, GPTConfig
 from slotfast.ttt import ScoreFirst
 from slotfast.windows import Plan
+from slotfast.worker import Worker
 rank, world = int(sys.argv[1]), int(sys.argv[2])
 if world > 1:
     dist.init_process_group("gloo", init_method="file://" + sys.argv[3], rank=rank, world_size=world)
@@ -124,7 +123,7 @@ model = GPT(GPTConfig(vocab_size=64, seq_len=32, layers=2, width=16, heads=2, kv
 tokens, plan = np.random.default_rng(0).integers(4, 64, 300), Plan(299, 32, 8)
 training = ScoreFirst(chunk=64, lr=0.05, epochs=2, batch=2 // world)
 for chunk in range(3):
-    training.train(model, TokenStream([tokens]), plan, chunk, rank=rank, world=world)
+    training.train(model, TokenStream([tokens]), plan, chunk, Worker(rank=rank, world=world))
 torch.save([p.detach() for p in model.parameters()], sys.argv[4])
 """
     code = code.format(root=str(Path(__file__).resolve().parents[1]))

@@ -23,6 +23,7 @@ from ..eval import Streaming
 from ..eval.inputs import choose_rows, read_inputs
 from ..learn import LEARNING, Learning
 from ..slot import PRESETS, Adaptation, Calibration
+from ..worker import Worker
 from .checks import ByteRule
 from .engine import Runs
 from .log import run_loop
@@ -102,8 +103,7 @@ def _own(settings: AuditSettings) -> Subject:
         tokenizer.byte_table,
         tokenizer.bos_id,
         hints,
-        device,
-        settings.backend,
+        Worker(device, backend=settings.backend),
         # Blocks of another size than the windows' batches, so that their borders are seen apart
         Streaming(settings.sinks, 3 * hints.stride) if settings.forward == "stream" else None,
     )

@@ -1,19 +1,18 @@
 """Our own evaluation as a loop under audit: the real sliding pass, all presets out of one forward, rank after rank."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..data import ByteTable, TokenStream
+from ..data import ByteTable, Text, TokenStream
 from ..eval import Scored, SlidingPass, Streaming
 from ..learn import Charged, Learning, LearningLoop
 from ..model import GPT
-from ..ops import Backend
 from ..slot import Adaptation, Adapter, Calibration
 from ..windows import Plan
+from ..worker import ALONE, Worker
 from .log import Log, Record, read_log
 from .places import Hints
 
@@ -23,12 +22,13 @@ class OwnLoop:
     """Scores a stream as `slotfast eval` does, with any of its rows.
 
     Args:
-        model: in evaluation mode, on `device`.
+        model: in evaluation mode, on the worker's device.
         rows: by name; that of `none` is the unadapted model. Those that learn run on one rank.
         calibration: what the closed form takes from the model's training data.
         byte_table: bytes of each token.
         bos_id: the token that starts a document.
         hints: window length, stride, windows of a batch, and the ranks that run one after the other.
+        worker: where and how each rank computes.
         streaming: every token is forwarded once; None: windows.
     """
 
@@ -38,8 +38,7 @@ class OwnLoop:
     byte_table: ByteTable
     bos_id: int
     hints: Hints
-    device: torch.device | str = "cpu"
-    backend: Backend = "auto"
+    worker: Worker = ALONE
     streaming: Streaming | None = None
 
     def __call__(self, tokens: Tensor, names: Sequence[str]) -> dict[str, Record]:
@@ -56,41 +55,36 @@ class OwnLoop:
                 log.score(scored.position, scored.nll[index[name]], scored.n_bytes, scored.logprobs[index[name]])
 
         stream = TokenStream([tokens.numpy()])
+        text = Text(stream, self.byte_table, self.bos_id)
         plan = Plan(len(stream) - 1, self.hints.seq_len, self.hints.stride)
         for name in learning:
-            self._learn(self.rows[name], stream, logs[name])
+            self._learn(self.rows[name], text, logs[name])
         for rank in range(self.hints.ranks) if len(learning) < len(names) else ():
             if not plan.owned(rank, self.hints.ranks):
                 continue
             SlidingPass(
                 self.model,
-                stream,
+                text,
                 plan,
                 [Adapter(self.rows[name], self.calibration, self.bos_id) for name in adapted],
-                self.byte_table,
-                self.bos_id,
                 batch_windows=self.hints.batch_windows,
                 streaming=self.streaming,
-                device=self.device,
-                rank=rank,
-                world=self.hints.ranks,
-                backend=self.backend,
+                worker=replace(self.worker, rank=rank, world=self.hints.ranks),
                 keep_logprobs=True,
             ).run(on_scored=report)
         return {name: read_log(log, tokens, self.model.config.vocab_size) for name, log in logs.items()}
 
-    def _learn(self, row: Learning, stream: TokenStream, log: Log) -> None:
+    def _learn(self, row: Learning, text: Text, log: Log) -> None:
         sinks = self.streaming.sinks if self.streaming else 0
 
         def report(charged: Charged) -> None:
             position = charged.start + 1 + np.arange(len(charged.nll))
-            tokens = stream.read(charged.start, charged.start + len(position) + 1)
-            n_bytes = self.byte_table.count(tokens[1:], tokens[:-1])
-            log.score(position, charged.nll, n_bytes, charged.logprobs)
+            tokens = text.stream.read(charged.start, charged.start + len(position) + 1)
+            log.score(position, charged.nll, text.bytes_of(tokens), charged.logprobs)
             log.update(position)
 
         loop = LearningLoop(self.model, row, self.hints.seq_len, sinks, self.bos_id, keep_logprobs=True)
-        loop.run(stream.read, len(stream) - 1, report)
+        loop.run(text.stream.read, len(text.stream) - 1, report)
 
     def byte_rule(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes of every token of a stream; of the first, which nobody is charged for, none."""

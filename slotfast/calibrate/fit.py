@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ..artifact import Artifact
-from ..data import ByteTable, TokenStream
+from ..data import Text, TokenStream
 from ..errors import InputError
 from ..eval.forward import Streaming, streams
 from ..eval.inputs import block_that_fits, windows_that_fit
@@ -20,6 +20,7 @@ from ..slot import Adapter, Calibration, parse_preset
 from ..slot.repeats import CONTEXTS, DEFAULT_GATES, Followers, Repeats, fit_gates, mix
 from ..windows import Plan
 from ..words import counted
+from ..worker import ALONE, Worker
 
 SCALES = (0.0, 0.4, 0.7, 1.0, 1.3)  # 0: the rates are of no use to this model
 DECAYS = (0.94, 0.97, 0.985)  # of 64 tokens
@@ -30,24 +31,20 @@ CLOSED_GATES = [[-30.0, 0.0]] * len(CONTEXTS)
 
 def calibrate(
     model: GPT,
-    stream: TokenStream,
-    byte_table: ByteTable,
-    bos_id: int,
+    text: Text,
     frequency: torch.Tensor | None,
     *,
     stride: int = 64,
     batch_windows: int = 16,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
+    worker: Worker = ALONE,
 ) -> dict[str, Any]:
     """Strength and decay of the rates from a grid, then the gates of repeats by L-BFGS; any of them may end as off.
 
     Args:
-        model: as it will be evaluated, on `device`.
-        stream: documents held out from training; never the text to be scored.
-        byte_table, bos_id: of the tokenizer.
+        model: as it will be evaluated, on the worker's device.
+        text: documents held out from training; never the text to be scored.
         frequency: float [V], training frequencies, or None.
-        stride, batch_windows, dtype, device: of the pass.
+        stride, batch_windows, worker: of the pass.
 
     Returns:
         forward, see `compare_forwards`; scale, decay, gates; the number of tokens; and what was gained, in bits per
@@ -57,16 +54,16 @@ def calibrate(
     rows = [parse_preset("causal-unigram:scale=0")]
     for decay in DECAYS:
         rows += [parse_preset(f"causal-unigram:scale={scale},decay={decay ** (1 / 64)!r}") for scale in SCALES[1:]]
-    adapters = [Adapter(row, Calibration(frequency), bos_id) for row in rows]
+    adapters = [Adapter(row, Calibration(frequency), text.bos_id) for row in rows]
     parts: list[Scored] = []
-    length = min(model.config.seq_len, max(len(stream) - 1, 1))
-    plan = Plan(len(stream) - 1, length, min(stride, length))
+    length = min(model.config.seq_len, max(len(text.stream) - 1, 1))
+    plan = Plan(len(text.stream) - 1, length, min(stride, length))
     batch_windows = max(1, min(batch_windows, windows_that_fit(length, model.config.vocab_size)))
-    options = {"batch_windows": batch_windows, "dtype": dtype, "device": device}
-    forward = compare_forwards(model, stream, plan, byte_table, bos_id, **options)
+    options: dict[str, Any] = {"batch_windows": batch_windows, "worker": worker}
+    forward = compare_forwards(model, text, plan, **options)
     if forward["forward"] == "stream":
-        options["streaming"] = _streaming(forward["sinks"], model, device)
-    SlidingPass(model, stream, plan, adapters, byte_table, bos_id, **options).run(on_scored=parts.append)
+        options["streaming"] = _streaming(forward["sinks"], model, worker)
+    SlidingPass(model, text, plan, adapters, **options).run(on_scored=parts.append)
     nll = np.concatenate([part.nll for part in parts], 1)[1:].astype(np.float64)
     tokens = np.concatenate([part.token for part in parts])
     n_bytes = np.concatenate([part.n_bytes for part in parts])
@@ -75,11 +72,11 @@ def calibrate(
 
     # Rates are chosen together with repeats at their default gates; alone, where repeats turn out to be useless
     decays = {adapter.row.decay for adapter in adapters}
-    repeats = {d: Repeats(d, rows[0].document_decay, bos_id).take(torch.from_numpy(tokens)) for d in decays}
+    repeats = {d: Repeats(d, rows[0].document_decay, text.bos_id).take(torch.from_numpy(tokens)) for d in decays}
     both = [_mixed(each, repeats[a.row.decay], DEFAULT_GATES).sum() for each, a in zip(nll, adapters, strict=True)]
     best = int(np.argmin(both))
     followers = repeats[adapters[best].row.decay]
-    gates, gain, error = _fit_gates(nll[best], followers, np.cumsum(tokens == bos_id), n_bytes)
+    gates, gain, error = _fit_gates(nll[best], followers, np.cumsum(tokens == text.bos_id), n_bytes)
     if gates == CLOSED_GATES:
         best = int(nll.sum(1).argmin())
     row = adapters[best].row
@@ -103,12 +100,17 @@ def calibrated(artifact: Artifact, found: dict[str, Any], stream: TokenStream) -
 
 
 def compare_forwards(
-    model: GPT, stream: TokenStream, plan: Plan, byte_table: ByteTable, bos_id: int, **options: Any
+    model: GPT,
+    text: Text,
+    plan: Plan,
+    *,
+    batch_windows: int,
+    worker: Worker = ALONE,
 ) -> dict[str, Any]:
     """Windows, or a stream with no sinks or with four: the better stream, unless it is clearly worse than windows.
 
     Args:
-        model, stream, plan, byte_table, bos_id, options: of the passes.
+        model, text, plan, batch_windows, worker: of the passes.
 
     Returns:
         forward, "stream" or "windows"; sinks; difference_bpb, of the better stream less windows, and difference_se, its
@@ -117,16 +119,15 @@ def compare_forwards(
     """
     if not streams(model):
         return {"forward": "windows", "sinks": 0, "difference_bpb": None, "difference_se": None}
-    device = str(options.get("device", "cpu"))
-    ways = [None, *(_streaming(sinks, model, device) for sinks in SINKS)]
+    ways = [None, *(_streaming(sinks, model, worker) for sinks in SINKS)]
     runs: list[list[Scored]] = []
     for way in ways:
         runs.append([])
-        passed = SlidingPass(model, stream, plan, [], byte_table, bos_id, streaming=way, **options)
+        passed = SlidingPass(model, text, plan, [], batch_windows=batch_windows, streaming=way, worker=worker)
         passed.run(on_scored=runs[-1].append)
     token, n_bytes = (np.concatenate([getattr(part, name) for part in runs[0]]) for name in ("token", "n_bytes"))
     nll = np.stack([np.concatenate([part.nll[0] for part in parts]) for parts in runs])
-    _, document = np.unique(np.cumsum(token == bos_id), return_inverse=True)
+    _, document = np.unique(np.cumsum(token == text.bos_id), return_inverse=True)
     meter = Meter(["windows", *map(str, SINKS)], int(document[-1]) + 1)
     meter.add(document, n_bytes, nll)
     scores = {sinks: meter.score(row) for row, sinks in enumerate(SINKS, 1)}
@@ -136,8 +137,8 @@ def compare_forwards(
     return {"forward": "stream" if holds else "windows", "sinks": sinks if holds else 0, **found}
 
 
-def _streaming(sinks: int, model: GPT, device: torch.device | str) -> Streaming:
-    return Streaming(sinks, block_that_fits(model.config.vocab_size, str(device)))
+def _streaming(sinks: int, model: GPT, worker: Worker) -> Streaming:
+    return Streaming(sinks, block_that_fits(model.config.vocab_size, worker.on_gpu))
 
 
 def _fit_gates(

@@ -4,7 +4,7 @@ import sys
 
 from .. import config
 from ..artifact import read_artifact, write_artifact
-from ..data import Tokenizer, TokenStream, read_documents
+from ..data import Text, Tokenizer, TokenStream, read_documents
 from ..errors import InputError
 from ..eval.inputs import check_tokenizer
 from ..overlap import MAX_OVERLAP, seen
@@ -35,7 +35,8 @@ def run(settings: config.CalibrateSettings) -> None:
             f"warning: the text shares about {share:.1%} with the one that the model was trained on",
             file=sys.stderr,
         )
-    found = calibrate(artifact.model(), stream, tokenizer.byte_table, tokenizer.bos_id, artifact.unigram)
+    text = Text(stream, tokenizer.byte_table, tokenizer.bos_id)
+    found = calibrate(artifact.model(), text, artifact.unigram)
     print(summary(found), flush=True)
     size = write_artifact(settings.out, calibrated(artifact, found, stream))
     print(f"{settings.out}: {size:,} bytes")

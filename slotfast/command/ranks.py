@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 
 from ..errors import InputError
+from ..worker import Worker
 
 
 @contextmanager
-def join_ranks(name: str) -> Iterator[tuple[int, int, str]]:
-    """Rank, number of ranks and device of this process, joined with the others under torchrun."""
+def join_ranks(name: str) -> Iterator[Worker]:
+    """This process, joined with the others under torchrun; `name` is the device, or auto."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
@@ -45,7 +46,7 @@ def join_ranks(name: str) -> Iterator[tuple[int, int, str]]:
         importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield rank, world, f"cuda:{local}" if device.type == "cuda" else "cpu"
+        yield Worker(f"cuda:{local}" if device.type == "cuda" else "cpu", rank=rank, world=world)
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -7,12 +7,14 @@ beside that count the true one, so that a difference is reported and never hidde
 
 from .documents import is_jsonl, read_documents
 from .shards import TokenStream, open_shards, read_shard, shard_paths, write_shard
+from .text import Text
 from .tokenizers import ByteCount, ByteTable, RuleFault, Tokenizer
 
 __all__ = [
     "ByteCount",
     "ByteTable",
     "RuleFault",
+    "Text",
     "TokenStream",
     "Tokenizer",
     "is_jsonl",

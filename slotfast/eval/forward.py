@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..data import TokenStream
 from ..model import GPT
-from ..ops import Backend
 from ..slot import Adapter, WindowBatch, first_position
 from ..stream import CachedForward
 from ..windows import Plan, Window
+from ..worker import Worker
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class WindowForward:
     """Every window forwarded for itself.
 
     Args:
-        model, stream, plan, adapters, dtype, device, backend: of the pass.
+        model, stream, plan, adapters, worker: of the pass.
         batch_windows: windows of one forward; short batches are padded to it, so that shapes never change.
     """
 
@@ -65,32 +65,31 @@ class WindowForward:
         stream: TokenStream,
         plan: Plan,
         adapters: Sequence[Adapter],
-        dtype: torch.dtype,
-        device: torch.device | str,
-        backend: Backend,
+        worker: Worker,
         batch_windows: int,
     ):
-        self.model, self.stream, self.plan, self.batch_windows = model, stream, plan, batch_windows
-        self.dtype, self.device, self.backend = dtype, device, backend
+        self.model, self.stream, self.plan = model, stream, plan
+        self.worker, self.batch_windows = worker, batch_windows
         self.keep_hidden, self.first_needed = _needs(adapters, plan)
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
         """See `Forward`."""
         cut = self.first_needed if indices.start else 0  # the stream's first window scores all of its positions
+        device = self.worker.device
         parts: list[tuple[Tensor, ...]] = []
         for first in range(0, len(indices), self.batch_windows):
             windows = [self.plan[index] for index in indices[first : first + self.batch_windows]]
             tokens = self._gather(windows)
-            hidden = self.model.hidden(tokens[:, :-1].to(self.device), self.dtype, cut, self.plan.seq_len)
+            hidden = self.model.hidden(tokens[:, :-1].to(device), self.worker.dtype, cut, self.plan.seq_len)
             ends = _ends(windows, cut)
             ends = torch.cat([ends, ends.new_zeros(self.batch_windows - len(ends), 2)])
             kept = (hidden,) if self.keep_hidden else ()
-            parts.append((self.model.head(hidden), *(t.to(self.device) for t in (tokens[:, 1 + cut :], ends)), *kept))
+            parts.append((self.model.head(hidden), *(t.to(device) for t in (tokens[:, 1 + cut :], ends)), *kept))
             if on_windows:
                 on_windows(len(windows))
         columns = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
         logits, targets, ends, *hidden = columns
-        return WindowBatch(logits, targets, ends[:, 0], ends[:, 1], self.backend, *hidden, head=self.model.head)
+        return WindowBatch(logits, targets, ends[:, 0], ends[:, 1], self.worker.backend, *hidden, head=self.model.head)
 
     def end_at(self, predictions: int) -> None:
         """Nothing is forwarded ahead."""
@@ -117,7 +116,7 @@ class StreamForward:
     """Every token forwarded once, block by block; windows are views of the tape of their logits.
 
     Args:
-        model, stream, plan, adapters, dtype, device, backend: of the pass.
+        model, stream, plan, adapters, worker: of the pass.
         first_window: where the windows begin; the stream before it is forwarded as far as the windows depend on it.
         streaming: sinks and blocks.
     """
@@ -128,17 +127,15 @@ class StreamForward:
         stream: TokenStream,
         plan: Plan,
         adapters: Sequence[Adapter],
-        dtype: torch.dtype,
-        device: torch.device | str,
-        backend: Backend,
+        worker: Worker,
         first_window: int,
         streaming: Streaming,
     ):
         self.model, self.stream, self.plan, self.block = model, stream, plan, streaming.block_tokens
-        self.device, self.backend = device, backend
+        self.worker = worker
         self.keep_hidden, self.first_needed = _needs(adapters, plan)
         self.end = plan.predictions
-        self.cached = _cached(model, plan.seq_len, streaming.sinks, dtype)
+        self.cached = _cached(model, plan.seq_len, streaming.sinks, worker.dtype)
         self.logits, self.hidden = RollingTape(), RollingTape()
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
@@ -158,12 +155,12 @@ class StreamForward:
         tokens = np.zeros(end - begin, np.int64)
         known = self.stream.read(begin + 1, end + 1)
         tokens[: len(known)] = known
-        targets = overlapping(torch.from_numpy(tokens).to(self.device), self.plan.stride, len(windows), length)
+        targets = overlapping(torch.from_numpy(tokens).to(self.worker.device), self.plan.stride, len(windows), length)
         hidden = (self.hidden.windows(**options),) if self.keep_hidden else ()
-        ends = _ends(windows, cut).to(self.device)
+        ends = _ends(windows, cut).to(self.worker.device)
         if on_windows:
             on_windows(len(windows))
-        return WindowBatch(logits, targets, ends[:, 0], ends[:, 1], self.backend, *hidden, head=self.model.head)
+        return WindowBatch(logits, targets, ends[:, 0], ends[:, 1], self.worker.backend, *hidden, head=self.model.head)
 
     def _start(self, begin: int) -> None:
         """Bring the cache to where prediction `begin` has all that it depends on."""
@@ -177,7 +174,7 @@ class StreamForward:
         """Forward up to the next multiple of the block's size; predictions from `wanted` on go to the tape."""
         start = self.cached.position
         stop = min((start // self.block + 1) * self.block, self.end)
-        tokens = torch.from_numpy(self.stream.read(start, stop).astype(np.int64))[None].to(self.device)
+        tokens = torch.from_numpy(self.stream.read(start, stop).astype(np.int64))[None].to(self.worker.device)
         first = min(max(0, wanted - start), stop - start)
         hidden = self.cached(tokens, first)[0]
         if first < stop - start:
@@ -197,8 +194,8 @@ class StreamForward:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Forward`."""
         self.cached.load_state_dict(state["cached"])
-        self.logits.load_state_dict(state["logits"], self.device)
-        self.hidden.load_state_dict(state["hidden"], self.device)
+        self.logits.load_state_dict(state["logits"], self.worker.device)
+        self.hidden.load_state_dict(state["hidden"], self.worker.device)
 
 
 class RollingTape:

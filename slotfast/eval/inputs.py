@@ -15,7 +15,7 @@ import torch
 from .. import corpus
 from ..artifact import Artifact, is_ours, load_artifact, parse_overrides
 from ..config import EvalSettings, switch
-from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
+from ..data import ByteCount, Text, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError
 from ..foreign import ForeignModel, HuggingFaceTokenizer, read_foreign
 from ..learn import Learning, parse_row
@@ -23,6 +23,7 @@ from ..slot import Adaptation, first_position, from_environment, is_published
 from ..ttt import ScoreFirst
 from ..windows import Plan
 from ..words import counted
+from ..worker import Worker
 from .forward import Streaming, streams
 
 _MAX_BATCH_WINDOWS = 32
@@ -48,6 +49,10 @@ class Inputs:
     stream: TokenStream
     source: str
     text_bytes: ByteCount | None
+
+    @property
+    def text(self) -> Text:
+        return Text(self.stream, self.tokenizer.byte_table, self.tokenizer.bos_id)
 
 
 def read_inputs(settings: EvalSettings) -> Inputs:
@@ -151,7 +156,7 @@ def windows_that_fit(seq_len: int, vocab_size: int) -> int:
 
 
 def choose_batch(
-    settings: EvalSettings, rows: Sequence[Adaptation], plan: Plan, vocab_size: int, device: str = "cpu"
+    settings: EvalSettings, rows: Sequence[Adaptation], plan: Plan, vocab_size: int, worker: Worker
 ) -> tuple[int, int]:
     """Windows of one forward, and windows that are adapted at once: what fits, in multiples of what a row needs.
 
@@ -166,7 +171,7 @@ def choose_batch(
         )
     batch = chosen if chosen <= len(plan) or settings.batch_windows else max(len(plan), 1)
     needed = plan.seq_len - min((first_position(row, plan.seq_len, plan.stride) for row in rows), default=0)
-    memory = 0 if device == "cpu" else torch.cuda.mem_get_info(device)[0] // 8
+    memory = torch.cuda.mem_get_info(worker.device)[0] // 8 if worker.on_gpu else 0
     fits = min(memory // (4 * needed * vocab_size), _MAX_ADAPT_WINDOWS)
     together = settings.adapt_windows or max(batch, fits // batch * batch)
     if together % chosen and together % batch:
@@ -175,7 +180,7 @@ def choose_batch(
 
 
 def choose_streaming(
-    settings: EvalSettings, rows: Sequence[Adaptation], inputs: Inputs, plan: Plan, world: int, device: str = "cpu"
+    settings: EvalSettings, rows: Sequence[Adaptation], inputs: Inputs, plan: Plan, worker: Worker
 ) -> Streaming | None:
     """How every token is forwarded once; None: windows.
 
@@ -201,19 +206,19 @@ def choose_streaming(
         raise InputError(
             f"--forward stream: {settings.model} has no stream(tokens, state) -> (states, state); use --forward windows"
         )
-    if settings.ttt and world > 1:
+    if settings.ttt and (world := worker.world) > 1:
         raise InputError(
             f"--forward stream with --ttt on {world} processes: keys would come from weights of another process; "
             "run one, or --forward windows"
         )
     sinks = settings.sinks if settings.sinks is not None else (stored or {}).get("sinks", 0)
-    return Streaming(sinks, settings.block_tokens or block_that_fits(inputs.artifact.config.vocab_size, device))
+    return Streaming(sinks, settings.block_tokens or block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu))
 
 
-def block_that_fits(vocab_size: int, device: str = "cpu") -> int:
+def block_that_fits(vocab_size: int, on_gpu: bool = False) -> int:
     """Tokens of a stream's block: what a device does well, as far as their float32 logits fit."""
     fits = _LOGIT_BYTES // (4 * vocab_size)
-    return max(1, min(_BLOCK_TOKENS["cpu" if device == "cpu" else "cuda"], fits))
+    return max(1, min(_BLOCK_TOKENS["cuda" if on_gpu else "cpu"], fits))
 
 
 def stored_forward(artifact: Artifact | ForeignModel) -> Mapping[str, Any] | None:

@@ -6,7 +6,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from ..data import ByteTable, TokenStream
+from ..data import Text
 from ..learn import Charged, Learning, LearningLoop
 from ..score import Meter
 from .loop import PIECES
@@ -17,10 +17,7 @@ class LearningPass:
 
     Args:
         loop: fresh.
-        stream: all tokens; position 0 is charged to nobody.
-        documents: of the stream.
-        byte_table: bytes of each token.
-        bos_id: the token that starts a document.
+        text: what is charged; nothing is for the token at position 0.
         keep_nll: keep every token's losses.
 
     Attributes:
@@ -28,18 +25,10 @@ class LearningPass:
         nll: float [N - 1] of every token but the first, where kept.
     """
 
-    def __init__(
-        self,
-        loop: LearningLoop,
-        stream: TokenStream,
-        documents: int,
-        byte_table: ByteTable,
-        bos_id: int,
-        keep_nll: bool = False,
-    ):
-        self.loop, self.stream, self.byte_table, self.bos_id = loop, stream, byte_table, bos_id
+    def __init__(self, loop: LearningLoop, text: Text, keep_nll: bool = False):
+        self.loop, self.text = loop, text
         rows = ["unlearned", loop.row.name]
-        self.meter, self.along = Meter(rows, documents), Meter(rows, PIECES)
+        self.meter, self.along = Meter(rows, text.documents), Meter(rows, PIECES)
         self._parts: list[np.ndarray] | None = [] if keep_nll else None
         self._document = 0
 
@@ -56,18 +45,18 @@ class LearningPass:
 
         def take(charged: Charged) -> None:
             start, nll = charged.start, torch.stack([charged.unlearned, charged.nll]).cpu().numpy()
-            tokens = self.stream.read(start, start + nll.shape[1] + 1)
-            documents = self._document + np.cumsum(tokens[1:] == self.bos_id)
-            n_bytes = self.byte_table.count(tokens[1:], tokens[:-1])
+            tokens = self.text.stream.read(start, start + nll.shape[1] + 1)
+            documents = self._document + np.cumsum(tokens[1:] == self.text.bos_id)
+            n_bytes = self.text.bytes_of(tokens)
             self._document = int(documents[-1])
             self.meter.add(documents, n_bytes, nll)
-            self.along.add(np.arange(start + 1, start + len(tokens)) * PIECES // len(self.stream), n_bytes, nll)
+            self.along.add(np.arange(start + 1, start + len(tokens)) * PIECES // len(self.text.stream), n_bytes, nll)
             if self._parts is not None:
                 self._parts.append(nll[1])
             if on_tokens:
                 on_tokens(nll.shape[1])
 
-        self.loop.run(self.stream.read, len(self.stream) - 1, take)
+        self.loop.run(self.text.stream.read, len(self.text.stream) - 1, take)
         return self
 
     def add_to(self, meter: Meter, along: Meter) -> None:

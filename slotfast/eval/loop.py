@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data import ByteTable, TokenStream
+from ..data import Text
 from ..errors import InputError
-from ..ops import Backend
 from ..score import Meter
 from ..slot import Adapter, Adjusted
 from ..ttt import ScoreFirst
 from ..windows import Plan
+from ..worker import ALONE, Worker
 from .forward import Forward, StreamForward, Streaming, WindowForward
 
 PIECES = 200
@@ -44,19 +44,15 @@ class SlidingPass:
     """One pass over a rank's windows: every token scored once, with and without each adaptation, from one forward.
 
     Args:
-        model: has `hidden(tokens, dtype)` and `head(hidden)`; on `device`.
-        stream: all tokens; position 0 is scored by nobody.
+        model: has `hidden(tokens, dtype)` and `head(hidden)`; on the worker's device.
+        text: what is scored; the token at position 0 is not, as nothing predicts it.
         plan: windows over the stream.
         adapters: fresh, in the order of the result's rows 1, 2, ...; row 0 is the unadapted model.
-        byte_table: bytes of each token.
-        bos_id: the token that starts a document.
         streaming: every token is forwarded once; None: every window is forwarded for itself.
         batch_windows: windows of one forward; short batches are padded to it, so that shapes never change. In a stream,
             windows of one batch.
         adapt_windows: windows that are adapted at once, a multiple of batch_windows, which is the default.
-        dtype, device: of the forward.
-        rank, world: this process among all; adapters that carry state replay the windows before their first.
-        backend: of the scoring.
+        worker: this process; adapters that carry state replay the windows before its first.
         training: trains the model on what has been scored, chunk by chunk; the model is changed.
         keep_logprobs: give `on_scored` the distributions too.
 
@@ -70,41 +66,31 @@ class SlidingPass:
     def __init__(
         self,
         model: nn.Module,
-        stream: TokenStream,
+        text: Text,
         plan: Plan,
         adapters: Sequence[Adapter],
-        byte_table: ByteTable,
-        bos_id: int,
         *,
         batch_windows: int,
         adapt_windows: int | None = None,
         streaming: Streaming | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        rank: int = 0,
-        world: int = 1,
-        backend: Backend = "auto",
+        worker: Worker = ALONE,
         training: ScoreFirst | None = None,
         keep_logprobs: bool = False,
     ):
-        self.model, self.stream, self.plan, self.adapters = model, stream, plan, adapters
-        self.byte_table, self.bos_id = byte_table, bos_id
+        self.model, self.text, self.plan, self.adapters = model, text, plan, adapters
         self.batch_windows, self.adapt_windows = batch_windows, adapt_windows or batch_windows
-        self.dtype, self.device, self.rank, self.world = dtype, device, rank, world
-        self.training, self.keep_logprobs = training, keep_logprobs
+        self.worker, self.training, self.keep_logprobs = worker, training, keep_logprobs
         rows = ["none", *(adapter.row.name for adapter in adapters)]
-        # text before the first BOS is a document
-        self._headless = int(len(stream) > 0 and int(stream.read(0, 1)[0]) != bos_id)
-        self.meter = Meter(rows, stream.count(bos_id) + self._headless)
+        self.meter = Meter(rows, text.documents)
         self.along = Meter(rows, PIECES)
         self.windows = 0
         self.seconds = {"forward": 0.0, "adapt": 0.0, "score": 0.0}
-        self._owned = plan.owned(rank, world)
+        self._owned = plan.owned(worker.rank, worker.world)
         burn_in = max((adapter.burn_in(plan.stride) for adapter in adapters), default=0)
         self._first = max(0, self._owned.start - burn_in)  # what the adapters carry begins with this window
-        where = (model, stream, plan, adapters, dtype, device, backend)
+        common = (model, text.stream, plan, adapters, worker)
         self._forward: Forward = (
-            StreamForward(*where, self._first, streaming) if streaming else WindowForward(*where, batch_windows)
+            StreamForward(*common, self._first, streaming) if streaming else WindowForward(*common, batch_windows)
         )
         self._done: int | None = None  # windows before this one are scored; None before any is
 
@@ -128,21 +114,21 @@ class SlidingPass:
         Raises:
             InputError: the model gives NaN or infinite losses.
         """
-        clock = _Clock(self.seconds, self.device)
+        clock = _Clock(self.seconds, self.worker.on_gpu)
         if self.training is None:
             if self._done is None:
                 self._replay(range(self._first, self._owned.start), clock)
             self._score(self._owned, clock, on_scored, on_windows, on_piece)
             return self
+        rank, world = self.worker.rank, self.worker.world
         for chunk, windows in enumerate(self.training.chunks(self.plan)):
             if windows.stop < (self._done or 0):  # scored and trained on
                 continue
             last = self.plan[windows[-1]]
             self._forward.end_at(last.start + last.scored_end)
-            mine = windows[self.rank * len(windows) // self.world : (self.rank + 1) * len(windows) // self.world]
+            mine = windows[rank * len(windows) // world : (rank + 1) * len(windows) // world]
             self._score(mine, clock, on_scored, on_windows, on_piece)
-            where = {"rank": self.rank, "world": self.world, "dtype": self.dtype, "device": self.device}
-            self.training.train(self.model, self.stream, self.plan, chunk, **where)
+            self.training.train(self.model, self.text.stream, self.plan, chunk, self.worker)
             clock.lap("train")
         return self
 
@@ -174,9 +160,9 @@ class SlidingPass:
         self.along.load_state_dict(state["along"])
         self._forward.load_state_dict(state["forward"])
         begin, end = self.plan[self._first], self.plan[done - 1]
-        past = self.stream.read(begin.start + begin.context_end + 1, end.start + end.scored_end + 1)
+        past = self.text.stream.read(begin.start + begin.context_end + 1, end.start + end.scored_end + 1)
         for adapter, saved in zip(self.adapters, state["adapters"], strict=True):
-            adapter.load_state_dict(saved, past, self.device)
+            adapter.load_state_dict(saved, past, self.worker.device)
         if self.training:
             self.training.load_state_dict(state["training"], self.model)
 
@@ -218,11 +204,11 @@ class SlidingPass:
             start = self.plan[piece.start].start + self.plan[piece.start].context_end
             new = self._scored(start, torch.stack(scores), torch.stack(logprobs) if logprobs else None)
             if document is None:
-                document = self.stream.count(self.bos_id, start + 1) - 1 + self._headless
-            documents = document + np.cumsum(new.token == self.bos_id)
+                document = self.text.documents_before(start + 1) - 1
+            documents = document + np.cumsum(new.token == self.text.bos_id)
             document = int(documents[-1])
             self.meter.add(documents, new.n_bytes, new.nll)
-            self.along.add(new.position * PIECES // len(self.stream), new.n_bytes, new.nll)
+            self.along.add(new.position * PIECES // len(self.text.stream), new.n_bytes, new.nll)
             self.windows += len(piece)
             self._done = piece.stop
             if on_scored:
@@ -242,20 +228,20 @@ class SlidingPass:
                 f"the model gives a loss of {values[row, column]} for the token at position {start + 1 + column}"
                 f" (preset {self.meter.rows[row]!r}): {why}"
             )
-        tokens = self.stream.read(start, start + values.shape[1] + 1)
+        tokens = self.text.stream.read(start, start + values.shape[1] + 1)
         position = np.arange(start + 1, start + len(tokens))
-        return Scored(position, tokens[1:], self.byte_table.count(tokens[1:], tokens[:-1]), values, logprobs)
+        return Scored(position, tokens[1:], self.text.bytes_of(tokens), values, logprobs)
 
 
 class _Clock:
     """Adds the time since the last lap to one of several sums."""
 
-    def __init__(self, seconds: dict[str, float], device: torch.device | str):
-        self.seconds, self.cuda = seconds, torch.device(device).type == "cuda"
+    def __init__(self, seconds: dict[str, float], on_gpu: bool):
+        self.seconds, self.on_gpu = seconds, on_gpu
         self.last = time.perf_counter()
 
     def lap(self, phase: str) -> None:
-        if self.cuda:
+        if self.on_gpu:
             torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last

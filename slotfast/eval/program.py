@@ -2,6 +2,7 @@
 
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..learn import Learning, LearningLoop
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..words import counted
+from ..worker import Worker
 from .inputs import (
     Inputs,
     choose_batch,
@@ -46,10 +48,10 @@ def evaluate(settings: config.EvalSettings) -> None:
     if settings.show_preset is not None:
         return print(show_preset(settings.show_preset))
     rows = choose_rows(settings)
-    with join_ranks(settings.device) as (rank, world, device), no_exit(f"--model {settings.model}"):
-        _check_outputs(settings, rank)
-        found, sliding, collected = _evaluate(settings, rows, rank, world, device, started)
-    if rank:
+    with join_ranks(settings.device) as worker, no_exit(f"--model {settings.model}"):
+        _check_outputs(settings, worker.rank)
+        found, sliding, collected = _evaluate(settings, rows, worker, started)
+    if worker.rank:
         return None
     title = f"{found['text']['source']}, {counted(found['tokens'], 'token')}"
     deliver(
@@ -64,26 +66,26 @@ def evaluate(settings: config.EvalSettings) -> None:
 def _evaluate(
     settings: config.EvalSettings,
     chosen: list[Adaptation | Learning],
-    rank: int,
-    world: int,
-    device: str,
+    worker: Worker,
     started: float,
 ) -> tuple[dict[str, Any], SlidingPass, TokenRows]:
     """The result, its sums and, where asked for, every token's losses; on rank 0 of all ranks."""
-    triton = ops.uses_triton(settings.backend, device)
-    dtype = _DTYPES.get(settings.dtype, torch.float32 if device == "cpu" else torch.bfloat16)
+    rank, world = worker.rank, worker.world
+    triton = ops.uses_triton(settings.backend, worker.device)
+    dtype = _DTYPES.get(settings.dtype, torch.bfloat16 if worker.on_gpu else torch.float32)
+    worker = replace(worker, dtype=dtype, backend=settings.backend)
     if dtype == torch.float64 and triton:
         raise InputError("--dtype float64: the kernels compute in float32; add --backend torch")
     rows, learning = choose_learning(settings, chosen, world)
     inputs = read_inputs(settings)
     plan = choose_plan(settings, inputs)
-    batch_windows, adapt_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size, device)
+    batch_windows, adapt_windows = choose_batch(settings, rows, plan, inputs.artifact.config.vocab_size, worker)
     training = choose_training(settings, rows, world)
-    streaming = choose_streaming(settings, rows, inputs, plan, world, device)
+    streaming = choose_streaming(settings, rows, inputs, plan, worker)
     calibration = Calibration.stored(inputs.artifact.unigram, inputs.artifact.metadata)
     bos_id = inputs.tokenizer.bos_id
     adapters = [Adapter(row, calibration, bos_id) for row in rows]
-    model = inputs.artifact.model(settings.weights, settings.backend).to(device)
+    model = inputs.artifact.model(settings.weights, settings.backend).to(worker.device)
     if dtype == torch.float64:
         model = model.double()
     elif isinstance(model, GPT) and training is None and not learning:
@@ -91,35 +93,26 @@ def _evaluate(
     collected = TokenRows()
     sliding = SlidingPass(
         model,
-        inputs.stream,
+        inputs.text,
         plan,
         adapters,
-        inputs.tokenizer.byte_table,
-        bos_id,
         batch_windows=batch_windows,
         adapt_windows=adapt_windows,
         streaming=streaming,
         training=training,
-        dtype=dtype,
-        device=device,
-        rank=rank,
-        world=world,
-        backend=settings.backend,
+        worker=worker,
     )
     sinks = streaming.sinks if streaming else (stored_forward(inputs.artifact) or {}).get("sinks", 0)
     learners = [
         LearningPass(
             LearningLoop(model, row, plan.seq_len, sinks, bos_id, dtype),
-            inputs.stream,
-            len(sliding.meter.tokens),
-            inputs.tokenizer.byte_table,
-            bos_id,
+            inputs.text,
             keep_nll=settings.per_token is not None,
         )
         for row in learning
     ]
     where = {
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": worker.device_name,
         "backend": "triton" if triton else "torch",
         "ranks": world,
         "batch_windows": batch_windows,
@@ -127,7 +120,7 @@ def _evaluate(
         "forward": "stream" if streaming else "windows",
         "sinks": streaming.sinks if streaming else None,
         "block_tokens": streaming.block_tokens if streaming else None,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": worker.dtype_name,
     }
     saver = None
     if settings.resume:
@@ -151,7 +144,7 @@ def _evaluate(
             learner.run(progress).add_to(sliding.meter, sliding.along)
         if settings.per_token:
             collected.append(learner.nll)
-    work, peak = [adapter.work() for adapter in adapters], peak_memory_bytes(device)
+    work, peak = [adapter.work() for adapter in adapters], peak_memory_bytes(worker.device)
     if world > 1:
         gathered: list | None = [None] * world if rank == 0 else None
         dist.gather_object((collected.parts, work, peak), gathered)

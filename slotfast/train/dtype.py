@@ -7,18 +7,19 @@ import torch.distributed as dist
 
 from ..config import TrainSettings
 from ..model import GPT
+from ..worker import Worker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def choose_dtype(settings: TrainSettings, model: GPT, device: str, world: int) -> torch.dtype:
+def choose_dtype(settings: TrainSettings, model: GPT, worker: Worker) -> torch.dtype:
     """The dtype asked for; where left open, bfloat16 on a GPU and what rank 0 finds faster on a CPU."""
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
-    if device != "cpu":
+    if worker.on_gpu:
         return torch.bfloat16
     choice = [_faster_dtype(model, settings.seq_len)]
-    if world > 1:
+    if worker.world > 1:
         dist.broadcast_object_list(choice)
     return choice[0]
 

@@ -23,6 +23,7 @@ from ..data import Tokenizer, TokenStream, open_shards, read_documents, read_sha
 from ..errors import InputError
 from ..overlap import MAX_OVERLAP, overlap, sketch
 from ..words import counted
+from ..worker import Worker
 
 _HELD_OUT_EVERY = 32  # every 32nd document measures the training and is not learned from
 _NONCAUSAL = "weights that learn validation text are no honest score of it; --allow-noncausal does it anyway"
@@ -92,7 +93,7 @@ def tokenizer_path(settings: TrainSettings) -> Path:
     return Path(settings.tokenizer or Path(settings.out).with_suffix(".model"))
 
 
-def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Inputs:
+def read_inputs(settings: TrainSettings, worker: Worker) -> Inputs:
     """Read everything; train a tokenizer where none is given, on rank 0 for all.
 
     Raises:
@@ -118,9 +119,9 @@ def read_inputs(settings: TrainSettings, rank: int = 0, world: int = 1) -> Input
         learned, held_out = _documents(settings)
         # A resumed run must have the very tokenizer it had.
         going_on = settings.resume and Path(settings.checkpoint).exists() and tokenizer_path(settings).exists()
-        if settings.tokenizer is None and rank == 0 and not going_on:
+        if settings.tokenizer is None and worker.rank == 0 and not going_on:
             _write_tokenizer(settings, train_tokenizer(learned, settings.vocab_size))
-        if world > 1:
+        if worker.world > 1:
             dist.barrier()
         tokenizer = Tokenizer(tokenizer_path(settings))
         trained_on = (settings.text and Path(settings.text).name) or "standard library"

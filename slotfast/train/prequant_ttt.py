@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..data import TokenStream
 from ..model import GPT
 from ..optim import average_gradients
+from ..worker import ALONE, Worker
 
 
 @dataclass(frozen=True)
@@ -51,25 +52,22 @@ def adapt(
     stream: TokenStream,
     recipe: Recipe,
     seq_len: int,
-    dtype: torch.dtype = torch.float32,
-    rank: int = 0,
-    world: int = 1,
+    worker: Worker = ALONE,
     forward: nn.Module | None = None,
     log: Callable[[str], None] = print,
 ) -> None:
     """Train a model in place on windows of a stream, in their order.
 
     Args:
-        model: on its device.
+        model: on the worker's device.
         stream: at least seq_len + 1 tokens; a rest that fills no window is left out.
         recipe: what to do.
         seq_len: of a window.
-        dtype: of the forward.
-        rank, world: this process among all; each step's windows are shared out.
+        worker: this process; each step's windows are shared out.
         forward: the model compiled, where it is.
         log: prints a line an epoch.
     """
-    device = model.tok_emb.weight.device
+    device, world = worker.device, worker.world
     groups = parameter_groups(model, recipe)
     parameters = [parameter for group in groups for parameter in group["params"]]
     optimizer = torch.optim.AdamW(groups, recipe.rate, weight_decay=0.0)
@@ -80,12 +78,13 @@ def adapt(
             group["lr"] = group["rate"] * factor
         total = torch.zeros((), device=device)
         for together in _split(starts, recipe.batch_windows * world):
-            mine = together[rank::world]
+            mine = together[worker.rank :: world]
             for parameter in parameters:  # a rank without a window still takes part in the mean
                 parameter.grad = torch.zeros_like(parameter)
             if len(mine):
                 batch = _windows(stream, mine, seq_len).to(device)
-                loss = (forward or model)(batch[:, :-1], batch[:, 1:], dtype) * (len(mine) * world / len(together))
+                loss = (forward or model)(batch[:, :-1], batch[:, 1:], worker.dtype)
+                loss = loss * (len(mine) * world / len(together))
                 loss.backward()
                 total += loss.detach() * len(together) / world
             if world > 1:

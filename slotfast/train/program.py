@@ -23,7 +23,7 @@ from ..command.files import json_text, write_json
 from ..command.plots import pyplot, write_png
 from ..command.ranks import join_ranks
 from ..command.run import deliver
-from ..data import TokenStream
+from ..data import Text, TokenStream
 from ..errors import InputError, expected
 from ..generate import sample
 from ..loader import open_loader
@@ -31,6 +31,7 @@ from ..model import GPT, GPTConfig
 from ..overlap import MAX_OVERLAP
 from ..quantize import TensorReport, format_report, quantize_model
 from ..words import counted
+from ..worker import Worker
 from . import prequant_ttt
 from .dtype import DTYPES, choose_dtype
 from .inputs import Inputs, check_ttt, read_inputs, tokenizer_path
@@ -53,9 +54,9 @@ def train(settings: config.TrainSettings) -> None:
     started = time.perf_counter()
     build_config(settings, settings.vocab_size)
     _check_outputs(settings)
-    with join_ranks(settings.device) as (rank, world, device):
-        summary = _train(settings, rank, world, device, started)
-    if rank:
+    with join_ranks(settings.device) as worker:
+        summary = _train(settings, worker, started)
+    if worker.rank:
         return None
     return deliver(
         json_text(summary) if settings.json_ == "-" else "",
@@ -64,42 +65,41 @@ def train(settings: config.TrainSettings) -> None:
     )
 
 
-def _train(settings: config.TrainSettings, rank: int, world: int, device: str, started: float) -> dict[str, Any]:
+def _train(settings: config.TrainSettings, worker: Worker, started: float) -> dict[str, Any]:
     """The summary, of all ranks on rank 0."""
+    rank, world = worker.rank, worker.world
     check_length(settings, world)
     check_ttt(settings)
     log = _logger(settings, rank)
     torch.manual_seed(settings.seed)
-    inputs = read_inputs(settings, rank, world)
+    inputs = read_inputs(settings, worker)
     # Before the clock starts; the count refuses foreign tokens.
     unigram, sketches = inputs.unigram(), inputs.sketches() if rank == 0 else {}
     model_config = build_config(settings, inputs.tokenizer.vocab_size, inputs.tokenizer.bos_id)
     loader = open_loader(
         settings.loader, inputs.names, inputs.shards, settings.seq_len, settings.batch_windows, settings.seed, world
     )
-    model = GPT(model_config).to(device)
+    model = GPT(model_config).to(worker.device)
     parameters = sum(p.numel() for p in model.parameters())
     log(f"{counted(parameters, 'parameter')}; {inputs.about}")
     run = _describe(settings, inputs, model_config, world)
     resumed = checkpoint.load(settings.checkpoint, _COMMAND, run) if settings.resume else None
-    dtype = DTYPES[resumed["dtype"]] if resumed else choose_dtype(settings, model, device, world)
+    dtype = DTYPES[resumed["dtype"]] if resumed else choose_dtype(settings, model, worker)
+    worker = replace(worker, dtype=dtype)
 
     def save(state: dict[str, Any], step: int) -> None:
         if rank == 0:
-            checkpoint.save(settings.checkpoint, _COMMAND, run, {"trainer": state, "dtype": _name(dtype)})
+            checkpoint.save(settings.checkpoint, _COMMAND, run, {"trainer": state, "dtype": worker.dtype_name})
             log(f"step:{step} saved to {settings.checkpoint}")
 
     def validate() -> dict[str, float]:
-        return _measure(model, inputs, settings, device, rank, world)
+        return _measure(model, inputs, settings, worker)
 
     trainer = Trainer(
         model,
         loader,
         settings,
-        dtype,
-        device,
-        rank,
-        world,
+        worker,
         on_save=save if settings.checkpoint else None,
         on_validate=validate if inputs.val else None,
         log=log,
@@ -122,7 +122,7 @@ def _train(settings: config.TrainSettings, rank: int, world: int, device: str, s
     seconds = {"load": ready - started, "train": trainer.elapsed}
     if inputs.ttt is not None:
         start, recipe = time.perf_counter(), _recipe(settings)
-        prequant_ttt.adapt(model, inputs.ttt, recipe, settings.seq_len, dtype, rank, world, trainer.forward, log)
+        prequant_ttt.adapt(model, inputs.ttt, recipe, settings.seq_len, worker, trainer.forward, log)
         seconds["ttt"] = time.perf_counter() - start
     return _finish(settings, inputs, unigram, sketches, trainer, seconds, log) if rank == 0 else {}
 
@@ -146,7 +146,7 @@ def _finish(
     log(format_report(report))
     if inputs.held_out is not None and settings.calibrate == "yes" and inputs.val_bytes:
         start_calibration = time.perf_counter()
-        artifact, size = _calibrate(settings, inputs, artifact, trainer.device, log)
+        artifact, size = _calibrate(settings, inputs, artifact, trainer.worker, log)
         seconds["calibrate"] = time.perf_counter() - start_calibration
     model = model.cpu()
     if settings.reserve and seconds["quantize"] > settings.reserve:
@@ -154,7 +154,7 @@ def _finish(
     val = {}
     if inputs.val is not None:
         for name, tested in (("float32", model), ("int6", artifact.model())):
-            val[name] = _measure(tested.to(trainer.device), inputs, settings, trainer.device)
+            val[name] = _measure(tested.to(trainer.device), inputs, settings, Worker(trainer.worker.device))
             log(f"held-out documents, {name:>7}: {val[name]['bpb']:.4f} bpb")
     if inputs.ttt is not None and (inputs.ttt_overlap or 0) > MAX_OVERLAP:
         log(f"NOT an honest score: the weights have learned text that shares {inputs.ttt_overlap:.1%} with it")
@@ -178,9 +178,9 @@ def _finish(
         "artifact_sha256": hashlib.sha256(Path(settings.out).read_bytes()).hexdigest(),
         "history": trainer.history,
         "measured": trainer.measured,
-        "device": "cpu" if trainer.device.type == "cpu" else torch.cuda.get_device_name(trainer.device),
-        "dtype": _name(trainer.dtype),
-        "ranks": trainer.world,
+        "device": trainer.worker.device_name,
+        "dtype": trainer.worker.dtype_name,
+        "ranks": trainer.worker.world,
         "model": model.config.model_dump(),
         "config": settings.model_dump(by_alias=True),
         "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__},
@@ -244,19 +244,14 @@ def _quantize(
 
 
 def _calibrate(
-    settings: config.TrainSettings, inputs: Inputs, artifact: Artifact, device: torch.device, log: Callable
+    settings: config.TrainSettings, inputs: Inputs, artifact: Artifact, worker: Worker, log: Callable
 ) -> tuple[Artifact, int]:
     """The artifact with its adaptation calibrated on the documents held out, written again, and its size."""
     tokenizer = inputs.tokenizer
     stream = TokenStream([inputs.held_out.read(0, min(len(inputs.held_out), _CALIBRATION_TOKENS))])
-    found = calibrate(
-        artifact.model().to(device),
-        stream,
-        tokenizer.byte_table,
-        tokenizer.bos_id,
-        artifact.unigram,
-        device=device,
-    )
+    text = Text(stream, tokenizer.byte_table, tokenizer.bos_id)
+    # by rank 0 alone, and in float32
+    found = calibrate(artifact.model().to(worker.device), text, artifact.unigram, worker=Worker(worker.device))
     log(summary(found))
     artifact = calibrated(artifact, found, stream)
     return artifact, write_artifact(settings.out, artifact)
@@ -275,16 +270,9 @@ def _recipe(settings: config.TrainSettings) -> prequant_ttt.Recipe:
     )
 
 
-def _measure(
-    model: GPT,
-    inputs: Inputs,
-    settings: config.TrainSettings,
-    device: str | torch.device,
-    rank: int = 0,
-    world: int = 1,
-) -> dict[str, float]:
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    nats = evaluate(model, inputs.val, settings.seq_len, dtype, device, rank, world)
+def _measure(model: GPT, inputs: Inputs, settings: config.TrainSettings, worker: Worker) -> dict[str, float]:
+    worker = replace(worker, dtype=torch.bfloat16 if worker.on_gpu else torch.float32)
+    nats = evaluate(model, inputs.val, settings.seq_len, worker)
     return {"nats": nats / (len(inputs.val) - 1), "bpb": nats / math.log(2) / inputs.val_bytes}
 
 
@@ -374,10 +362,6 @@ def _describe(settings: config.TrainSettings, inputs: Inputs, model: GPTConfig, 
     }
     sizes = {"vocabulary": model.vocab_size, "BOS": model.bos_id}
     return chosen | sizes | {"data": inputs.fingerprint(), "ranks": world}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _draw(path: str, summary: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from ..loader import Loader
 from ..model import GPT
 from ..optim import Muon, WeightAverage, average_gradients
 from ..words import counted
+from ..worker import ALONE, Worker
 from . import qat
 from .schedule import Moment, moment
 
@@ -30,12 +31,10 @@ class Trainer:
     """Trains a model in place.
 
     Args:
-        model: on `device`.
+        model: on the worker's device.
         loader: windows of all ranks.
         settings: of the command.
-        dtype: of the forward and of Muon's iteration.
-        device: of the model.
-        rank, world: this process among all.
+        worker: this process; its dtype is that of Muon's iteration too.
         on_save: called on every rank with `state_dict` and the step whenever the state should be saved.
         on_validate: called on every rank every `val_every` steps; gives named numbers, which `measured` keeps.
         log: prints a line, on rank 0.
@@ -46,23 +45,20 @@ class Trainer:
         model: GPT,
         loader: Loader,
         settings: TrainSettings,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-        rank: int = 0,
-        world: int = 1,
+        worker: Worker = ALONE,
         on_save: Callable[[dict[str, Any], int], None] | None = None,
         on_validate: Callable[[], dict[str, float]] | None = None,
         log: Callable[[str], None] = print,
     ):
-        check_length(settings, world)
+        check_length(settings, worker.world)
         self.model, self.loader, self.settings = model, loader, settings
-        self.dtype, self.device, self.rank, self.world = dtype, torch.device(device), rank, world
+        self.worker, self.device = worker, torch.device(worker.device)
         self.on_save, self.on_validate, self.log = on_save, on_validate, log
-        self.group = dist.group.WORLD if world > 1 else None
-        on_gpu = self.device.type == "cuda"
+        self.group = dist.group.WORLD if worker.world > 1 else None
+        on_gpu = worker.on_gpu
         flash_attention(self.device)  # found before anything is compiled
         self.forward: nn.Module = torch.compile(model) if on_gpu and settings.compile == "auto" else model
-        self.muon, self.adam = build_optimizers(model, settings, dtype, self.group)
+        self.muon, self.adam = build_optimizers(model, settings, worker.dtype, self.group)
         self.average = None
         if settings.average != "none":
             decay = settings.ema_decay if settings.average == "ema" else None
@@ -85,7 +81,7 @@ class Trainer:
         self._warm_up()
         settings, self.saved_at = self.settings, self.elapsed
         started = time.perf_counter() - self.elapsed
-        with _progress(settings, silent=self.rank > 0) as bar:
+        with _progress(settings, silent=self.worker.rank > 0) as bar:
             while (now := moment(settings, self.step, self.elapsed)).left:
                 self._prepare(now)
                 loss = self._update(self._next_batch())
@@ -128,7 +124,7 @@ class Trainer:
             group["momentum"] = now.momentum
 
     def _next_batch(self) -> Tensor:
-        batch = self.loader.next_batch(self.rank, self.world)
+        batch = self.loader.next_batch(self.worker.rank, self.worker.world)
         vocab_size = self.model.config.vocab_size
         if int(batch.max()) >= vocab_size:
             raise InputError(f"token id {batch.max()} in the training data; the tokenizer has {vocab_size} pieces")
@@ -138,7 +134,7 @@ class Trainer:
         """One step of both optimisers; the mean loss over all ranks."""
         loss = torch.zeros((), device=self.device)
         for part in batch.split(self.settings.micro_windows or len(batch)):
-            share = self.forward(part[:, :-1], part[:, 1:], self.dtype) * (len(part) / len(batch))
+            share = self.forward(part[:, :-1], part[:, 1:], self.worker.dtype) * (len(part) / len(batch))
             share.backward()
             loss += share.detach()
         adam_parameters = [p for group in self.adam.param_groups for p in group["params"]]
@@ -151,7 +147,7 @@ class Trainer:
         if self.group is not None:
             average_gradients(adam_parameters, self.group)
             dist.all_reduce(loss, group=self.group)
-            loss /= self.world
+            loss /= self.worker.world
         self.adam.step()
         self.muon.step()
         self.model.zero_grad(set_to_none=True)
@@ -182,7 +178,7 @@ class Trainer:
                 self._update(self._next_batch())
         qat.set_rounding(self.model, None)
         self.load_state_dict(before)
-        if self.device.type == "cuda":
+        if self.worker.on_gpu:
             torch.cuda.synchronize()
         self.log(
             f"warm-up: {counted(steps * len(forms), 'step')} in {time.perf_counter() - started:.1f} s, undone and not "
@@ -321,18 +317,15 @@ def evaluate(
     model: GPT,
     stream: TokenStream,
     seq_len: int,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
+    worker: Worker = ALONE,
 ) -> float:
     """Summed nats of a stream cut into windows that do not overlap: cheap, to follow a training run; of all ranks."""
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    nats = torch.zeros((), dtype=torch.float64, device=worker.device)
     starts = range(0, len(stream) - 1, seq_len)
-    for start in starts[rank::world]:
-        window = torch.from_numpy(stream.read(start, start + seq_len + 1))[None].to(device)
-        nats += model(window[:, :-1], window[:, 1:], dtype).double() * (window.size(1) - 1)
-    if world > 1:
+    for start in starts[worker.rank :: worker.world]:
+        window = torch.from_numpy(stream.read(start, start + seq_len + 1))[None].to(worker.device)
+        nats += model(window[:, :-1], window[:, 1:], worker.dtype).double() * (window.size(1) - 1)
+    if worker.world > 1:
         dist.all_reduce(nats)
     return float(nats)
 

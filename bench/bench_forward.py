@@ -24,10 +24,9 @@ from torch import Tensor
 
 from bench.common import default_device, folder_of, provenance, write_json
 from bench.timing import spread, wall_ms
-from slotfast.config import EvalSettings
 from slotfast.data import TokenStream
-from slotfast.eval.forward import Forward, StreamForward, Streaming, WindowForward
-from slotfast.eval.inputs import block_that_fits, read_inputs, windows_that_fit
+from slotfast.eval.forward import Forward, StreamForward, Streaming, WindowForward, block_that_fits, windows_that_fit
+from slotfast.eval.inputs import Sources, read_inputs
 from slotfast.model import GPT, GPTConfig
 from slotfast.windows import Plan
 from slotfast.worker import Worker
@@ -49,7 +48,7 @@ class Case:
 
 def cases(device: torch.device | str) -> Iterator[Case]:
     """The shipped model on its text, and the contest's shape with random weights on random tokens."""
-    inputs = read_inputs(EvalSettings())
+    inputs = read_inputs(Sources())
     yield Case("512/64, shipped model", inputs.artifact.model().to(device), inputs.stream, 128)
     torch.manual_seed(0)
     tokens = np.random.default_rng(0).integers(0, CONTEST.vocab_size, 40_000)

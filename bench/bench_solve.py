@@ -46,11 +46,10 @@ def synthetic(device, windows=published.WINDOWS, length=published.LENGTH, vocabu
 
 def from_text(device, windows=published.WINDOWS):
     """The shipped model's logits on the first windows behind the text's start, float32."""
-    from slotfast.config import EvalSettings
-    from slotfast.eval.inputs import read_inputs
+    from slotfast.eval.inputs import Sources, read_inputs
     from slotfast.windows import Plan
 
-    inputs = read_inputs(EvalSettings())
+    inputs = read_inputs(Sources())
     model, length = inputs.artifact.model().to(device), published.LENGTH
     plan = Plan(len(inputs.stream) - 1, length, 64)
     rows = [inputs.stream.read(plan[1 + i].start, plan[1 + i].start + length + 1) for i in range(windows)]

@@ -20,9 +20,8 @@ from torch import Tensor
 from bench import published_loop as published
 from bench.common import provenance, write_json
 from slotfast.command.run import run_command
-from slotfast.config import EvalSettings
 from slotfast.eval import SlidingPass
-from slotfast.eval.inputs import read_inputs
+from slotfast.eval.inputs import Sources, read_inputs
 from slotfast.slot import Adapter, WindowBatch, parse_preset
 from slotfast.windows import Plan
 
@@ -56,7 +55,7 @@ class PublishedLoop(Adapter):
 def compare(text: str | None, batches: int, seeds: int) -> dict:
     """Bits per byte of plain windows, `pr1350`, the loop, and the loop under noise."""
     windows = batches * published.WINDOWS
-    inputs = read_inputs(EvalSettings(text=text, max_tokens=published.LENGTH + windows * STRIDE))
+    inputs = read_inputs(Sources(text=text, max_tokens=published.LENGTH + windows * STRIDE))
     length = inputs.artifact.config.seq_len
     plan = Plan(min(len(inputs.stream) - 1, length + (windows - 1) * STRIDE), length, STRIDE)
     adapters = [Adapter(parse_preset("pr1350")), PublishedLoop(), *map(PublishedLoop, range(seeds))]

@@ -8,7 +8,7 @@ from .lazy import exports
 
 if TYPE_CHECKING:
     from .artifact import Artifact, load_artifact, read_artifact, write_artifact
-    from .data import ByteTable, Tokenizer, TokenStream, open_shards, read_documents
+    from .data import ByteTable, Text, Tokenizer, TokenStream, open_shards, read_documents
     from .errors import InputError
     from .eval import Scored, SlidingPass, Streaming
     from .model import GPT, GPTConfig
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .score import Meter, Score
     from .slot import PRESETS, Adaptation, Adapted, Adapter, Calibration, adapt, parse_preset
     from .windows import Plan
+    from .worker import Worker
 
 
 def _interrupted(kind, error, trace):
@@ -47,8 +48,10 @@ __all__ = [
     "Scored",
     "SlidingPass",
     "Streaming",
+    "Text",
     "TokenStream",
     "Tokenizer",
+    "Worker",
     "adapt",
     "load_artifact",
     "open_shards",
@@ -62,7 +65,7 @@ __getattr__, __dir__ = exports(
     __name__,
     {
         ".artifact": ["Artifact", "load_artifact", "read_artifact", "write_artifact"],
-        ".data": ["ByteTable", "Tokenizer", "TokenStream", "open_shards", "read_documents"],
+        ".data": ["ByteTable", "Text", "Tokenizer", "TokenStream", "open_shards", "read_documents"],
         ".errors": ["InputError"],
         ".eval": ["Scored", "SlidingPass", "Streaming"],
         ".model": ["GPT", "GPTConfig"],
@@ -70,5 +73,6 @@ __getattr__, __dir__ = exports(
         ".score": ["Meter", "Score"],
         ".slot": ["PRESETS", "Adaptation", "Adapted", "Adapter", "Calibration", "adapt", "parse_preset"],
         ".windows": ["Plan"],
+        ".worker": ["Worker"],
     },
 )

@@ -42,6 +42,10 @@ class ScoreFirst:
         self._optimizer: torch.optim.SGD | None = None
         self._chunks: tuple[Plan, list[range]] | None = None
 
+    def recipe(self) -> dict[str, float]:
+        """What it does, by the names of its arguments."""
+        return {name: getattr(self, name) for name in ("chunk", "lr", "epochs", "batch", "momentum", "clip")}
+
     def chunks(self, plan: Plan) -> list[range]:
         """The windows of each chunk, in order; chunks without a window are left out."""
         if self._chunks is None or self._chunks[0] != plan:  # a contest's plan has a million windows

@@ -10,7 +10,7 @@ import slotfast
 
 ROOT = Path(slotfast.__file__).parent
 FLOORS = [
-    {"errors", "contest", "words", "variables", "lazy", "kernels"},
+    {"errors", "contest", "words", "variables", "lazy", "shipped", "kernels"},
     {"windows", "welch", "loader", "command", "worker", "ops", "banded", "flash", "lbfgs"},
     {"data", "corpus", "score", "overlap", "optim", "model", "slot"},
     {"stream", "quantize", "generate", "learn", "ttt"},

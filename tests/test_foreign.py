@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from slotfast.config import EvalSettings
 from slotfast.data import write_shard
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main
@@ -272,7 +271,7 @@ def llama(transformers, tmp_path_factory):
 
 
 def test_a_byte_level_tokenizer_counts_every_byte(gpt2):
-    _, tokenizer = read_foreign(EvalSettings(model=str(gpt2)))
+    _, tokenizer = read_foreign(str(gpt2))
     ids, count = tokenizer.encode_documents([TEXT, " " + TEXT, "", "\n"])
     assert count.exact and count.rule == sum(len(t.encode()) for t in (TEXT, " " + TEXT, "\n"))
     assert tokenizer.bos_id == 50_256 and int((ids == 50_256).sum()) == 4  # <|endoftext|> in a text is text
@@ -294,7 +293,7 @@ _BYTES = _byte_of_character()
 
 
 def test_a_tokenizer_with_byte_pieces_counts_every_byte(llama):
-    _, tokenizer = read_foreign(EvalSettings(model=str(llama)))
+    _, tokenizer = read_foreign(str(llama))
     texts = [TEXT, " " + TEXT, "  b", "<0x41>"]
     ids, count = tokenizer.encode_documents(texts)
     assert count.exact and count.rule == count.raw == sum(len(text.encode()) for text in texts)
@@ -311,7 +310,7 @@ def test_any_text_has_its_bytes(gpt2, llama, text):
 
 @functools.cache
 def _tokenizer(folder):
-    return read_foreign(EvalSettings(model=folder))[1]
+    return read_foreign(folder)[1]
 
 
 def test_a_space_in_front_of_every_text_is_left_out(transformers, tmp_path):
@@ -361,7 +360,7 @@ def test_a_gpt2_scores_what_its_own_forward_gives(gpt2, transformers, capsys):
     assert found["model"]["head_apart"] and found["model"]["vocab_size"] == 50_257
     assert found["versions"]["transformers"] == transformers.__version__
     model = transformers.GPT2LMHeadModel.from_pretrained(gpt2).eval()
-    ids, _ = read_foreign(EvalSettings(model=str(gpt2)))[1].encode_documents([TEXT + "0"], 60)
+    ids, _ = read_foreign(str(gpt2))[1].encode_documents([TEXT + "0"], 60)
     ids = torch.from_numpy(ids.astype(np.int64))
     with torch.inference_mode():
         expected = F.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="sum")
@@ -405,7 +404,7 @@ def test_a_capped_output_keeps_its_head_in_one_piece(transformers, llama, tmp_pa
         final_logit_softcapping=0.1,
     )
     transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path)
-    model, _ = read_foreign(EvalSettings(model=str(tmp_path), tokenizer=str(llama)))
+    model, _ = read_foreign(str(tmp_path), str(llama))
     assert not model.config.head_apart
     tokens = torch.arange(20)[None]
     with torch.inference_mode():
@@ -444,12 +443,12 @@ def test_damaged_folders_are_one_clear_line(transformers, llama, gpt2, tmp_path)
     }
     for folder, message in wrong.items():
         with pytest.raises(InputError, match=message) as caught:
-            read_foreign(EvalSettings(model=folder))
+            read_foreign(folder)
         assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match="50257 pieces; the model gives 300 logits"):
-        read_foreign(EvalSettings(model=str(llama), tokenizer=str(gpt2)))
+        read_foreign(str(llama), str(gpt2))
     with pytest.raises(InputError, match="--seq-len 65: the model has 64 positions"):
-        read_foreign(EvalSettings(model=str(llama), seq_len=65))
+        read_foreign(str(llama), window=65)
 
 
 def test_code_inside_a_folder_is_not_run(transformers, llama, tmp_path):
@@ -460,17 +459,17 @@ def test_code_inside_a_folder_is_not_run(transformers, llama, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "evil.py").write_text("open('ran', 'w')")
     with pytest.raises(InputError, match="not a causal language model"):
-        read_foreign(EvalSettings(model=str(tmp_path)))
+        read_foreign(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
 def test_narrow_types_run_by_autocast(project):
-    model, _ = read_foreign(EvalSettings(model="theirs:Apart"))
+    model, _ = read_foreign("theirs:Apart")
     tokens = torch.arange(20)[None]
     hidden = model.module.hidden(tokens, torch.bfloat16)
     assert hidden.dtype == torch.bfloat16 and model.module.head(hidden).dtype == torch.float32
     assert all(parameter.dtype == torch.float32 for parameter in model.module.parameters())
-    narrow, _ = read_foreign(EvalSettings(model="theirs:stored_narrow"))
+    narrow, _ = read_foreign("theirs:stored_narrow")
     logits = narrow.module.head(narrow.module.hidden(tokens, torch.float32))
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, model.module.head(hidden), rtol=0.05, atol=0.05)

@@ -15,7 +15,8 @@ from slotfast.data import ByteTable, Text, TokenStream
 from slotfast.errors import InputError
 from slotfast.eval import SlidingPass, Streaming
 from slotfast.eval.__main__ import main
-from slotfast.eval.inputs import choose_plan, choose_rows, choose_streaming, read_inputs
+from slotfast.eval.inputs import Sources, choose_rows, read_inputs
+from slotfast.eval.setup import choose_plan, choose_streaming
 from slotfast.model import GPT, GPTConfig
 from slotfast.slot import PRESETS, Adapter, Calibration, parse_preset
 from slotfast.windows import Plan
@@ -84,9 +85,11 @@ def test_without_a_standard_error_windows_stay(tiny_model):
 
 def choose(*arguments, world=1, calibration=None):
     settings = EvalSettings(max_tokens=400, **dict(arguments))
-    inputs = read_inputs(settings)
+    inputs = read_inputs(settings.pick(Sources))
     inputs.artifact.metadata["calibration"] = calibration
-    return choose_streaming(settings, choose_rows(settings), inputs, choose_plan(settings, inputs), Worker(world=world))
+    return choose_streaming(
+        settings, choose_rows(settings.preset), inputs, choose_plan(settings, inputs), Worker(world=world)
+    )
 
 
 FOUND = {"forward": {"forward": "stream", "sinks": 4, "difference_bpb": 0.0, "difference_se": 0.1}}

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import shipped
 from ..command.run import no_exit
-from ..config import AuditSettings, EvalSettings
+from ..config import AuditSettings
 from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_documents
 from ..errors import InputError
 from ..eval import Streaming
-from ..eval.inputs import choose_rows, read_inputs
+from ..eval.inputs import Sources, choose_rows, read_inputs
 from ..learn import LEARNING, Learning
 from ..slot import PRESETS, Adaptation, Calibration
 from ..worker import Worker
@@ -78,15 +79,16 @@ def _own(settings: AuditSettings) -> Subject:
             raise InputError(f"{flag}: is for --score; the model has its own")
     if settings.sinks and settings.forward == "windows":
         raise InputError(f"--sinks {settings.sinks}: is for a stream; add --forward stream")
-    given = {name: getattr(settings, name) for name in ("artifact", "tokens", "text", "tokenizer")}
-    given["model_config"] = settings.model_config_
     presets = [name for preset in settings.preset for name in ([*PRESETS, *LEARNING] if preset == "all" else [preset])]
-    wanted = EvalSettings(**given, preset=presets, allow_noncausal=True, data_path=None)
     rows = {"none": PRESETS["none"]} if "none" in presets else {}
-    rows |= {row.name: row for row in choose_rows(wanted)}
+    rows |= {row.name: row for row in choose_rows(presets, allow_noncausal=True)}
     if not rows:
         raise InputError("--preset: SLOT_ENABLED is off: nothing is left to audit")
-    inputs = read_inputs(wanted)
+    inputs = read_inputs(
+        Sources(
+            settings.artifact, settings.model_config_, None, settings.tokens, None, settings.text, settings.tokenizer
+        )
+    )
     unit = math.lcm(*(row.unit for row in rows.values() if isinstance(row, Adaptation)))
     hints = _hints(settings, min(64, inputs.artifact.config.seq_len), 8, max(unit, 8 // unit * unit), 2)
     if hints.batch_windows % unit:
@@ -108,9 +110,8 @@ def _own(settings: AuditSettings) -> Subject:
         Streaming(settings.sinks, 3 * hints.stride) if settings.forward == "stream" else None,
     )
     tokens = excerpt(inputs.stream, tokenizer.bos_id, settings.max_tokens or _enough(hints))
-    shipped = resources.files("slotfast") / "demo"
-    artifact_path = settings.artifact or str(shipped / "demo.slotfast")
-    files = code_hashes(None) | {"artifact": _sha256(Path(artifact_path)), "tokenizer": tokenizer.sha256}
+    artifact_path = Path(settings.artifact or shipped.MODEL)
+    files = code_hashes(None) | {"artifact": _sha256(artifact_path), "tokenizer": tokenizer.sha256}
     return Subject(
         loop, list(rows), Stream(tokens, artifact.config.vocab_size, tokenizer.bos_id), hints, loop.byte_rule,
         inputs.source, rows, files, inputs.stream, inputs.text_bytes,

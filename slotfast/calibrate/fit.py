@@ -10,8 +10,7 @@ import torch
 from ..artifact import Artifact
 from ..data import Text, TokenStream
 from ..errors import InputError
-from ..eval.forward import Streaming, streams
-from ..eval.inputs import block_that_fits, windows_that_fit
+from ..eval.forward import Streaming, block_that_fits, streams, windows_that_fit
 from ..eval.loop import Scored, SlidingPass
 from ..model import GPT
 from ..overlap import sketch

@@ -4,6 +4,7 @@ argparse reads the flags and pydantic validates the values. (pydantic-settings w
 commas that `--preset NAME:key=value,key=value` needs, and does not tell where a value came from.)
 """
 
+import dataclasses
 import json
 import os
 import sys
@@ -53,6 +54,9 @@ def model_config_setting() -> Any:
     )
 
 
+T = TypeVar("T")
+
+
 class Settings(BaseModel):
     """Base of every command's settings."""
 
@@ -79,6 +83,13 @@ class Settings(BaseModel):
         for name, field in type(self).model_fields.items():
             if (value := getattr(self, name)) not in (None, "", []):
                 yield flag(name, field), field, value
+
+    def pick(self, cls: type[T], **others: Any) -> T:
+        """An object of a dataclass whose fields are settings of the same names; `others` are those that are not."""
+        names = (field.name for field in dataclasses.fields(cls) if field.name not in others)
+        return cls(
+            **{name: getattr(self, name if name in type(self).model_fields else f"{name}_") for name in names}, **others
+        )
 
 
 S = TypeVar("S", bound=Settings)

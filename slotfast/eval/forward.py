@@ -19,6 +19,9 @@ from ..stream import CachedForward
 from ..windows import Plan, Window
 from ..worker import Worker
 
+_BLOCK_TOKENS = {"cpu": 1024, "cuda": 16384}  # on two CPUs 512 to 4096 are within a tenth of each other
+_LOGIT_BYTES = 1 << 28  # of one batch's float32 logits, which set the default batch
+
 
 @dataclass(frozen=True)
 class Streaming:
@@ -270,6 +273,17 @@ def _needs(adapters: Sequence[Adapter], plan: Plan) -> tuple[bool, int]:
 def _ends(windows: Sequence[Window], cut: int) -> Tensor:
     """int64 [W, 2]: context_end and scored_end, counted from position `cut`."""
     return torch.tensor([[window.context_end - cut, window.scored_end - cut] for window in windows], dtype=torch.int64)
+
+
+def windows_that_fit(seq_len: int, vocab_size: int) -> int:
+    """Windows whose float32 logits a batch may hold; 0 where even one is too large."""
+    return _LOGIT_BYTES // (4 * seq_len * vocab_size)
+
+
+def block_that_fits(vocab_size: int, on_gpu: bool = False) -> int:
+    """Tokens of a stream's block: what a device does well, as far as their float32 logits fit."""
+    fits = _LOGIT_BYTES // (4 * vocab_size)
+    return max(1, min(_BLOCK_TOKENS["cuda" if on_gpu else "cpu"], fits))
 
 
 def streams(model: nn.Module) -> bool:

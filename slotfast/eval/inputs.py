@@ -1,35 +1,49 @@
-"""What an evaluation reads: settings to a checked model, tokenizer, token stream, and rows of adaptations."""
+"""What an evaluation reads: a checked model, its tokenizer, a token stream, and rows of adaptations."""
 
-import math
 import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import corpus
+from .. import corpus, shipped
 from ..artifact import Artifact, is_ours, load_artifact, parse_overrides
-from ..config import EvalSettings, switch
-from ..data import ByteCount, Text, Tokenizer, TokenStream, open_shards, read_documents
+from ..config import switch
+from ..data import ByteCount, Text, Tokenizer, TokenStream, is_jsonl, open_shards, read_documents
 from ..errors import InputError
 from ..foreign import ForeignModel, HuggingFaceTokenizer, read_foreign
 from ..learn import Learning, parse_row
-from ..slot import Adaptation, first_position, from_environment, is_published
-from ..ttt import ScoreFirst
-from ..windows import Plan
+from ..slot import Adaptation, from_environment
 from ..words import counted
-from ..worker import Worker
-from .forward import Streaming, streams
 
-_MAX_BATCH_WINDOWS = 32
-_MAX_ADAPT_WINDOWS = 8192  # more would fill no GPU better
-_BLOCK_TOKENS = {"cpu": 1024, "cuda": 16384}  # on two CPUs 512 to 4096 are within a tenth of each other
-_LOGIT_BYTES = 1 << 28  # of one batch's float32 logits, which set the default batch
+
+@dataclass(frozen=True)
+class Sources:
+    """What an evaluation is asked to read.
+
+    Args:
+        artifact: file of the model; the one in this package where None.
+        model_config: what the file does not say of its model; see `slotfast.artifact.parse_overrides`.
+        model: another project's model, package.module:factory or a folder of Hugging Face.
+        tokens: glob of token shards.
+        data_path: folder of the contest's shards, used where neither `tokens` nor `text` is given.
+        text: file of text; the language reference inside Python where nothing is given.
+        tokenizer: SentencePiece model or folder of Hugging Face; the model's own where None.
+        max_tokens: read only the start.
+        seq_len: length of the windows to come, where it is chosen.
+    """
+
+    artifact: str | None = None
+    model_config: str | None = None
+    model: str | None = None
+    tokens: str | None = None
+    data_path: str | None = None
+    text: str | None = None
+    tokenizer: str | None = None
+    max_tokens: int | None = None
+    seq_len: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,7 @@ class Inputs:
         artifact: the model as stored, with its size on disk; a model of another project has none.
         stream: tokens.
         source: what the tokens are, for people.
+        plain: whether it is text without borders of documents.
         text_bytes: byte counts where the input was text, else None.
     """
 
@@ -48,55 +63,61 @@ class Inputs:
     tokenizer: Tokenizer
     stream: TokenStream
     source: str
+    plain: bool
     text_bytes: ByteCount | None
 
     @property
     def text(self) -> Text:
         return Text(self.stream, self.tokenizer.byte_table, self.tokenizer.bos_id)
 
+    @property
+    def stored_forward(self) -> Mapping[str, Any] | None:
+        """What the calibration found: forward, sinks, and what a stream loses; None where it did not compare them."""
+        return (self.artifact.metadata.get("calibration") or {}).get("forward")
 
-def read_inputs(settings: EvalSettings) -> Inputs:
+
+def read_inputs(sources: Sources) -> Inputs:
     """Read and check model, tokenizer and tokens.
 
     Raises:
         InputError: anything missing, damaged or made for another model.
     """
-    artifact, artifact_bytes, tokenizer = _read_model(settings)
-    tokens, flag, text_bytes = settings.tokens, "--tokens", None
-    if tokens is not None and settings.text is not None:
+    artifact, artifact_bytes, tokenizer = _read_model(sources)
+    tokens, flag, text_bytes = sources.tokens, "--tokens", None
+    if tokens is not None and sources.text is not None:
         raise InputError("--tokens and --text: give one of them")
-    if tokens is None and settings.text is None and settings.data_path:
-        tokens, flag = os.path.join(settings.data_path, "fineweb_val_*.bin"), "--data-path"
+    if tokens is None and sources.text is None and sources.data_path:
+        tokens, flag = os.path.join(sources.data_path, "fineweb_val_*.bin"), "--data-path"
     if tokens is not None:
-        if settings.tokenizer is None and not isinstance(tokenizer, HuggingFaceTokenizer):
+        if sources.tokenizer is None and not isinstance(tokenizer, HuggingFaceTokenizer):
             print("warning: no --tokenizer: the shards are taken for tokens of the shipped one", file=sys.stderr)
-        stream, source = open_shards(tokens, settings.max_tokens, flag), tokens
+        stream, source = open_shards(tokens, sources.max_tokens, flag), tokens
     else:
-        if settings.text is None:
+        if sources.text is None:
             documents = iter(corpus.test_documents())
             source = f"language reference inside Python {platform.python_version()}"
         else:
-            documents, source = read_documents(settings.text), settings.text
-        ids, text_bytes = tokenizer.encode_documents(documents, settings.max_tokens)
+            documents, source = read_documents(sources.text), sources.text
+        ids, text_bytes = tokenizer.encode_documents(documents, sources.max_tokens)
         stream = TokenStream([ids])
     if len(stream) < 2:
         raise InputError(f"{source}: {counted(len(stream), 'token')}; scoring needs at least 2")
     stream.check_vocabulary(tokenizer.vocab_size)
-    return Inputs(artifact, artifact_bytes, tokenizer, stream, source, text_bytes)
+    plain = text_bytes is not None and sources.text is not None and not is_jsonl(sources.text)
+    return Inputs(artifact, artifact_bytes, tokenizer, stream, source, plain, text_bytes)
 
 
-def _read_model(settings: EvalSettings) -> tuple[Artifact | ForeignModel, int | None, Tokenizer]:
+def _read_model(sources: Sources) -> tuple[Artifact | ForeignModel, int | None, Tokenizer]:
     """Model, its size on disk where it is an artifact, and the tokenizer that goes with it."""
-    if settings.model is not None:
-        if settings.artifact is not None:
+    if sources.model is not None:
+        if sources.artifact is not None:
             raise InputError("--model and --artifact (or ARTIFACT_PATH): give one of them")
-        if settings.model_config_ is not None:
+        if sources.model_config is not None:
             raise InputError("--model-config: goes with --artifact; a factory makes its model as it likes")
-        model, tokenizer = read_foreign(settings)
+        model, tokenizer = read_foreign(sources.model, sources.tokenizer, sources.seq_len)
         return model, None, tokenizer
-    shipped = resources.files("slotfast") / "demo"
-    artifact_path = Path(settings.artifact or str(shipped / "demo.slotfast"))
-    artifact = load_artifact(artifact_path, parse_overrides(settings.model_config_))
+    artifact_path = Path(sources.artifact or shipped.MODEL)
+    artifact = load_artifact(artifact_path, parse_overrides(sources.model_config))
     about = {} if is_ours(artifact_path) else artifact.metadata
     if assumed := about.get("assumed"):
         shown = ", ".join(f"{key}={value}" for key, value in assumed.items())
@@ -106,7 +127,7 @@ def _read_model(settings: EvalSettings) -> tuple[Artifact | ForeignModel, int | 
     if resembles := about.get("resembles"):
         others = " or ".join(resembles)
         print(f"warning: {artifact_path} looks like a file of {others}, not of {source}", file=sys.stderr)
-    tokenizer = Tokenizer(settings.tokenizer or str(shipped / "demo.model"))
+    tokenizer = Tokenizer(sources.tokenizer or shipped.TOKENIZER)
     check_tokenizer(tokenizer, artifact)
     return artifact, artifact_path.stat().st_size, tokenizer
 
@@ -121,14 +142,14 @@ def check_tokenizer(tokenizer: Tokenizer, artifact: Artifact) -> None:
         )
 
 
-def choose_rows(settings: EvalSettings) -> list[Adaptation | Learning]:
+def choose_rows(presets: Sequence[str], allow_noncausal: bool = False) -> list[Adaptation | Learning]:
     """The rows to run, in order, without `none`, which is always scored.
 
     Raises:
         InputError: unknown preset, one given twice, or one that leaks without --allow-noncausal.
     """
     rows = []
-    for text in settings.preset if switch("SLOT_ENABLED", True) else []:
+    for text in presets if switch("SLOT_ENABLED", True) else []:
         row = parse_row(text)
         if isinstance(row, Adaptation):
             row = from_environment(row, text)
@@ -137,135 +158,7 @@ def choose_rows(settings: EvalSettings) -> list[Adaptation | Learning]:
         row = row.model_copy(update={"name": text})
         if any(other.name == row.name for other in rows):
             raise InputError(f"preset {text!r}: given twice")
-        if not row.compliance.causal and not settings.allow_noncausal:
+        if not row.compliance.causal and not allow_noncausal:
             raise InputError(f"preset {text!r} is not causal: {row.compliance.why}; --allow-noncausal runs it anyway")
         rows.append(row)
     return rows
-
-
-def choose_plan(settings: EvalSettings, inputs: Inputs) -> Plan:
-    """Windows of the training length, and of new positions that are no more than that, unless the settings say so."""
-    length = settings.seq_len or inputs.artifact.config.seq_len
-    chosen = "stride" in settings.model_fields_set
-    return Plan(len(inputs.stream) - 1, length, settings.stride if chosen else min(settings.stride, length))
-
-
-def windows_that_fit(seq_len: int, vocab_size: int) -> int:
-    """Windows whose float32 logits a batch may hold; 0 where even one is too large."""
-    return _LOGIT_BYTES // (4 * seq_len * vocab_size)
-
-
-def choose_batch(
-    settings: EvalSettings, rows: Sequence[Adaptation], plan: Plan, vocab_size: int, worker: Worker
-) -> tuple[int, int]:
-    """Windows of one forward, and windows that are adapted at once: what fits, in multiples of what a row needs.
-
-    A GPU solves a window on each of its processors, and wants many times what one forward gives; a CPU does not.
-    """
-    unit = math.lcm(*(row.unit for row in rows))
-    fits = windows_that_fit(plan.seq_len, vocab_size)
-    chosen = settings.batch_windows or max(unit, min(fits, _MAX_BATCH_WINDOWS) // unit * unit)
-    if chosen % unit:
-        raise InputError(
-            f"--batch-windows {chosen}: expected a multiple of {unit}, the windows that a preset fits together"
-        )
-    batch = chosen if chosen <= len(plan) or settings.batch_windows else max(len(plan), 1)
-    needed = plan.seq_len - min((first_position(row, plan.seq_len, plan.stride) for row in rows), default=0)
-    memory = torch.cuda.mem_get_info(worker.device)[0] // 8 if worker.on_gpu else 0
-    fits = min(memory // (4 * needed * vocab_size), _MAX_ADAPT_WINDOWS)
-    together = settings.adapt_windows or max(batch, fits // batch * batch)
-    if together % chosen and together % batch:
-        raise InputError(f"--adapt-windows {together}: expected a multiple of {chosen}, the windows of one forward")
-    return batch, max(batch, together // batch * batch)
-
-
-def choose_streaming(
-    settings: EvalSettings, rows: Sequence[Adaptation], inputs: Inputs, plan: Plan, worker: Worker
-) -> Streaming | None:
-    """How every token is forwarded once; None: windows.
-
-    Raises:
-        InputError: a stream is asked for and the model or the training has none, or its settings without it.
-    """
-    stored = stored_forward(inputs.artifact)
-    chosen = settings.forward
-    if chosen == "auto":
-        # Published numbers are windows' numbers, and what was found at another length says nothing of this one
-        suits = stored is not None and plan.seq_len <= inputs.artifact.config.seq_len and not settings.ttt
-        trained_length = settings.seq_len in (None, inputs.artifact.config.seq_len)
-        published = any(is_published(row) for row in rows)
-        chosen = stored["forward"] if suits and trained_length and not published else "windows"
-    if chosen == "windows":
-        for flag, value in (("--sinks", settings.sinks), ("--block-tokens", settings.block_tokens)):
-            if value is not None:
-                raise InputError(
-                    f"{flag} {value}: is for a stream, and this run forwards windows; add --forward stream"
-                )
-        return None
-    if isinstance(inputs.artifact, ForeignModel) and not streams(inputs.artifact.module):
-        raise InputError(
-            f"--forward stream: {settings.model} has no stream(tokens, state) -> (states, state); use --forward windows"
-        )
-    if settings.ttt and (world := worker.world) > 1:
-        raise InputError(
-            f"--forward stream with --ttt on {world} processes: keys would come from weights of another process; "
-            "run one, or --forward windows"
-        )
-    sinks = settings.sinks if settings.sinks is not None else (stored or {}).get("sinks", 0)
-    return Streaming(sinks, settings.block_tokens or block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu))
-
-
-def block_that_fits(vocab_size: int, on_gpu: bool = False) -> int:
-    """Tokens of a stream's block: what a device does well, as far as their float32 logits fit."""
-    fits = _LOGIT_BYTES // (4 * vocab_size)
-    return max(1, min(_BLOCK_TOKENS["cuda" if on_gpu else "cpu"], fits))
-
-
-def stored_forward(artifact: Artifact | ForeignModel) -> Mapping[str, Any] | None:
-    """What the calibration found of windows and streams: forward, sinks, and the difference; None where it did not."""
-    return (artifact.metadata.get("calibration") or {}).get("forward")
-
-
-def choose_learning(
-    settings: EvalSettings, rows: Sequence[Adaptation | Learning], world: int
-) -> tuple[list[Adaptation], list[Learning]]:
-    """The rows that share the run's forward, and those that learn, each with a forward of its own.
-
-    Raises:
-        InputError: a row that learns, in a run that it cannot be part of.
-    """
-    learning = [row for row in rows if isinstance(row, Learning)]
-    for row in learning:
-        where = f"preset {row.name!r}: "
-        if world > 1:
-            raise InputError(f"{where}on {world} processes is not built: its stream has one order; run one process")
-        if settings.resume:
-            raise InputError(f"{where}with --resume is not built: what it learned is not saved; leave out --resume")
-        if settings.ttt:
-            raise InputError(f"{where}with --ttt: both change the model; give one of them")
-        if settings.weights == "int6":
-            raise InputError(f"{where}with --weights int6: packed weights pass no gradients on; leave out --weights")
-        if settings.model is not None:
-            raise InputError(f"{where}with --model is not built: it learns with this package's own models")
-    return [row for row in rows if isinstance(row, Adaptation)], learning
-
-
-def choose_training(settings: EvalSettings, rows: Sequence[Adaptation], world: int) -> ScoreFirst | None:
-    """The test-time training that --ttt asks for.
-
-    Raises:
-        InputError: it does not go together with packed weights, or with a streaming preset on several ranks.
-    """
-    if not settings.ttt:
-        return None
-    if settings.weights == "int6":
-        raise InputError("--ttt with --weights int6: packed weights cannot be trained; leave out --weights")
-    if world > 1 and settings.resume:
-        raise InputError(f"--resume with --ttt on {world} processes: their weights cannot be saved apart; run one")
-    streaming = [row.name for row in rows if row.scope == "prefix"]
-    if world > 1 and streaming:
-        raise InputError(
-            f"--ttt on {world} processes: preset {streaming[0]!r} needs the stream in order; run one process"
-        )
-    names = ("chunk", "lr", "epochs", "batch", "momentum", "clip")
-    return ScoreFirst(**{name: getattr(settings, f"ttt_{name}") for name in names})

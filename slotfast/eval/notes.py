@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 
-from ..config import EvalSettings
 from ..data import RuleFault, TokenStream
 from ..foreign import ForeignModel
 from ..overlap import MAX_OVERLAP
-from ..windows import Plan
 from ..words import counted
 from .inputs import Inputs
+from .setup import Setup
 
 _SEEN = {
     "calibration": "`causal` was calibrated on",
@@ -17,7 +16,7 @@ _SEEN = {
 }
 
 
-def notes(settings: EvalSettings, inputs: Inputs, plan: Plan, seen: Mapping[str, float], n_bytes: int) -> list[str]:
+def notes(inputs: Inputs, setup: Setup, seen: Mapping[str, float], n_bytes: int) -> list[str]:
     """All of them, warnings first.
 
     Args:
@@ -38,11 +37,11 @@ def notes(settings: EvalSettings, inputs: Inputs, plan: Plan, seen: Mapping[str,
         found.append(f"only the first {counted(len(inputs.stream), 'token')} were read (--max-tokens)")
     if inputs.text_bytes and inputs.text_bytes.crlf:
         found.append("lines of the text end in CRLF: each carriage return is a byte that is scored")
-    trained = inputs.artifact.config.seq_len
+    plan, trained = setup.plan, inputs.artifact.config.seq_len
     if plan.seq_len > trained and not isinstance(inputs.artifact, ForeignModel):
         found.append(f"windows have {plan.seq_len:,} positions, and the model was trained on {trained:,} (--seq-len)")
     last = plan[len(plan) - 1]
-    if settings.ttt and (first_scored := last.start + last.context_end) < settings.ttt_chunk:
+    if setup.training and (first_scored := last.start + last.context_end) < setup.training.chunk:
         how = f"--ttt-chunk {first_scored} or less makes more of it" if first_scored else "it has a single window"
         found.append(f"nothing was trained: the stream is one chunk, after which --ttt has none to score; {how}")
     return found

@@ -6,7 +6,7 @@ import resource
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,66 +14,75 @@ import torch
 
 from .. import __version__
 from ..command.files import atomic_write
-from ..config import EvalSettings
 from ..contest import VALIDATION_WINDOWS
-from ..data import is_jsonl
 from ..errors import InputError
 from ..learn import LEARNING, Learning, parse_row
 from ..overlap import seen
 from ..score import Score
-from ..slot import PRESETS, Adaptation, Adapter, from_environment
-from ..windows import Plan
+from ..slot import PRESETS, Adaptation, from_environment
 from ..words import counted
-from .inputs import Inputs, stored_forward
+from .inputs import Inputs
 from .learning import LearningPass
 from .loop import Scored, SlidingPass
 from .notes import notes
+from .setup import Setup
 
 _COLUMNS = ("position", "token", "n_bytes", "nll")
 
 
-def report(
-    settings: EvalSettings,
-    inputs: Inputs,
-    plan: Plan,
-    adapters: Sequence[Adapter],
-    work: Sequence[dict[str, Counter]],
-    result: SlidingPass,
-    learners: Sequence[LearningPass],
-    seconds: dict[str, float],
-    where: dict[str, Any],
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation came to, on rank 0 the sums of all ranks.
+
+    Args:
+        sliding: the pass, its sums those of all rows: `none`, one of each adapter, one of each learner.
+        learners: the passes of rows that learn.
+        collected: every token's losses, where they are asked for.
+        work: what the fits of each adapter took.
+        seconds: by phase; `total` since the start of the command.
+        peak_memory_bytes: most memory of a rank.
+    """
+
+    sliding: SlidingPass
+    learners: Sequence[LearningPass]
+    collected: "TokenRows"
+    work: Sequence[dict[str, Counter]]
+    seconds: dict[str, float]
+    peak_memory_bytes: int
+
+
+def report(inputs: Inputs, setup: Setup, outcome: Outcome, config: Mapping[str, Any]) -> dict[str, Any]:
     """The result as JSON-able keys; `adapted` is the first preset other than `none`.
 
     Args:
-        result: the pass, and the sums of all rows: `none`, one of each adapter, one of each learner.
-        where: device, backend, ranks, peak_memory_bytes, batch_windows and dtype of the run.
+        config: all settings of the command.
 
     Raises:
         InputError: the scored tokens stand for no bytes.
     """
-    meter, device = result.meter, where["device"]
+    sliding, plan, worker = outcome.sliding, setup.plan, setup.worker
+    meter = sliding.meter
     if not meter.bytes.any():
         raise InputError(f"{inputs.source}: its tokens stand for no bytes, so bits per byte is undefined")
-    base, scores = meter.score(0), [meter.score(row + 1) for row in range(len(adapters))]
-    ran = {"forward": where["forward"], "sinks": where["sinks"]}
+    base, scores = meter.score(0), [meter.score(row + 1) for row in range(len(sliding.adapters))]
+    ran = {"forward": setup.forward, "sinks": setup.sinks}
     presets = [_preset(PRESETS["none"], base) | ran]
-    for adapter, score, counters in zip(adapters, scores, work, strict=True):
+    for adapter, score, counters in zip(sliding.adapters, scores, outcome.work, strict=True):
         histograms = {name: dict(sorted(counter.items())) for name, counter in counters.items()}
         presets.append(_preset(adapter.row, score) | ran | ({"work": histograms} if histograms else {}))
-    for number, learner in enumerate(learners, len(presets)):
+    for number, learner in enumerate(outcome.learners, len(presets)):
         presets.append(_preset(learner.row, meter.score(number)) | _learned(learner))
     first = presets[min(1, len(presets) - 1)]
-    passed = sum(result.seconds.values())
+    passed = sum(sliding.seconds.values())
     speed = len(plan) / passed if passed else None
-    projected = VALIDATION_WINDOWS / (8 * speed / where["ranks"]) if speed and device != "cpu" else None
+    projected = VALIDATION_WINDOWS / (8 * speed / worker.world) if speed and worker.on_gpu else None
     metadata = inputs.artifact.metadata
     text = {"source": inputs.source, "sha256": inputs.stream.sha256(), "documents": len(meter.tokens)}
     text["seen"] = seen(inputs.stream, metadata)
-    text["plain"] = settings.text is not None and inputs.text_bytes is not None and not is_jsonl(settings.text)
+    text["plain"] = inputs.plain
     if inputs.text_bytes:
         text |= asdict(inputs.text_bytes) | {"exact": inputs.text_bytes.exact}
-    found = {
+    return {
         "schema": 1,  # of result.schema.json
         "preset": first["preset"],
         "resolved_preset": first["resolved_preset"],
@@ -82,41 +91,34 @@ def report(
         "tokens": int(meter.tokens.sum()),
         "bytes": int(meter.bytes.sum()),
         "windows": len(plan),
-        "forward": where["forward"],
-        "sinks": where["sinks"],
+        "forward": setup.forward,
+        "sinks": setup.sinks,
         "base": {"nats": base.nats, "bpb": base.bpb},
         "adapted": first["adapted"],
         "presets": presets,
-        "stored_forward": stored_forward(inputs.artifact),
+        "stored_forward": inputs.stored_forward,
         "calibrated": metadata.get("calibration") is not None,
         "frequencies": inputs.artifact.unigram is not None,
         "text": text,
-        "notes": notes(settings, inputs, plan, text["seen"], int(meter.bytes.sum())),
-        "seconds": {key: round(value, 3) for key, value in seconds.items()},
+        "notes": notes(inputs, setup, text["seen"], int(meter.bytes.sum())),
+        "seconds": {key: round(value, 3) for key, value in outcome.seconds.items()},
         "windows_per_second": speed,
         "projected_seconds_8gpu": projected,
-        "peak_memory_bytes": where["peak_memory_bytes"],
+        "peak_memory_bytes": outcome.peak_memory_bytes,
         "artifact_bytes": inputs.artifact_bytes,
         "model": inputs.artifact.config.model_dump()
         | {"metadata": None if inputs.artifact_bytes is None else _without_sketches(metadata)},
-        "backend": where["backend"],
-        "device": device,
-        "ranks": where["ranks"],
-        "plan": {"seq_len": plan.seq_len, "stride": plan.stride, "batch_windows": where["batch_windows"]}
-        | {"adapt_windows": where["adapt_windows"], "ttt": settings.ttt, "ttt_chunks": where["ttt_chunks"]}
-        | {"block_tokens": where["block_tokens"], "dtype": where["dtype"], "weights": settings.weights},
-        "config": settings.model_dump(by_alias=True),
+        "backend": setup.backend,
+        "device": worker.device_name,
+        "ranks": worker.world,
+        "plan": {"seq_len": plan.seq_len, "stride": plan.stride, "batch_windows": setup.batch_windows}
+        | {"adapt_windows": setup.adapt_windows, "ttt": setup.training is not None, "ttt_chunks": setup.chunks}
+        | {"block_tokens": setup.block_tokens, "dtype": worker.dtype_name, "weights": setup.weights},
+        "config": dict(config),
         "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
         | {name: importlib.metadata.version(name) for name in ("numpy", "sentencepiece")}
         | {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers") if name in sys.modules},
     }
-    if settings.budget is not None:
-        found["budget"] = {
-            "seconds": settings.budget,
-            "measured": round(seconds["total"], 3),
-            "within": seconds["total"] <= settings.budget,
-        }
-    return found
 
 
 def _without_sketches(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,14 +13,12 @@ from torch import nn
 
 from .. import __version__
 from ..command import checkpoint
-from ..config import EvalSettings
 from ..errors import InputError
-from ..slot import Adapter
-from ..windows import Plan
 from ..words import counted
 from .inputs import Inputs
 from .loop import SlidingPass
 from .report import TokenRows
+from .setup import Setup
 
 _COMMAND = "slotfast.eval"
 _SECONDS = 5.0  # between two saves
@@ -32,23 +30,17 @@ def rank_path(path: str, rank: int) -> str:
     return path if rank == 0 else f"{path}.rank{rank}"
 
 
-def describe(
-    settings: EvalSettings,
-    inputs: Inputs,
-    model: nn.Module,
-    plan: Plan,
-    adapters: Sequence[Adapter],
-    where: Mapping[str, Any],
-) -> dict[str, Any]:
+def describe(inputs: Inputs, setup: Setup, model: nn.Module, per_token: bool) -> dict[str, Any]:
     """What an evaluation must agree in with a saved one: all that its bits depend on.
 
     Args:
-        where: device, backend, ranks, batch_windows and dtype of the run.
+        model: on the device, before it is trained.
+        per_token: whether every token's loss is kept.
     """
     table = inputs.tokenizer.byte_table
     unigram = inputs.artifact.unigram
-    rows = [adapter.row.summary() for adapter in adapters]
-    chosen = settings.model_dump()
+    rows = [row.summary() for row in setup.rows]
+    worker, training = setup.worker, setup.training
     return {
         "version": __version__,
         "torch": str(torch.__version__),  # a class of its own otherwise
@@ -57,13 +49,23 @@ def describe(
         "model_config": _sha256_json(inputs.artifact.config.model_dump()),
         "text": inputs.stream.sha256(),
         "tokenizer": _sha256(table.base, table.leading_space, table.boundary),
-        "seq_len": plan.seq_len,
-        "stride": plan.stride,
+        "seq_len": setup.plan.seq_len,
+        "stride": setup.plan.stride,
         "preset": [row["name"] for row in rows],
         "preset options": _sha256_json(rows),
-        "per_token": settings.per_token is not None,
-        **{name: value for name, value in chosen.items() if name == "weights" or name.startswith("ttt")},
-        **where,
+        "per_token": per_token,
+        "weights": setup.weights,
+        "ttt": training is not None,
+        **{f"ttt_{name}": value for name, value in (training.recipe() if training else {}).items()},
+        "device": worker.device_name,
+        "backend": setup.backend,
+        "ranks": worker.world,
+        "batch_windows": setup.batch_windows,
+        "adapt_windows": setup.adapt_windows,
+        "forward": setup.forward,
+        "sinks": setup.sinks,
+        "block_tokens": setup.block_tokens,
+        "dtype": worker.dtype_name,
     }
 
 

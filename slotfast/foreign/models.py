@@ -5,7 +5,6 @@ import importlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from ..config import EvalSettings
+from .. import shipped
 from ..data import Tokenizer
 from ..errors import InputError
 from .library import first_line, transformers_library
@@ -139,20 +138,22 @@ class ForeignModel:
         return self.module
 
 
-def read_foreign(settings: EvalSettings) -> tuple[ForeignModel, Tokenizer]:
+def read_foreign(
+    name: str, tokenizer_path: str | None = None, window: int | None = None
+) -> tuple[ForeignModel, Tokenizer]:
     """The model that `--model` names, checked, and its tokenizer.
 
     Args:
-        settings: `model` is package.module:factory, or a folder with a Hugging Face causal language model;
-            `tokenizer` a SentencePiece model or a folder with a tokenizer of the `tokenizers` library.
+        name: package.module:factory, or a folder with a Hugging Face causal language model.
+        tokenizer_path: a SentencePiece model or a folder with a tokenizer of the `tokenizers` library; the model's
+            own where None, or the one in this package.
+        window: positions that are wanted, where that is known.
 
     Raises:
         InputError: nothing there, weights that are missing or not finite, a model that is not a causal language model,
             or a tokenizer of another vocabulary.
     """
-    name, is_folder = settings.model, Path(settings.model).is_dir()
-    if settings.weights != "dequantized":
-        raise InputError(f"--weights {settings.weights}: needs an --artifact, whose weights are packed")
+    is_folder = Path(name).is_dir()
     if not is_folder and not re.fullmatch(r"[\w.]+:[\w.]+", name):
         raise InputError(f"--model {name}: no such folder, and not of the form package.module:factory")
     module, model = _from_folder(Path(name)) if is_folder else _from_factory(name)
@@ -160,8 +161,8 @@ def read_foreign(settings: EvalSettings) -> tuple[ForeignModel, Tokenizer]:
         if not bool(torch.isfinite(parameter).all()):
             raise InputError(f"--model {name}: parameter {parameter_name!r} holds NaN or infinite values")
     longest = _declared_length(module)
-    if is_folder and longest and (settings.seq_len or 0) > longest:  # others may mean a training length
-        raise InputError(f"--seq-len {settings.seq_len}: the model has {longest} positions")
+    if is_folder and longest and (window or 0) > longest:  # others may mean a training length
+        raise InputError(f"--seq-len {window}: the model has {longest} positions")
     seq_len = min(longest or _DEFAULT_SEQ_LEN, _LONGEST_DEFAULT)
     config = ForeignConfig(
         source=name,
@@ -171,8 +172,7 @@ def read_foreign(settings: EvalSettings) -> tuple[ForeignModel, Tokenizer]:
         seq_len=seq_len,
         head_apart=model.head_apart,
     )
-    shipped = str(resources.files("slotfast") / "demo" / "demo.model")
-    path = Path(settings.tokenizer or (name if is_folder else shipped))
+    path = Path(tokenizer_path or (name if is_folder else shipped.TOKENIZER))
     tokenizer = HuggingFaceTokenizer(path) if path.is_dir() else Tokenizer(path)
     if not 0 <= config.vocab_size - tokenizer.vocab_size < _PADDING_ROWS:
         raise InputError(

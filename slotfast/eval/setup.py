@@ -1,0 +1,227 @@
+"""How an evaluation runs: its settings, read once, and what they leave open, decided by model, text and machine."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .. import ops
+from ..config import EvalSettings
+from ..errors import InputError
+from ..foreign import ForeignModel
+from ..learn import Learning
+from ..slot import Adaptation, first_position, is_published
+from ..ttt import ScoreFirst
+from ..windows import Plan
+from ..worker import Worker
+from .forward import Streaming, block_that_fits, streams, windows_that_fit
+from .inputs import Inputs, Sources, read_inputs
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_MAX_BATCH_WINDOWS = 32
+_MAX_ADAPT_WINDOWS = 8192  # more would fill no GPU better
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How an evaluation runs.
+
+    Args:
+        rows: adaptations that share the run's forward.
+        learning: rows that learn, each with a forward of its own.
+        plan: windows over the stream.
+        batch_windows, adapt_windows: windows of one forward, and windows that are adapted at once.
+        streaming: every token is forwarded once; None: every window for itself.
+        training: of the model's weights between chunks, or None.
+        weights: dequantized or int6.
+        worker: this process.
+        stored_sinks: those that the calibration found, of a stream.
+    """
+
+    rows: list[Adaptation]
+    learning: list[Learning]
+    plan: Plan
+    batch_windows: int
+    adapt_windows: int
+    streaming: Streaming | None
+    training: ScoreFirst | None
+    weights: str
+    worker: Worker
+    stored_sinks: int = 0
+
+    @property
+    def forward(self) -> str:
+        return "stream" if self.streaming else "windows"
+
+    @property
+    def sinks(self) -> int | None:
+        return self.streaming.sinks if self.streaming else None
+
+    @property
+    def block_tokens(self) -> int | None:
+        return self.streaming.block_tokens if self.streaming else None
+
+    @property
+    def backend(self) -> str:
+        """What the kernels run on: triton or torch."""
+        return "triton" if ops.uses_triton(self.worker.backend, self.worker.device) else "torch"
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the training; 0 without one."""
+        return len(self.training.chunks(self.plan)) if self.training else 0
+
+
+def set_up(settings: EvalSettings, rows: Sequence[Adaptation | Learning], worker: Worker) -> tuple[Inputs, Setup]:
+    """Read what an evaluation needs, and choose how it runs.
+
+    Raises:
+        InputError: input that is missing or damaged, or choices that do not go together, or not with the model, the
+            text or the number of processes.
+    """
+    worker = choose_worker(settings, worker)
+    sharing, learning = choose_learning(settings, rows, worker.world)
+    training = choose_training(settings, sharing, worker.world)
+    inputs = read_inputs(settings.pick(Sources))
+    plan = choose_plan(settings, inputs)
+    batch_windows, adapt_windows = choose_batch(settings, sharing, plan, inputs.artifact.config.vocab_size, worker)
+    setup = Setup(
+        rows=sharing,
+        learning=learning,
+        plan=plan,
+        batch_windows=batch_windows,
+        adapt_windows=adapt_windows,
+        streaming=choose_streaming(settings, sharing, inputs, plan, worker),
+        training=training,
+        weights=settings.weights,
+        worker=worker,
+        stored_sinks=(inputs.stored_forward or {}).get("sinks", 0),
+    )
+    return inputs, setup
+
+
+def choose_worker(settings: EvalSettings, worker: Worker) -> Worker:
+    """The process with the dtype and the backend that the settings ask for.
+
+    Raises:
+        InputError: kernels that do not compute in the dtype, or packed weights of a model that has none.
+    """
+    if settings.model is not None and settings.weights == "int6":
+        raise InputError("--weights int6: needs an --artifact, whose weights are packed")
+    dtype = _DTYPES.get(settings.dtype, torch.bfloat16 if worker.on_gpu else torch.float32)
+    if dtype == torch.float64 and ops.uses_triton(settings.backend, worker.device):
+        raise InputError("--dtype float64: the kernels compute in float32; add --backend torch")
+    return replace(worker, dtype=dtype, backend=settings.backend)
+
+
+def choose_plan(settings: EvalSettings, inputs: Inputs) -> Plan:
+    """Windows of the training length, and of new positions that are no more than that, unless the settings say so."""
+    length = settings.seq_len or inputs.artifact.config.seq_len
+    chosen = "stride" in settings.model_fields_set
+    return Plan(len(inputs.stream) - 1, length, settings.stride if chosen else min(settings.stride, length))
+
+
+def choose_batch(
+    settings: EvalSettings, rows: Sequence[Adaptation], plan: Plan, vocab_size: int, worker: Worker
+) -> tuple[int, int]:
+    """Windows of one forward, and windows that are adapted at once: what fits, in multiples of what a row needs.
+
+    A GPU solves a window on each of its processors, and wants many times what one forward gives; a CPU does not.
+    """
+    unit = math.lcm(*(row.unit for row in rows))
+    fits = windows_that_fit(plan.seq_len, vocab_size)
+    chosen = settings.batch_windows or max(unit, min(fits, _MAX_BATCH_WINDOWS) // unit * unit)
+    if chosen % unit:
+        raise InputError(
+            f"--batch-windows {chosen}: expected a multiple of {unit}, the windows that a preset fits together"
+        )
+    batch = chosen if chosen <= len(plan) or settings.batch_windows else max(len(plan), 1)
+    needed = plan.seq_len - min((first_position(row, plan.seq_len, plan.stride) for row in rows), default=0)
+    memory = torch.cuda.mem_get_info(worker.device)[0] // 8 if worker.on_gpu else 0
+    fits = min(memory // (4 * needed * vocab_size), _MAX_ADAPT_WINDOWS)
+    together = settings.adapt_windows or max(batch, fits // batch * batch)
+    if together % chosen and together % batch:
+        raise InputError(f"--adapt-windows {together}: expected a multiple of {chosen}, the windows of one forward")
+    return batch, max(batch, together // batch * batch)
+
+
+def choose_streaming(
+    settings: EvalSettings, rows: Sequence[Adaptation], inputs: Inputs, plan: Plan, worker: Worker
+) -> Streaming | None:
+    """How every token is forwarded once; None: windows.
+
+    Raises:
+        InputError: a stream is asked for and the model or the training has none, or its settings without it.
+    """
+    stored = inputs.stored_forward
+    chosen = settings.forward
+    if chosen == "auto":
+        # Published numbers are windows' numbers, and what was found at another length says nothing of this one
+        suits = stored is not None and plan.seq_len <= inputs.artifact.config.seq_len and not settings.ttt
+        trained_length = settings.seq_len in (None, inputs.artifact.config.seq_len)
+        published = any(is_published(row) for row in rows)
+        chosen = stored["forward"] if suits and trained_length and not published else "windows"
+    if chosen == "windows":
+        for flag, value in (("--sinks", settings.sinks), ("--block-tokens", settings.block_tokens)):
+            if value is not None:
+                raise InputError(
+                    f"{flag} {value}: is for a stream, and this run forwards windows; add --forward stream"
+                )
+        return None
+    if isinstance(inputs.artifact, ForeignModel) and not streams(inputs.artifact.module):
+        raise InputError(
+            f"--forward stream: {settings.model} has no stream(tokens, state) -> (states, state); use --forward windows"
+        )
+    if settings.ttt and (world := worker.world) > 1:
+        raise InputError(
+            f"--forward stream with --ttt on {world} processes: keys would come from weights of another process; "
+            "run one, or --forward windows"
+        )
+    sinks = settings.sinks if settings.sinks is not None else (stored or {}).get("sinks", 0)
+    return Streaming(sinks, settings.block_tokens or block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu))
+
+
+def choose_learning(
+    settings: EvalSettings, rows: Sequence[Adaptation | Learning], world: int
+) -> tuple[list[Adaptation], list[Learning]]:
+    """The rows that share the run's forward, and those that learn, each with a forward of its own.
+
+    Raises:
+        InputError: a row that learns, in a run that it cannot be part of.
+    """
+    learning = [row for row in rows if isinstance(row, Learning)]
+    for row in learning:
+        where = f"preset {row.name!r}: "
+        if world > 1:
+            raise InputError(f"{where}on {world} processes is not built: its stream has one order; run one process")
+        if settings.resume:
+            raise InputError(f"{where}with --resume is not built: what it learned is not saved; leave out --resume")
+        if settings.ttt:
+            raise InputError(f"{where}with --ttt: both change the model; give one of them")
+        if settings.weights == "int6":
+            raise InputError(f"{where}with --weights int6: packed weights pass no gradients on; leave out --weights")
+        if settings.model is not None:
+            raise InputError(f"{where}with --model is not built: it learns with this package's own models")
+    return [row for row in rows if isinstance(row, Adaptation)], learning
+
+
+def choose_training(settings: EvalSettings, rows: Sequence[Adaptation], world: int) -> ScoreFirst | None:
+    """The test-time training that --ttt asks for.
+
+    Raises:
+        InputError: it does not go together with packed weights, or with a streaming preset on several ranks.
+    """
+    if not settings.ttt:
+        return None
+    if settings.weights == "int6":
+        raise InputError("--ttt with --weights int6: packed weights cannot be trained; leave out --weights")
+    if world > 1 and settings.resume:
+        raise InputError(f"--resume with --ttt on {world} processes: their weights cannot be saved apart; run one")
+    streaming = [row.name for row in rows if row.scope == "prefix"]
+    if world > 1 and streaming:
+        raise InputError(
+            f"--ttt on {world} processes: preset {streaming[0]!r} needs the stream in order; run one process"
+        )
+    names = ("chunk", "lr", "epochs", "batch", "momentum", "clip")
+    return ScoreFirst(**{name: getattr(settings, f"ttt_{name}") for name in names})

@@ -93,9 +93,13 @@ def _config(m: int, n: int, k: int, group: int, dtype: torch.dtype, cached: bool
     else:
         # 64 rows of weights are the least that a Hopper warpgroup multiplies.
         block_m, block_n, num_warps = (16 if m <= 16 else 32 if m <= 32 else 64), 64, 4
-        # 16 x 64 x 256: 3.9 instructions a weight, 170 registers. With BLOCK_K 128: 4.7 and 64, so more programs at a
-        # time and finer splits, for the matrices that are too small to fill the machine. unmeasured
-        block_k, num_stages = (256, 3) if m <= 16 and k >= 2048 else (128, 4)
+        block_k, num_stages = 128, 4
+        if m <= 16 and group not in GROUPS:
+            # Two warps multiply out of registers; a warpgroup would pass weights through shared memory, with a barrier
+            # every 16. 16 x 32 x 256: 4.7 instructions a weight, 5 programs a multiprocessor. With BLOCK_K 128: 4.9 and
+            # 9, and finer splits, for the matrices that are too small to fill the machine. unmeasured
+            block_n, num_warps, num_stages = 32, 2, 3
+            block_k = 256 if k >= 2048 else 128
     if group in GROUPS:
         block_k = min(block_k, group)  # so that a tile has one scale a row
     # Split K until there are two programs for each of 132 multiprocessors, while every one has a tile to do. unmeasured
@@ -107,7 +111,7 @@ def _config(m: int, n: int, k: int, group: int, dtype: torch.dtype, cached: bool
 # Kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compilation for every M of a tile; that for M = 1 would spill
 def _int6_matmul_kernel(
     x_ptr,
     low_ptr,
@@ -286,10 +290,11 @@ def _compilations(m, n, k, group=0, scale_dtype=torch.float16, dtype=torch.bfloa
     group = group if group < k else 0
 
     def compilation(kernel, constexprs, num_warps, num_stages, elements, fusion, **types):
-        # As a launch does: 1 becomes a constant, multiples of 16 are marked.
+        # As a launch does: 1 becomes a constant, multiples of 16 are marked; M is what it is.
         names = kernel.arg_names
-        constexprs = {**constexprs, **{name: 1 for name in names if integers.get(name) == 1}}
-        known = {name: "i32:16" if value % 16 == 0 else "i32" for name, value in integers.items()} | pointers | types
+        constexprs = {**constexprs, **{name: 1 for name in names if name != "M" and integers.get(name) == 1}}
+        marked = {name for name, value in integers.items() if name != "M" and value % 16 == 0}
+        known = {name: "i32:16" if name in marked else "i32" for name in integers} | pointers | types
         signature = {name: "constexpr" if name in constexprs else known[name] for name in names}
         options = {"enable_fp_fusion": fusion}
         return Compilation(kernel, signature, constexprs, num_warps, num_stages, elements, options)

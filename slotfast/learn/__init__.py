@@ -2,17 +2,21 @@
 
 - what learns: `lora`, factors of rank r beside the linear layers; `norms`, gains and gates; `all` weights.
 - from what: chunks of C tokens, `steps` of the optimiser on each.
-- scope: `stream`, it goes on to the end; `document`, it starts afresh at each BOS.
+- scope: `stream`, it goes on to the end; `document`, it starts afresh at each BOS, also with documents side by side in
+  slots.
 - optimiser: SGD with momentum or AdamW, with weight decay and a bound on the gradient's norm.
-- keys: `stale`: those of earlier chunks stay as the weights of their time made them.
-- order: that of the stream.
+- keys: `stale`: those of earlier chunks stay as the weights of their time made them; `refresh`, `recompute`: the window
+  is forwarded again, every few chunks or for each.
+- order: that of the stream, or the longest document first.
 
 Whether a row is causal follows from these choices, and the auditor measures it.
 """
 
-from .loop import Charged, Learned, LearningLoop, learn
+from .api import Learned, learn
+from .loop import Charged, LearningLoop
 from .lora import PROJECTIONS, Lora
-from .row import LEARNING, Learning, parse_row
+from .presets import LEARNING, parse_row
+from .row import Learning
 
 __all__ = [
     "LEARNING",

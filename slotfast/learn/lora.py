@@ -23,7 +23,7 @@ _LAYERS = {
     "up": "mlp.fc",
     "down": "mlp.proj",
 }
-PROJECTIONS = (*_LAYERS, "head")
+PROJECTIONS = (*_LAYERS, "attn", "mlp", "head")  # attn, mlp: beside the whole of it; with slots alone
 
 
 class Learner(Protocol):

@@ -1,17 +1,13 @@
-"""A learning system as a row of choices, the verdict that follows from them, and the way from text to a row."""
+"""A learning system as a row of choices, and the verdict that follows from them."""
 
 from typing import Any, Literal
 
-import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..errors import InputError, expected
-from ..slot import PRESETS, Adaptation, Compliance, parse_preset
-from ..slot.presets import check_acting, read_changes
-from ..words import nearest
+from ..slot import Compliance
 from .lora import PROJECTIONS
 
-_OPTIONAL = ("clip",)
+_PHASES = ("prefix", "phase_lr", "phase_momentum", "phase_epochs", "phase_clip", "piece")
 
 
 class Learning(BaseModel):
@@ -27,10 +23,22 @@ class Learning(BaseModel):
     about: str = ""
     what: Literal["all", "lora", "norms"] = Field("lora", description="what learns")
     rank: int = Field(16, ge=1, le=1024, description="of LoRA's factors")
-    projections: tuple[str, ...] = Field(PROJECTIONS, min_length=1, description="that LoRA stands beside")
+    alpha: float | None = Field(None, gt=0, le=1e6, description="LoRA's product counts alpha / rank times; none: once")
+    projections: tuple[str, ...] = Field(
+        ("q", "k", "v", "o", "up", "down", "head"), min_length=1, description="that LoRA stands beside"
+    )
+    start: Literal["cold", "fresh", "warm"] = Field(
+        "cold", description="A where a document begins: one draw for all, one of its own, or what the slot's last left"
+    )
     chunk: int = Field(64, ge=1, le=1 << 17, description="tokens that are charged, and then learned from")
+    short: tuple[tuple[int, int], ...] = Field(
+        (), max_length=8, description="(tokens, chunk): of groups whose longest document has no more tokens"
+    )
     steps: int = Field(1, ge=1, le=1000, description="of the optimiser on each chunk")
     scope: Literal["stream", "document"] = Field("stream", description="document: what learned starts afresh at BOS")
+    slots: int | None = Field(
+        None, ge=1, le=4096, description="documents side by side, each by its own tokens alone; none: one stream"
+    )
     optimizer: Literal["sgd", "adamw"] = "adamw"
     lr: float = Field(5e-4, gt=0, le=10)
     betas: tuple[float, float] = Field((0.9, 0.99), description="of AdamW")
@@ -38,8 +46,18 @@ class Learning(BaseModel):
     momentum: float = Field(0.0, ge=0, lt=1, description="of SGD")
     decay: float = Field(0.0, ge=0, le=100, description="of the weights, times lr a step")
     clip: float | None = Field(None, gt=0, description="bound on the gradient's norm")
-    keys: Literal["stale"] = Field("stale", description="of earlier chunks: as they were when these were scored")
-    order: Literal["stream"] = Field("stream", description="in which tokens are charged")
+    keys: Literal["stale", "refresh", "recompute"] = Field(
+        "stale", description="of earlier chunks: as they were when these were scored, or forwarded again"
+    )
+    every: int = Field(8, ge=1, le=1 << 17, description="chunks from one refresh of the keys to the next")
+    order: Literal["stream", "longest"] = Field("stream", description="in which documents are charged")
+    phases: int = Field(0, ge=0, le=100, description="times that all weights are trained on the documents charged")
+    prefix: int = Field(2500, ge=1, description="documents charged when the last phase begins")
+    phase_lr: float = Field(1e-3, gt=0, le=10, description="SGD's rate on a phase's first piece; a cosine ends it")
+    phase_momentum: float = Field(0.9, ge=0, lt=1)
+    phase_epochs: int = Field(1, ge=1, le=100)
+    phase_clip: float | None = Field(1.0, gt=0, description="bound on the gradient's norm")
+    piece: int = Field(32768, ge=1, le=1 << 24, description="tokens of a phase's step")
 
     @field_validator("projections", mode="before")
     @classmethod
@@ -59,64 +77,84 @@ class Learning(BaseModel):
         """Betas may be written as 0.9+0.99."""
         return tuple(float(n) for n in value.split("+")) if isinstance(value, str) else value
 
+    @field_validator("short", mode="before")
+    @classmethod
+    def _parse_short(cls, value: Any) -> Any:
+        """Short groups' chunks may be written as 2000+24/256+8."""
+        if not isinstance(value, str):
+            return value
+        return tuple(tuple(int(n) for n in part.split("+")) for part in value.split("/"))
+
     @model_validator(mode="after")
     def _choices_fit(self) -> "Learning":
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas}: expected 0 <= beta < 1")
+        if any(tokens < 1 or not 1 <= chunk <= self.chunk for tokens, chunk in self.short):
+            raise ValueError(f"short {self.short}: expected tokens and chunks of 1 to {self.chunk}")
+        if self.slots and (self.scope != "document" or self.what != "lora"):
+            raise ValueError("slots need what 'lora' and scope 'document'")
+        if self.what != "lora" and self.keys != "stale":
+            raise ValueError(f"keys {self.keys!r} need what 'lora'")
+        if not self.slots:
+            if self.keys != "stale" and self.scope == "document":
+                raise ValueError(f"keys {self.keys!r} with scope 'document' need slots")
+            for key in ("order", "start", "short", "phases"):
+                if (value := getattr(self, key)) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} {value!r} needs slots")
+        if self.short and self.order != "longest":
+            raise ValueError("short needs order 'longest': a document's length is known only where it ends")
+        beside = {"attn", "mlp"} & set(self.projections)
+        if beside and not self.apart:
+            raise ValueError(f"projections {'/'.join(sorted(beside))} need slots, or keys that are forwarded again")
         return self
+
+    @property
+    def apart(self) -> bool:
+        """Whether documents, or a stream as one, have windows of their own: `DocumentLoop` runs the row."""
+        return self.slots is not None or self.keys != "stale"
 
     @property
     def options(self) -> tuple[str, ...]:
         """Fields that act on this row, and may be set in NAME:key=value."""
         return (
             "what",
-            *(("rank", "projections") if self.what == "lora" else ()),
-            *("chunk", "steps", "scope", "optimizer", "lr"),
+            *(("rank", "alpha", "projections") if self.what == "lora" else ()),
+            *(("start",) if self.slots else ()),
+            "chunk",
+            *(("short",) if self.order == "longest" else ()),
+            *("steps", "scope"),
+            *(("slots",) if self.scope == "document" and self.what == "lora" else ()),
+            *("optimizer", "lr"),
             *(("betas", "eps") if self.optimizer == "adamw" else ("momentum",)),
-            *("decay", "clip", "keys", "order"),
+            *("decay", "clip", "keys"),
+            *(("every",) if self.keys == "refresh" else ()),
+            "order",
+            *(("phases",) if self.slots else ()),
+            *(_PHASES if self.phases else ()),
         )
 
     @property
     def compliance(self) -> Compliance:
-        """The contest's four conditions, computed from the choices: no choice that is offered leaks."""
-        fresh = ", and it starts afresh at each document" if self.scope == "document" else ""
-        return Compliance(why=f"each chunk of {self.chunk} tokens is charged before anything learns from it{fresh}")
+        """The contest's four conditions, computed from the choices."""
+        charged = f"each chunk of {self.chunk} tokens is charged before anything learns from it"
+        if self.order == "longest":
+            shared = [
+                *(["the chunk's length"] if self.short else []),
+                *(["what a slot's A has learned"] if self.start == "warm" else []),
+                *(["what the phases train"] if self.phases else []),
+            ]
+            why = "documents in another order, longest first"
+            if shared:
+                why += f": {' and '.join(shared)} follow from documents that come later, and from how long they are"
+                return Compliance(c1=False, c2=False, c3=False, c4=False, why=why)
+            return Compliance(c4=False, why=f"{why}; {charged}, and no document sees another")
+        if self.scope == "stream":
+            return Compliance(why=charged)
+        if self.start == "warm" or self.phases:
+            return Compliance(why=f"{charged}, and documents learn from those before them alone")
+        alone = ", and no document sees another" if self.slots else ", and it starts afresh at each document"
+        return Compliance(why=charged + alone)
 
     def summary(self) -> dict[str, Any]:
         """The choices, and the numbers that act."""
         return {"name": self.name} | {key: getattr(self, key) for key in self.options}
-
-
-LEARNING: dict[str, Learning] = {
-    "learn": Learning(name="learn", about="score a chunk, then learn from it: LoRA beside all linear layers"),
-}
-
-
-def parse_row(text: str) -> Adaptation | Learning:
-    """A row of either kind from NAME or NAME:key=value,key=value.
-
-    Raises:
-        InputError: unknown name or key (with the nearest right one), or a value that does not fit.
-    """
-    name, _, options = text.partition(":")
-    if name in LEARNING:
-        return _changed(LEARNING[name], options, f"preset {text!r}")
-    if name not in PRESETS:
-        raise InputError(
-            f"preset {name!r}: no such preset{nearest(name, [*PRESETS, *LEARNING])}; --list-presets shows them"
-        )
-    return parse_preset(text)
-
-
-def _changed(row: Learning, options: str, where: str) -> Learning:
-    changes = read_changes(options, where)
-    known: dict[str, Any] = {key: value for key, value in changes.items() if key in Learning.model_fields}
-    known |= {key: None for key in _OPTIONAL if changes.get(key) == "none"}
-    try:
-        changed = Learning.model_validate({**row.model_dump(), **known})
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = f"{first['loc'][0]}={changes.get(first['loc'][0])}: " if first["loc"] else ""
-        raise InputError(f"{where}: {key}{expected(first)}") from None
-    check_acting(changes, changed.options, where)
-    return changed

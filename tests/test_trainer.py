@@ -23,9 +23,10 @@ from slotfast.loader import open_loader
 from slotfast.model import GPT
 from slotfast.optim import WeightAverage
 from slotfast.train import Trainer, qat
-from slotfast.train.program import build_config
-from slotfast.train.schedule import moment
-from slotfast.train.trainer import build_optimizers, evaluate
+from slotfast.train.optimizers import build_optimizers
+from slotfast.train.schedule import Schedule
+from slotfast.train.setup import choose_training, model_shape
+from slotfast.train.trainer import evaluate
 from tests.arguments import changed
 from tests.kills import TIMES, run_and_kill
 
@@ -75,13 +76,18 @@ def _settings(**changes):
     return config.TrainSettings(**{**SMALL, **changes})
 
 
+def _shape(settings, vocab_size):
+    bos_id = 1 if settings.smear == "documents" else None
+    return model_shape(settings).model_copy(update={"vocab_size": vocab_size, "bos_id": bos_id})
+
+
 def _trainer(order="shuffle", seed=0, **changes):
     options = {name: changes.pop(name) for name in ("on_save", "on_validate", "log") if name in changes}
     settings = _settings(**changes)
     torch.manual_seed(seed)
-    model = GPT(build_config(settings, 300, bos_id=1))
+    model = GPT(_shape(settings, 300))
     loader = open_loader(order, "abc", SHARDS, settings.seq_len, settings.batch_windows)
-    return Trainer(model, loader, settings, **{"log": lambda line: None, **options})
+    return Trainer(model, loader, choose_training(settings), **{"log": lambda line: None, **options})
 
 
 def _weights(trainer):
@@ -97,38 +103,38 @@ def _equal(ours, theirs):
 
 
 def test_rates_fall_over_the_last_steps():
-    settings = _settings(steps=100, warmdown=40.0, min_lr=0.1)
-    factors = [moment(settings, step, 1e9).factor for step in range(101)]
+    schedule = _settings(steps=100, warmdown=40.0, min_lr=0.1).pick(Schedule)
+    factors = [schedule.moment(step, 1e9).factor for step in range(101)]
     assert factors[:61] == [1.0] * 61
     assert factors[61:97] == pytest.approx([(100 - step) / 40 for step in range(61, 97)])
     assert factors[97:] == [0.1] * 4
-    assert moment(settings, 100, 0.0).left == 0 and moment(settings, 99, 0.0).left == 1
+    assert schedule.moment(100, 0.0).left == 0 and schedule.moment(99, 0.0).left == 1
 
 
 @pytest.mark.parametrize("elapsed", [1.0, 100.0, 200.0, 399.0])
 def test_the_demos_rates_go_by_the_share_of_time(elapsed):
-    settings = _settings(steps=None, seconds=400.0, warmdown=0.7, rise_steps=40)
+    schedule = _settings(steps=None, seconds=400.0, warmdown=0.7, rise_steps=40).pick(Schedule)
     for step in (3, 70):
-        now = moment(settings, step, elapsed)
+        now = schedule.moment(step, elapsed)
         progress = elapsed / 400
         assert now.factor == pytest.approx(min(1, (step + 1) / 40, (1 - progress) / 0.7))
         assert now.progress == pytest.approx(progress)
-    assert moment(settings, 70, 400.0).left == 0
+    assert schedule.moment(70, 400.0).left == 0
 
 
 def test_the_published_warm_down_is_anchored_at_the_clocks_end_and_leaves_the_reserve():
-    settings = _settings(steps=20_000, seconds=600.0, reserve=9.0, warmdown=4000.0)
+    schedule = _settings(steps=20_000, seconds=600.0, reserve=9.0, warmdown=4000.0).pick(Schedule)
     ms_per_step = 0.0868
     for step in (1, 2000, 3500, 5000, 6800):
         left = (591 - step * ms_per_step) / ms_per_step
-        now = moment(settings, step, step * ms_per_step)
+        now = schedule.moment(step, step * ms_per_step)
         assert now.left == pytest.approx(left) and now.factor == pytest.approx(min(1, left / 4000))
-    assert moment(settings, 6809, 591.1).left == 0
+    assert schedule.moment(6809, 591.1).left == 0
 
 
 def test_momentum_warms_up():
-    settings = _settings(muon_momentum=0.99, muon_momentum_start=0.92, muon_momentum_steps=1500)
-    found = [moment(settings, step, 0.0).momentum for step in (0, 750, 1500, 9000)]
+    schedule = _settings(muon_momentum=0.99, muon_momentum_start=0.92, muon_momentum_steps=1500).pick(Schedule)
+    found = [schedule.moment(step, 0.0).momentum for step in (0, 750, 1500, 9000)]
     assert found == pytest.approx([0.92, 0.955, 0.99, 0.99])
 
 
@@ -605,8 +611,8 @@ def test_presets_are_models_that_can_be_built(preset):
     assert sources["seed"] == "flag" and sources["out"] == "default"
     assert all(sources[name] == "preset" for name in config.TrainSettings.PRESETS[preset])
     with torch.device("meta"):
-        model = GPT(build_config(settings, 1024, 1))
-        build_optimizers(model, settings, torch.float32, None)
+        model = GPT(_shape(settings, 1024))
+        build_optimizers(model, choose_training(settings).optimization, torch.float32, None)
     if preset in PARAMETERS:
         assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[preset]
 
@@ -621,7 +627,7 @@ def test_flags_and_variables_override_a_preset(monkeypatch):
 @pytest.mark.parametrize("extra", [{}, {"loops": 2, "skips": "gate", "parallel_from": 7, "smear": "documents"}])
 def test_full_size_goes_forward_and_backward(extra):
     settings = config.TrainSettings(**{**config.TrainSettings.PRESETS["pr1350"], **extra})
-    model = GPT(build_config(settings, 1024, 1))
+    model = GPT(_shape(settings, 1024))
     tokens = torch.randint(0, 1024, (1, 33), generator=torch.Generator().manual_seed(0))
     loss = model(tokens[:, :-1], tokens[:, 1:])
     loss.backward()

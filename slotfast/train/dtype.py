@@ -5,28 +5,27 @@ import time
 import torch
 import torch.distributed as dist
 
-from ..config import TrainSettings
 from ..model import GPT
 from ..worker import Worker
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def choose_dtype(settings: TrainSettings, model: GPT, worker: Worker) -> torch.dtype:
-    """The dtype asked for; where left open, bfloat16 on a GPU and what rank 0 finds faster on a CPU."""
-    if settings.dtype != "auto":
-        return DTYPES[settings.dtype]
+def choose_dtype(name: str, model: GPT, worker: Worker) -> torch.dtype:
+    """The dtype of a name; of `auto`, bfloat16 on a GPU and what rank 0 finds faster on a CPU."""
+    if name != "auto":
+        return DTYPES[name]
     if worker.on_gpu:
         return torch.bfloat16
-    choice = [_faster_dtype(model, settings.seq_len)]
+    choice = [_faster_dtype(model)]
     if worker.world > 1:
         dist.broadcast_object_list(choice)
     return choice[0]
 
 
-def _faster_dtype(model: GPT, seq_len: int) -> torch.dtype:
+def _faster_dtype(model: GPT) -> torch.dtype:
     """bfloat16 where this machine is faster at it (a CPU with matrix units), else float32: measured, not guessed."""
-    tokens = torch.arange(seq_len + 1)[None] % model.config.vocab_size
+    tokens = torch.arange(model.config.seq_len + 1)[None] % model.config.vocab_size
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         for _ in range(2):

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from .. import corpus
 from ..command.files import atomic_write
-from ..config import TrainSettings
 from ..data import Tokenizer, TokenStream, open_shards, read_documents, read_shard, shard_paths
 from ..errors import InputError
 from ..overlap import MAX_OVERLAP, overlap, sketch
@@ -26,8 +25,46 @@ from ..words import counted
 from ..worker import Worker
 
 _HELD_OUT_EVERY = 32  # every 32nd document measures the training and is not learned from
-_NONCAUSAL = "weights that learn validation text are no honest score of it; --allow-noncausal does it anyway"
+NONCAUSAL = "weights that learn validation text are no honest score of it; --allow-noncausal does it anyway"
 _SAMPLED_TOKENS = 100_000_000  # enough for frequencies and a sketch; shards of the contest hold ten billion
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a training is asked to read.
+
+    Args:
+        text, tokens: a file of text, or a glob of token shards to learn; the standard library where neither is given.
+        data_path: folder of the contest's shards, used where neither is given.
+        val_text, val_tokens: the same, to measure the training; some documents are held out where neither is given.
+        max_val_tokens: measure on the start.
+        tokenizer: SentencePiece model, or None to train one.
+        tokenizer_path: where it is, or will be written.
+        vocab_size: pieces of one that is trained.
+        seed: of the order of documents.
+        seq_len: of a training window.
+        ttt_text, ttt_tokens: what the finished weights are adapted to; None: they are not.
+        allow_noncausal: let it be the text that measures the training.
+        going_on: whether the run was saved, and its tokenizer is there.
+        overwrite: whether a tokenizer that is there may be replaced by another.
+    """
+
+    text: str | None
+    tokens: str | None
+    data_path: str | None
+    val_text: str | None
+    val_tokens: str | None
+    max_val_tokens: int | None
+    tokenizer: str | None
+    tokenizer_path: Path
+    vocab_size: int
+    seed: int
+    seq_len: int
+    ttt_text: str | None
+    ttt_tokens: str | None
+    allow_noncausal: bool
+    going_on: bool
+    overwrite: bool
 
 
 @dataclass(frozen=True)
@@ -88,115 +125,98 @@ class Inputs:
         return digest.hexdigest()
 
 
-def tokenizer_path(settings: TrainSettings) -> Path:
-    """Where the tokenizer is, or will be written."""
-    return Path(settings.tokenizer or Path(settings.out).with_suffix(".model"))
-
-
-def read_inputs(settings: TrainSettings, worker: Worker) -> Inputs:
+def read_inputs(sources: Sources, worker: Worker) -> Inputs:
     """Read everything; train a tokenizer where none is given, on rank 0 for all.
 
     Raises:
         InputError: anything missing, damaged, contradictory or too little.
     """
-    tokens, val_tokens, flag = settings.tokens, settings.val_tokens, "--tokens"
-    if tokens and settings.text:
+    tokens, val_tokens, flag = sources.tokens, sources.val_tokens, "--tokens"
+    if tokens and sources.text:
         raise InputError("--tokens and --text: give one of them")
-    if val_tokens and settings.val_text:
+    if val_tokens and sources.val_text:
         raise InputError("--val-tokens and --val-text: give one of them")
-    if settings.data_path and not tokens and not settings.text:
-        tokens, flag = os.path.join(settings.data_path, "fineweb_train_*.bin"), "--data-path"
-        if not val_tokens and not settings.val_text:
-            val_tokens = os.path.join(settings.data_path, "fineweb_val_*.bin")
-    if tokens and not settings.tokenizer:
+    if sources.data_path and not tokens and not sources.text:
+        tokens, flag = os.path.join(sources.data_path, "fineweb_train_*.bin"), "--data-path"
+        if not val_tokens and not sources.val_text:
+            val_tokens = os.path.join(sources.data_path, "fineweb_val_*.bin")
+    if tokens and not sources.tokenizer:
         raise InputError(f"{flag} {tokens}: needs the --tokenizer that made them")
     if tokens:
         names = shard_paths(tokens, flag)
         shards, held_out, trained_on = [read_shard(name) for name in names], [], tokens
-        tokenizer = Tokenizer(tokenizer_path(settings))
+        tokenizer = Tokenizer(sources.tokenizer_path)
         about = counted(len(shards), "shard")
     else:
-        learned, held_out = _documents(settings)
+        learned, held_out = _documents(sources)
         # A resumed run must have the very tokenizer it had.
-        going_on = settings.resume and Path(settings.checkpoint).exists() and tokenizer_path(settings).exists()
-        if settings.tokenizer is None and worker.rank == 0 and not going_on:
-            _write_tokenizer(settings, train_tokenizer(learned, settings.vocab_size))
+        if sources.tokenizer is None and worker.rank == 0 and not sources.going_on:
+            _write_tokenizer(sources, train_tokenizer(learned, sources.vocab_size))
         if worker.world > 1:
             dist.barrier()
-        tokenizer = Tokenizer(tokenizer_path(settings))
-        trained_on = (settings.text and Path(settings.text).name) or "standard library"
+        tokenizer = Tokenizer(sources.tokenizer_path)
+        trained_on = (sources.text and Path(sources.text).name) or "standard library"
         names, shards = [trained_on], [tokenizer.encode_documents(learned)[0]]
         about = counted(len(learned), "document")
-    val, val_bytes = _read_val(settings, tokenizer, val_tokens, held_out, settings.max_val_tokens)
+    val, val_bytes = _read_val(sources, tokenizer, val_tokens, held_out, sources.max_val_tokens)
     if val is not None and not val_bytes:
         raise InputError("the documents that are held out to measure the training are empty: give more text")
     ttt, shared = None, None
-    if settings.ttt != "off":
+    if sources.ttt_text or sources.ttt_tokens:
         # compared with all of the validation text, measured on its start or not
-        whole, _ = _read_val(settings, tokenizer, val_tokens, held_out, None)
-        ttt, shared = _read_ttt(settings, tokenizer, whole)
+        whole, _ = _read_val(sources, tokenizer, val_tokens, held_out, None)
+        ttt, shared = _read_ttt(sources, tokenizer, whole)
     about += f", {counted(sum(map(len, shards)), 'token')}"
     if held_out:
         about += f"; {counted(len(held_out), 'document')} held out"
     return Inputs(tokenizer, names, shards, val, val_bytes, val if held_out else None, ttt, shared, trained_on, about)
 
 
-def check_ttt(settings: TrainSettings) -> None:
-    """Raise InputError where test-time training is asked for by halves."""
-    named = [path for path in (settings.ttt_text, settings.ttt_tokens) if path]
-    if len(named) != (settings.ttt != "off"):
-        raise InputError(f"--ttt {settings.ttt}: goes with one of --ttt-text and --ttt-tokens, this has {len(named)}")
-    if settings.ttt_tokens and "_val_" in Path(settings.ttt_tokens).name and not settings.allow_noncausal:
-        raise InputError(f"--ttt-tokens {settings.ttt_tokens}: {_NONCAUSAL}")
-
-
 def _read_val(
-    settings: TrainSettings, tokenizer: Tokenizer, val_tokens: str | None, held_out: list[str], limit: int | None
+    sources: Sources, tokenizer: Tokenizer, val_tokens: str | None, held_out: list[str], limit: int | None
 ) -> tuple[TokenStream | None, int]:
     """The first `limit` tokens that measure the training and the bytes behind them; None and 0 where there are none."""
     if val_tokens:
-        val = open_shards(val_tokens, limit, "--val-tokens" if settings.val_tokens else "--data-path")
+        val = open_shards(val_tokens, limit, "--val-tokens" if sources.val_tokens else "--data-path")
         val.check_vocabulary(tokenizer.vocab_size)
         pieces = (val.read(start, start + (1 << 22) + 1) for start in range(0, len(val), 1 << 22))
         return val, sum(int(tokenizer.byte_table.count(piece[1:], piece[:-1]).sum()) for piece in pieces)
-    if not (settings.val_text or held_out):
+    if not (sources.val_text or held_out):
         return None, 0
-    documents = read_documents(settings.val_text) if settings.val_text else held_out
+    documents = read_documents(sources.val_text) if sources.val_text else held_out
     ids, count = tokenizer.encode_documents(documents, limit)
     return TokenStream([ids]), count.rule
 
 
-def _read_ttt(
-    settings: TrainSettings, tokenizer: Tokenizer, val: TokenStream | None
-) -> tuple[TokenStream, float | None]:
+def _read_ttt(sources: Sources, tokenizer: Tokenizer, val: TokenStream | None) -> tuple[TokenStream, float | None]:
     """The stream to adapt to, and how much it shares with the validation stream."""
-    name = settings.ttt_text or settings.ttt_tokens
-    if settings.ttt_tokens:
-        stream = open_shards(settings.ttt_tokens, flag="--ttt-tokens")
+    name = sources.ttt_text or sources.ttt_tokens
+    if sources.ttt_tokens:
+        stream = open_shards(sources.ttt_tokens, flag="--ttt-tokens")
     else:
-        stream = TokenStream([tokenizer.encode_documents(read_documents(settings.ttt_text))[0]])
+        stream = TokenStream([tokenizer.encode_documents(read_documents(sources.ttt_text))[0]])
     stream.check_vocabulary(tokenizer.vocab_size)
-    if len(stream) <= settings.seq_len:
-        raise InputError(f"{name}: {counted(len(stream), 'token')}; one training window needs {settings.seq_len + 1}")
+    if len(stream) <= sources.seq_len:
+        raise InputError(f"{name}: {counted(len(stream), 'token')}; one training window needs {sources.seq_len + 1}")
     if val is None:
         return stream, None
     # Both ways: a little of a long validation stream is much of what such training would see.
     shared = max(overlap(val, stream), overlap(stream, val))
-    if shared > MAX_OVERLAP and not settings.allow_noncausal:
-        raise InputError(f"{name}: shares {shared:.1%} with the text that measures the training; {_NONCAUSAL}")
+    if shared > MAX_OVERLAP and not sources.allow_noncausal:
+        raise InputError(f"{name}: shares {shared:.1%} with the text that measures the training; {NONCAUSAL}")
     return stream, shared
 
 
-def _documents(settings: TrainSettings) -> tuple[list[str], list[str]]:
+def _documents(sources: Sources) -> tuple[list[str], list[str]]:
     """Documents to learn, in random order, and documents to measure with, none where others are named for it."""
-    if settings.text is not None:
-        documents = list(read_documents(settings.text))
+    if sources.text is not None:
+        documents = list(read_documents(sources.text))
     else:
         bar = {"disable": None, "file": sys.stderr, "leave": False}
         modules = tqdm(corpus.standard_library(), "reading the standard library", unit=" modules", **bar)
         documents = list(corpus.training_documents(modules))
-    np.random.default_rng(settings.seed).shuffle(documents)
-    if settings.val_text or settings.val_tokens:
+    np.random.default_rng(sources.seed).shuffle(documents)
+    if sources.val_text or sources.val_tokens:
         return documents, []
     learned = [text for i, text in enumerate(documents) if i % _HELD_OUT_EVERY]
     if not learned:
@@ -204,9 +224,9 @@ def _documents(settings: TrainSettings) -> tuple[list[str], list[str]]:
     return learned, documents[::_HELD_OUT_EVERY]
 
 
-def _write_tokenizer(settings: TrainSettings, model: bytes) -> None:
-    path = tokenizer_path(settings)
-    if settings.resume and not settings.force and path.exists() and path.read_bytes() != model:
+def _write_tokenizer(sources: Sources, model: bytes) -> None:
+    path = sources.tokenizer_path
+    if not sources.overwrite and path.exists() and path.read_bytes() != model:
         # the run that is resumed did not get as far as its first checkpoint, or never was
         raise InputError(f"{path}: exists, and this run makes another one; --tokenizer takes it, --force overwrites it")
     with atomic_write(path) as file:

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,19 +13,57 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..config import TrainSettings
 from ..data import TokenStream
 from ..errors import InputError
 from ..flash import flash_attention
 from ..loader import Loader
 from ..model import GPT
-from ..optim import Muon, WeightAverage, average_gradients
+from ..optim import WeightAverage, average_gradients
 from ..words import counted
 from ..worker import ALONE, Worker
 from . import qat
-from .schedule import Moment, moment
+from .optimizers import Optimization, build_optimizers
+from .schedule import Moment, Schedule
 
 _CHECK_STEPS_GPU = 10  # looking at the loss makes a GPU wait; a CPU's is looked at in every step
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model is trained.
+
+    Args:
+        schedule, optimization: step sizes and what takes the steps.
+        micro_windows: windows that a rank computes at once; None: all of its share.
+        warmup_steps: untimed steps whose effect is undone.
+        average: "none", "ema" or "swa", the running mean of the weights that is kept in the end.
+        ema_decay: of the exponential mean.
+        swa_every, swa_from: steps between two weights of the equal mean, and the share of the rates below which it
+            begins.
+        qat: "off", "straight" or "soft", how the matrices are rounded to 6 bits late in the training.
+        qat_from: share of the rates below which that begins.
+        loop_at: share of the training after which the model's loop runs.
+        compile: "auto" compiles the forward on a GPU, "off" does not.
+        log_every, val_every: steps between two lines, and between two measurements; 0: none.
+        checkpoint_steps, checkpoint_seconds: between two saves, whichever comes first.
+    """
+
+    schedule: Schedule
+    optimization: Optimization
+    micro_windows: int | None
+    warmup_steps: int
+    average: str
+    ema_decay: float
+    swa_every: int
+    swa_from: float
+    qat: str
+    qat_from: float
+    loop_at: float
+    compile: str
+    log_every: int
+    val_every: int
+    checkpoint_steps: int
+    checkpoint_seconds: float
 
 
 class Trainer:
@@ -33,7 +72,7 @@ class Trainer:
     Args:
         model: on the worker's device.
         loader: windows of all ranks.
-        settings: of the command.
+        training: what to do.
         worker: this process; its dtype is that of Muon's iteration too.
         on_save: called on every rank with `state_dict` and the step whenever the state should be saved.
         on_validate: called on every rank every `val_every` steps; gives named numbers, which `measured` keeps.
@@ -44,24 +83,23 @@ class Trainer:
         self,
         model: GPT,
         loader: Loader,
-        settings: TrainSettings,
+        training: Training,
         worker: Worker = ALONE,
         on_save: Callable[[dict[str, Any], int], None] | None = None,
         on_validate: Callable[[], dict[str, float]] | None = None,
         log: Callable[[str], None] = print,
     ):
-        check_length(settings, worker.world)
-        self.model, self.loader, self.settings = model, loader, settings
+        self.model, self.loader, self.training = model, loader, training
         self.worker, self.device = worker, torch.device(worker.device)
         self.on_save, self.on_validate, self.log = on_save, on_validate, log
         self.group = dist.group.WORLD if worker.world > 1 else None
         on_gpu = worker.on_gpu
         flash_attention(self.device)  # found before anything is compiled
-        self.forward: nn.Module = torch.compile(model) if on_gpu and settings.compile == "auto" else model
-        self.muon, self.adam = build_optimizers(model, settings, worker.dtype, self.group)
+        self.forward: nn.Module = torch.compile(model) if on_gpu and training.compile == "auto" else model
+        self.muon, self.adam = build_optimizers(model, training.optimization, worker.dtype, self.group)
         self.average = None
-        if settings.average != "none":
-            decay = settings.ema_decay if settings.average == "ema" else None
+        if training.average != "none":
+            decay = training.ema_decay if training.average == "ema" else None
             self.average = WeightAverage(model.parameters(), decay)
         self.soft = qat.SoftRound(self.device)
         self.check_steps = _CHECK_STEPS_GPU if on_gpu else 1
@@ -79,10 +117,10 @@ class Trainer:
             InputError: the loss is no longer finite; the last checkpoint stays.
         """
         self._warm_up()
-        settings, self.saved_at = self.settings, self.elapsed
+        schedule, self.saved_at = self.training.schedule, self.elapsed
         started = time.perf_counter() - self.elapsed
-        with _progress(settings, silent=self.worker.rank > 0) as bar:
-            while (now := moment(settings, self.step, self.elapsed)).left:
+        with _progress(schedule, silent=self.worker.rank > 0) as bar:
+            while (now := schedule.moment(self.step, self.elapsed)).left:
                 self._prepare(now)
                 loss = self._update(self._next_batch())
                 self.step += 1
@@ -96,7 +134,7 @@ class Trainer:
                 started += time.perf_counter() - paused  # measuring is not training
                 self._save_if_due()
         self._check_loss()
-        if self.step % settings.log_every:
+        if self.step % self.training.log_every:
             self._log(now)
         if self.on_save and self.saved_step != self.step:
             self._save()
@@ -108,14 +146,14 @@ class Trainer:
     def _prepare(self, now: Moment) -> None:
         """Set what the schedule says: rates, momentum, repeated layers, rounding."""
         self._set_rates(now)
-        self.model.looping = now.progress >= self.settings.loop_at
-        if self.settings.qat == "off" or now.decay >= self.settings.qat_from:
+        self.model.looping = now.progress >= self.training.loop_at
+        if self.training.qat == "off" or now.decay >= self.training.qat_from:
             return
         if self.qat_step is None:
             self.qat_step = self.step
             self.log(f"step:{self.step} the matrices are rounded to 6 bits from here on")
         self.soft.set_step(self.step - self.qat_step)
-        qat.set_rounding(self.model, self.soft if self.settings.qat == "soft" else qat.straight_through)
+        qat.set_rounding(self.model, self.soft if self.training.qat == "soft" else qat.straight_through)
 
     def _set_rates(self, now: Moment) -> None:
         for group in (*self.muon.param_groups, *self.adam.param_groups):
@@ -133,15 +171,16 @@ class Trainer:
     def _update(self, batch: Tensor) -> Tensor:
         """One step of both optimisers; the mean loss over all ranks."""
         loss = torch.zeros((), device=self.device)
-        for part in batch.split(self.settings.micro_windows or len(batch)):
+        for part in batch.split(self.training.micro_windows or len(batch)):
             share = self.forward(part[:, :-1], part[:, 1:], self.worker.dtype) * (len(part) / len(batch))
             share.backward()
             loss += share.detach()
         adam_parameters = [p for group in self.adam.param_groups for p in group["params"]]
-        if self.settings.clip:  # of this rank's own gradients, as published: their mean is not clipped again
-            everything = self.settings.clip_scope == "all"
+        optimization = self.training.optimization
+        if optimization.clip:  # of this rank's own gradients, as published: their mean is not clipped again
+            everything = optimization.clip_scope == "all"
             torch.nn.utils.clip_grad_norm_(
-                list(self.model.parameters()) if everything else adam_parameters, self.settings.clip
+                list(self.model.parameters()) if everything else adam_parameters, optimization.clip
             )
         self.muon.start()
         if self.group is not None:
@@ -155,22 +194,22 @@ class Trainer:
 
     def _counts(self, now: Moment) -> bool:
         """Whether the weights of this step go into the average."""
-        if self.settings.average == "ema":
+        if self.training.average == "ema":
             return True
-        return now.decay < self.settings.swa_from and self.step % self.settings.swa_every == 0
+        return now.decay < self.training.swa_from and self.step % self.training.swa_every == 0
 
     def _warm_up(self) -> None:
         """Run some steps of every form that the forward will take, so that it is compiled, and undo what they did."""
-        steps, settings = self.settings.warmup_steps, self.settings
+        steps, training = self.training.warmup_steps, self.training
         if not steps:
             return
         started, before = time.perf_counter(), copy.deepcopy(self.state_dict())
-        self._set_rates(moment(settings, 0, 0.0))
-        forms: list[tuple[bool, Callable | None]] = [(not settings.loops, None)]
-        if settings.loops:
+        self._set_rates(training.schedule.moment(0, 0.0))
+        forms: list[tuple[bool, Callable | None]] = [(not self.model.config.loops, None)]
+        if self.model.config.loops:
             forms.append((True, None))
-        if settings.qat != "off":
-            forms.append((True, self.soft if settings.qat == "soft" else qat.straight_through))
+        if training.qat != "off":
+            forms.append((True, self.soft if training.qat == "soft" else qat.straight_through))
         for looping, rounding in forms:
             for _ in range(steps):
                 self.model.looping = looping
@@ -203,17 +242,16 @@ class Trainer:
         """What is said after some steps: that the loss is broken, how it is, how good the model is on other text."""
         if self.step % self.check_steps == 0:
             self._check_loss()
-        if self.step % self.settings.log_every == 0:
+        if self.step % self.training.log_every == 0:
             self._log(now)
-        if self.on_validate and self.settings.val_every and self.step % self.settings.val_every == 0:
+        if self.on_validate and self.training.val_every and self.step % self.training.val_every == 0:
             found = self.on_validate()
             self.log(f"val step:{self.step} " + " ".join(f"{name}:{value:.4f}" for name, value in found.items()))
             self.measured.append({"step": self.step, **found})
 
     def _save_if_due(self) -> None:
-        settings = self.settings
-        waited = self.elapsed - self.saved_at >= settings.checkpoint_seconds
-        if self.on_save and (waited or self.step % settings.checkpoint_steps == 0):
+        waited = self.elapsed - self.saved_at >= self.training.checkpoint_seconds
+        if self.on_save and (waited or self.step % self.training.checkpoint_steps == 0):
             self._save()
 
     def _save(self) -> None:
@@ -226,12 +264,12 @@ class Trainer:
         self.saved_step, self.saved_at = self.step, self.elapsed
 
     def _log(self, now: Moment) -> None:
-        loss, settings = float(self.loss_mean), self.settings
+        loss, steps = float(self.loss_mean), self.training.schedule.steps
         self.history.append(
             {"step": self.step, "seconds": round(self.elapsed, 3), "loss": loss, "lr_scale": now.factor}
         )
         self.log(
-            f"step:{self.step}/{settings.steps or '-'} loss:{loss:.4f} lr_scale:{now.factor:.4f} "
+            f"step:{self.step}/{steps or '-'} loss:{loss:.4f} lr_scale:{now.factor:.4f} "
             f"seconds:{self.elapsed:.1f} ms_per_step:{1000 * self.elapsed / self.step:.2f}"
         )
 
@@ -266,52 +304,6 @@ class Trainer:
         self.history, self.measured = ([dict(row) for row in state[name]] for name in ("history", "measured"))
 
 
-def check_length(settings: TrainSettings, world: int) -> None:
-    """Raise InputError for a training that would not end, would not begin, or cannot be shared among ranks."""
-    if settings.steps is None and not settings.seconds:
-        raise InputError("--seconds 0 without --steps: the training would not end")
-    if settings.seconds and settings.reserve >= settings.seconds:
-        raise InputError(f"--reserve {settings.reserve:g}: leaves nothing of --seconds {settings.seconds:g}")
-    if settings.batch_windows % world:
-        raise InputError(f"--batch-windows {settings.batch_windows}: expected a multiple of the {world} ranks")
-
-
-def build_optimizers(
-    model: GPT, settings: TrainSettings, dtype: torch.dtype, group: dist.ProcessGroup | None
-) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon on the blocks' matrices, AdamW on embeddings and on scales with small projections.
-
-    Every parameter group has its own `rate`, by which the schedule's factor is multiplied.
-    """
-    early, late, embeddings, scalars = [], [], [], []
-    for name, parameter in model.named_parameters():
-        if name.startswith("blocks.") and name.endswith(".weight"):
-            first_half = int(name.split(".")[1]) < model.config.layers // 2
-            (early if first_half or settings.matrix_lr_late is None else late).append(parameter)
-        else:
-            table = name.endswith(("tok_emb.weight", "embed.weight"))
-            (embeddings if table else scalars).append(parameter)
-    matrix_rates = ((early, settings.matrix_lr), (late, settings.matrix_lr_late))
-    muon = Muon(
-        [{"params": parameters, "lr": rate, "rate": rate} for parameters, rate in matrix_rates if parameters],
-        weight_decay=settings.muon_decay,
-        steps=settings.muon_steps,
-        coefficients=settings.newton_schulz,
-        equalize_rows=settings.muon == "muoneq-r",
-        dtype=dtype,
-        process_group=group,
-    )
-    adam = torch.optim.AdamW(
-        [
-            {"params": embeddings, "lr": settings.embed_lr, "rate": settings.embed_lr},
-            {"params": scalars, "lr": settings.scalar_lr, "rate": settings.scalar_lr},
-        ],
-        betas=(0.9, 0.95),
-        weight_decay=settings.adam_decay,
-    )
-    return muon, adam
-
-
 @torch.inference_mode()
 def evaluate(
     model: GPT,
@@ -333,9 +325,9 @@ def evaluate(
 class _progress:
     """A bar on a terminal, of steps where their number is given, else of seconds; nothing elsewhere."""
 
-    def __init__(self, settings: TrainSettings, silent: bool):
-        self.by_steps = settings.steps is not None
-        total = settings.steps if self.by_steps else round(settings.seconds - settings.reserve)
+    def __init__(self, schedule: Schedule, silent: bool):
+        self.by_steps = schedule.steps is not None
+        total = schedule.steps if self.by_steps else round(schedule.seconds - schedule.reserve)
         unit, hidden = " steps" if self.by_steps else " s", True if silent else None
         self.bar = tqdm(total=total, desc="training", unit=unit, disable=hidden, file=sys.stderr, leave=False)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from slotfast.artifact import Artifact, __main__, codecs, load_artifact, read_artifact, write_artifact, write_community
-from slotfast.audit.inputs import read_subject
+from slotfast.audit.setup import read_subject
 from slotfast.command.run import run_command
 from slotfast.config import AuditSettings
 from slotfast.errors import InputError

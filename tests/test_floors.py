@@ -21,6 +21,7 @@ FLOORS = [
     {"train", "audit"},
 ]
 COMMANDS = {"__main__", "program"}  # of any package: they read settings, which know the packages
+READERS = COMMANDS | {"setup"}  # they turn settings into the objects that work
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if "kernels" not in path.relative_to(ROOT).parts]
 
 
@@ -79,6 +80,27 @@ def test_there_are_no_cycles():
     for name, needed in graph.items():
         needed.discard(name)
     list(TopologicalSorter(graph).static_order())
+
+
+def names_of_settings(tree):
+    """Classes of settings that a module names, in imports, annotations or calls."""
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else []
+        names += [node.attr] if isinstance(node, ast.Attribute) else [node.id] if isinstance(node, ast.Name) else []
+        yield from (name for name in names if name.endswith("Settings"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: ".".join(name_of(path)))
+def test_settings_are_read_once(path):
+    """Where a command begins: what works below takes what it works with, and can be used without a command."""
+    name = name_of(path)
+    if name[0] != "config" and name != ("record",) and name[-1] not in READERS:
+        assert not list(names_of_settings(ast.parse(path.read_text())))
+
+
+def test_settings_are_found_where_they_are_read():
+    source = "from ..config import EvalSettings\ndef f(settings: config.TrainSettings): ..."
+    assert set(names_of_settings(ast.parse(source))) == {"EvalSettings", "TrainSettings"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: path.name)

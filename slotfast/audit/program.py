@@ -27,9 +27,9 @@ from .checks import Test, Verdict
 from .engine import Runs
 from .first_runs import with_first_runs
 from .fresh_process import run_in_process
-from .inputs import DRAWN, Subject, read_subject
 from .log import Record
 from .report import LEGEND, Report
+from .setup import DRAWN, Subject, read_subject
 
 _OWN_RERUNS, _OWN_SECONDS = 32, 20.0  # a round; of each row
 
@@ -47,7 +47,10 @@ def run(settings: config.AuditSettings, argv: Sequence[str]) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what a loop prints is not our result
             subject = read_subject(settings, np.random.default_rng(settings.seed))
-            reports = _audit(settings, subject)
+            reports = _audit(subject, settings.seed, settings.reruns, settings.budget)
+            if settings.fresh_process:
+                reports = [_in_fresh_processes(each, subject, settings.score, settings.seed) for each in reports]
+            reports = [_completed(report, subject) for report in reports]
     except InputError as error:
         if settings.traceback and error.__cause__:
             traceback.print_exception(error.__cause__)
@@ -59,7 +62,7 @@ def run(settings: config.AuditSettings, argv: Sequence[str]) -> None:
             f"--budget {settings.budget:g}: the least that is asked, {runs} runs, took {spent:.0f} s", file=sys.stderr
         )
     disagreements = [line for report in reports for line in _disagreement(report, subject)]
-    result = _result(settings, subject, reports, disagreements, argv)
+    result = _result(subject, reports, disagreements, argv, settings.model_dump(by_alias=True))
     shown = "\n".join(["\n\n".join(map(Report.table, reports)), "", LEGEND, *disagreements, result["summary"]])
     deliver(
         json_text(result, allow_nan=True) if settings.json_ == "-" else shown,
@@ -70,35 +73,36 @@ def run(settings: config.AuditSettings, argv: Sequence[str]) -> None:
         sys.exit(1)
 
 
-def _audit(settings: config.AuditSettings, subject: Subject) -> list[Report]:
+def _audit(subject: Subject, seeds: Sequence[int], reruns: int | None, budget: float | None) -> list[Report]:
     own = bool(subject.computed)
-    reports = audit_rows(
+    return audit_rows(
         _Counted(subject.run),
         subject.names,
         subject.stream,
         byte_rule=subject.byte_rule,
         hints=subject.hints,
-        seeds=settings.seed,
-        reruns=settings.reruns or (_OWN_RERUNS if own else None),
-        seconds=settings.budget,
-        limit=_OWN_SECONDS * len(subject.names) if own and not settings.reruns else math.inf,
+        seeds=seeds,
+        reruns=reruns or (_OWN_RERUNS if own else None),
+        seconds=budget,
+        limit=_OWN_SECONDS * len(subject.names) if own and not reruns else math.inf,
     )
-    if settings.fresh_process:
-        reports = [
-            with_first_runs(
-                report,
-                "fresh processes",
-                lambda tokens: run_in_process(settings.score, tokens, subject.stream.vocab_size),
-                subject.stream,
-                np.random.default_rng([*settings.seed, 1]),
-            )
-            for report in reports
-        ]
+
+
+def _in_fresh_processes(report: Report, subject: Subject, score: str, seeds: Sequence[int]) -> Report:
+    """The report with runs of the loop in processes of their own, where it has nothing to remember."""
+    return with_first_runs(
+        report,
+        "fresh processes",
+        lambda tokens: run_in_process(score, tokens, subject.stream.vocab_size),
+        subject.stream,
+        np.random.default_rng([*seeds, 1]),
+    )
+
+
+def _completed(report: Report, subject: Subject) -> Report:
+    """The report with what is known of the stream's bytes, and what drawn tokens cannot show."""
     real = [] if subject.source != DRAWN else ["choices that are close on real text only (--tokens, --text)"]
-    return [
-        replace(report, tests=[*report.tests, *_denominator(subject)], unreached=[*report.unreached, *real])
-        for report in reports
-    ]
+    return replace(report, tests=[*report.tests, *_denominator(subject)], unreached=[*report.unreached, *real])
 
 
 class _Counted:
@@ -155,11 +159,11 @@ def _disagreement(report: Report, subject: Subject) -> list[str]:
 
 
 def _result(
-    settings: config.AuditSettings,
     subject: Subject,
     reports: list[Report],
     disagreements: list[str],
     argv: Sequence[str],
+    config: dict[str, Any],
 ) -> dict[str, Any]:
     """The audit as JSON, which is also its certificate: what was covered, of what, and how to do it again."""
     leaking = [report.name for report in reports if not report.clean]
@@ -184,7 +188,7 @@ def _result(
         "sha256": subject.files,
         "hints": {name: getattr(subject.hints, name) for name in ("seq_len", "stride", "batch_windows", "ranks")},
         "command": shlex.join(["python", "-m", "slotfast.audit", *argv]),
-        "config": settings.model_dump(by_alias=True),
+        "config": config,
         "versions": {"slotfast": __version__, "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("torch", "numpy")},
     }

@@ -6,3 +6,12 @@ VALIDATION_BYTES = (151_070_000, 151_080_000)  # least and most that its byte ru
 VALIDATION_WINDOWS = 969_057  # of length 2048 and stride 64
 THRESHOLD_NATS = 0.005  # by which a record must beat the one before
 LARGEST_P = 0.01  # of the test that it does
+
+# What an evaluation must keep to for its score to be honest, in the words of people who score.
+CONDITIONS = {
+    "C1": "only earlier tokens matter",
+    "C2": "whole distributions, fixed before their token is seen",
+    "C3": "charged before learned from",
+    "C4": "one pass, left to right, each token once",
+}
+LEGEND = "; ".join(f"{name}: {meaning}" for name, meaning in CONDITIONS.items())

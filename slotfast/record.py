@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from .command.run import deliver, run_command
 from .contest import CAP_BYTES, LARGEST_P, THRESHOLD_NATS
 from .errors import InputError, expected
 from .overlap import MAX_OVERLAP
+from .record_page import write_page
 from .welch import Comparison, Sample, compare
 from .words import counted
 
@@ -35,7 +37,7 @@ _ABOUT = (
 # Settings that say where a run reads and writes, or that the result states resolved: as its text, plan and device.
 _STATED = set(
     "artifact model tokens text data_path tokenizer preset batch_windows device allow_noncausal budget "
-    "json per_token resume plot force config".split()
+    "json per_token resume plot report force config".split()
 )
 # Of a model's metadata, what its training measured; of a preset, what is then calibrated where its name does not say.
 _MEASURED = {"seed", "steps", "seconds", "tokens", "scale", "calibration", "sketches"}
@@ -205,6 +207,7 @@ def _difference(one: Any, other: Any, where: str = "") -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Read the runs, print the table, write submission.json; raises InputError on bad input."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     settings, sources = config.load(config.RecordSettings, "slotfast record", _ABOUT, argv)
     if settings.show_config:
         return print(config.show(settings, sources))
@@ -218,7 +221,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     found = submission(settings, runs, code_bytes, comparison)
     shown = table(runs, code_bytes, comparison)
-    return deliver(shown, (settings.submission, lambda path: write_json(path, found)))
+    why = _no_record(runs, comparison) if comparison else ""
+    return deliver(
+        shown,
+        (settings.submission, lambda path: write_json(path, found)),
+        (settings.report, lambda path: write_page(path, found, why, settings.model_dump(by_alias=True), argv)),
+    )
 
 
 def _code_bytes(path: str | None, runs: Sequence[Run]) -> int | None:

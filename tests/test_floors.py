@@ -17,7 +17,7 @@ FLOORS = [
     {"artifact", "config"},
     {"foreign"},
     {"eval", "bundle"},
-    {"calibrate", "record"},
+    {"calibrate", "record", "record_page"},
     {"train", "audit"},
 ]
 COMMANDS = {"__main__", "program"}  # of any package: they read settings, which know the packages

@@ -28,6 +28,7 @@ from .engine import Runs
 from .first_runs import with_first_runs
 from .fresh_process import run_in_process
 from .log import Record
+from .page import write_page
 from .report import LEGEND, Report
 from .setup import DRAWN, Subject, read_subject
 
@@ -68,6 +69,7 @@ def run(settings: config.AuditSettings, argv: Sequence[str]) -> None:
         json_text(result, allow_nan=True) if settings.json_ == "-" else shown,
         (settings.certificate, lambda path: write_json(path, result, allow_nan=True)),
         (settings.json_, lambda path: write_json(path, result, allow_nan=True)),
+        (settings.report, lambda path: write_page(path, result)),
     )
     if result["verdict"] != "clean":
         sys.exit(1)

@@ -5,12 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from .. import contest
 from .checks import NEEDED, Findings, Test, Verdict
 
-LEGEND = (
-    "C1: only earlier tokens matter; C2: whole distributions, fixed before their token is seen; C3: charged before "
-    "learned from; C4: one pass, left to right, each token once; bytes: as the rule counts them"
-)
+LEGEND = f"{contest.LEGEND}; bytes: as the rule counts them"
 
 
 @dataclass(frozen=True)

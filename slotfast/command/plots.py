@@ -7,12 +7,12 @@ from ..errors import InputError
 from .files import atomic_write
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot; raises InputError where matplotlib is not installed."""
+def pyplot(flag: str) -> Any:
+    """matplotlib's pyplot, for what a flag asks for; raises InputError where matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
-        raise InputError("--plot: needs matplotlib: pip install 'slotfast[plot]'") from None
+        raise InputError(f"{flag}: needs matplotlib: pip install 'slotfast[plot]'") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -24,4 +24,4 @@ def write_png(path: str | os.PathLike, figure: Any) -> None:
     figure.tight_layout()
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    pyplot().close(figure)
+    pyplot("--plot").close(figure)

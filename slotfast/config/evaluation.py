@@ -16,7 +16,7 @@ from .outputs import (
     one_file,
     shards,
 )
-from .settings import Settings, model_config_setting, setting
+from .settings import Settings, model_config_setting, report_setting, setting
 
 
 class EvalSettings(Settings):
@@ -92,6 +92,7 @@ class EvalSettings(Settings):
         "draw bpb along the stream and the gain of each document as PNG; needs matplotlib: '.[plot]'",
         writes=PICTURE,
     )
+    report: str | None = report_setting()
     list_presets: bool = setting(False, "list the presets and exit")
     show_preset: str | None = setting(None, "show one preset and why it is, or is not, causal, and exit")
     show_config: bool = setting(False, "show every setting with its source and exit")
@@ -160,6 +161,7 @@ class AuditSettings(Settings):
     certificate: str | None = setting(
         None, "write what was covered, of what, and how to repeat it, as JSON", writes=JSON
     )
+    report: str | None = report_setting()
     traceback: bool = setting(False, "show where a loop failed")
     show_config: bool = setting(False, "show every setting with its source and exit")
 

@@ -3,7 +3,7 @@
 from typing import ClassVar
 
 from .outputs import FOLDER, JSON, JSON_OR_STDOUT, MODEL, SCRIPT, one_file, results
-from .settings import Settings, model_config_setting, setting
+from .settings import Settings, model_config_setting, report_setting, setting
 
 
 class BundleSettings(Settings):
@@ -45,6 +45,7 @@ class RecordSettings(Settings):
     baseline: list[str] = setting([], "what to beat: runs, or MEAN,STD,N in nats a token", reads=results)
     code: str | None = setting(None, "file whose bytes count with the model's", reads=one_file)
     submission: str | None = setting(None, "write submission.json here", writes=JSON)
+    report: str | None = report_setting()
     name: str | None = setting(None, "of the submission")
     author: str | None = setting(None, "of the submission")
     github_id: str | None = setting(None, "of the author")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..command.files import check_writable
+from ..command.plots import pyplot
 from ..errors import InputError
 
 # From a setting's value to the files that are read.
@@ -30,6 +31,7 @@ class Kind:
         suffix: of its name; empty for any.
         folder: whether it is a folder of files.
         stdout: whether `-` may be given for standard output.
+        drawn: whether it needs matplotlib.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Kind:
     suffix: str = ""
     folder: bool = False
     stdout: bool = False
+    drawn: bool = False
 
 
 def check_outputs(settings: Any, writes: Mapping[str, tuple[str, Kind]] | None = None) -> None:
@@ -56,6 +59,8 @@ def check_outputs(settings: Any, writes: Mapping[str, tuple[str, Kind]] | None =
             seen |= {_identity(file): flag for each in values for file in files(each)}
         if (kind := field.json_schema_extra["writes"]) and not (value == "-" and kind.stdout):
             written[flag] = (value, kind)
+            if kind.drawn:
+                pyplot(flag)
     files = []
     for flag, (path, kind) in written.items():
         if path == "-":
@@ -156,7 +161,8 @@ def _is_model(path: Path) -> bool:
 JSON = Kind("JSON as written here", _starts(b"{\n", b"[\n"))
 JSON_OR_STDOUT = Kind(JSON.name, JSON.matches, stdout=True)
 ROWS = Kind("an .npz file", _is_npz, ".npz")
-PICTURE = Kind("a PNG picture", _starts(b"\x89PNG"), ".png")
+PICTURE = Kind("a PNG picture", _starts(b"\x89PNG"), ".png", drawn=True)
+PAGE = Kind("an HTML page as written here", _starts(b'<!DOCTYPE html>\n<html lang="en" xmlns'), ".html", drawn=True)
 MODEL = Kind("a model", _is_model)
 SCRIPT = Kind("a Python script", _is_script)
 PROGRESS = Kind("saved progress", lambda path: True)  # read before it is replaced, and refused if it is none

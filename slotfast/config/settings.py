@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..errors import InputError, expected
 from ..words import nearest
 from .arguments import ADAPTATION_VARIABLES, flag, read_flags, variable
-from .outputs import Kind, Reads, one_file
+from .outputs import PAGE, Kind, Reads, one_file
 from .toml import read_config
 
 # An unread variable that starts like one of these is probably misspelt.
@@ -51,6 +51,13 @@ def model_config_setting() -> Any:
         "what other people's files do not say of their model: a generation (baseline, pr287, pr549, pr1019, pr1179, "
         "pr1204, pr1217, pr1218, pr1350, pr1394, pr1413, pr1493), KEY=VALUE,KEY=VALUE, both, or JSON",
         alias="model_config",
+    )
+
+
+def report_setting() -> Any:
+    """The field of every command whose result is a page too."""
+    return setting(
+        None, "write the result as a page to look at, one .html file; needs matplotlib: '.[plot]'", writes=PAGE
     )
 
 

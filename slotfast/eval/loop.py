@@ -61,6 +61,7 @@ class SlidingPass:
         along: sums by piece of the stream, `PIECES` of equal length.
         windows: scored on this rank.
         seconds: by phase.
+        row_seconds: of each row's adaptation; 0 of the unadapted model.
     """
 
     def __init__(
@@ -85,6 +86,7 @@ class SlidingPass:
         self.along = Meter(rows, PIECES)
         self.windows = 0
         self.seconds = {"forward": 0.0, "adapt": 0.0, "score": 0.0}
+        self.row_seconds = [0.0] * len(rows)
         self._owned = plan.owned(worker.rank, worker.world)
         burn_in = max((adapter.burn_in(plan.stride) for adapter in adapters), default=0)
         self._first = max(0, self._owned.start - burn_in)  # what the adapters carry begins with this window
@@ -138,6 +140,7 @@ class SlidingPass:
             "done": self._done,
             "windows": self.windows,
             "seconds": dict(self.seconds),
+            "row_seconds": list(self.row_seconds),
             "meter": self.meter.state_dict(),
             "along": self.along.state_dict(),
             "forward": self._forward.state_dict(),
@@ -156,6 +159,7 @@ class SlidingPass:
             raise ValueError(f"{done} windows are done: expected more than {owned.start}, at most {owned.stop}")
         self._done, self.windows = done, state["windows"]
         self.seconds.update(state["seconds"])
+        self.row_seconds = list(state["row_seconds"])
         self.meter.load_state_dict(state["meter"])
         self.along.load_state_dict(state["along"])
         self._forward.load_state_dict(state["forward"])
@@ -176,9 +180,9 @@ class SlidingPass:
         for piece in self._pieces(windows):
             batch = self._forward(piece)
             clock.lap("forward")
-            for adapter in self.adapters:
+            for row, adapter in enumerate(self.adapters, 1):
                 adapter.replay(batch)
-            clock.lap("adapt")
+                self.row_seconds[row] += clock.lap("adapt")
 
     def _score(
         self,
@@ -195,12 +199,13 @@ class SlidingPass:
             batch = self._forward(piece, on_windows)
             clock.lap("forward")
             scores, logprobs = [], []
-            for adapter in (None, *self.adapters):
+            for row, adapter in enumerate((None, *self.adapters)):
                 adjusted = adapter.step(batch, self.keep_logprobs) if adapter else Adjusted(batch)
                 scores.append(adjusted.nll())
                 if self.keep_logprobs:
                     logprobs.append(adjusted.logprobs())
-                clock.lap("adapt" if adapter else "score")
+                spent = clock.lap("adapt" if adapter else "score")
+                self.row_seconds[row] += spent if adapter else 0.0
             start = self.plan[piece.start].start + self.plan[piece.start].context_end
             new = self._scored(start, torch.stack(scores), torch.stack(logprobs) if logprobs else None)
             if document is None:
@@ -240,9 +245,11 @@ class _Clock:
         self.seconds, self.on_gpu = seconds, on_gpu
         self.last = time.perf_counter()
 
-    def lap(self, phase: str) -> None:
+    def lap(self, phase: str) -> float:
+        """Seconds since the last lap, which count towards a phase."""
         if self.on_gpu:
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
-        self.last = now
+        spent, self.last = now - self.last, now
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
+        return spent

@@ -20,7 +20,7 @@ def draw(path: str, title: str, meter: Meter, along: Meter) -> None:
         meter: sums by document.
         along: sums by piece of the stream, all of equal length.
     """
-    plot = pyplot()
+    plot = pyplot("--plot")
     lines = math.ceil(len(along.rows) / _LEGEND_COLUMNS)
     figure, (above, below) = plot.subplots(2, 1, sharex=True, figsize=(9, 6.5 + 0.2 * lines), height_ratios=(3, 2))
     tokens = int(along.tokens.sum())

@@ -1,14 +1,15 @@
 """The command: settings to inputs, one pass, a report."""
 
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
 from .. import config
 from ..command.files import json_text, write_json
-from ..command.plots import pyplot
 from ..command.progress import Progress
 from ..command.ranks import join_ranks
 from ..command.run import deliver, no_exit
@@ -19,14 +20,20 @@ from ..words import counted
 from .inputs import Inputs, choose_rows
 from .learning import LearningPass
 from .loop import SlidingPass
+from .page import write_page
 from .plot import draw
 from .report import Outcome, TokenRows, list_presets, merge_work, peak_memory_bytes, report, show_preset, table
 from .resume import Saver, describe, rank_path
 from .setup import Setup, set_up
 
 
-def evaluate(settings: config.EvalSettings) -> None:
-    """Evaluate, print the table and write what was asked for; raises InputError on bad input."""
+def evaluate(settings: config.EvalSettings, argv: Sequence[str] = ()) -> None:
+    """Evaluate, print the table and write what was asked for; raises InputError on bad input.
+
+    Args:
+        settings: of the command.
+        argv: the arguments that gave them, for the page.
+    """
     started = time.perf_counter()
     if settings.list_presets:
         return print(list_presets())
@@ -47,6 +54,7 @@ def evaluate(settings: config.EvalSettings) -> None:
         total = outcome.seconds["total"]
         measured = {"measured": round(total, 3), "within": total <= settings.budget}
         found["budget"] = {"seconds": settings.budget, **measured}
+    command = shlex.join(["slotfast", "eval", *argv])
     title = f"{found['text']['source']}, {counted(found['tokens'], 'token')}"
     meter, along = outcome.sliding.meter, outcome.sliding.along
     deliver(
@@ -54,6 +62,7 @@ def evaluate(settings: config.EvalSettings) -> None:
         (settings.json_, lambda path: write_json(path, found)),
         (settings.per_token, lambda path: outcome.collected.write(path, meter.rows)),
         (settings.plot, lambda path: draw(path, title, meter, along)),
+        (settings.report, lambda path: write_page(path, found, inputs, outcome.sliding, command)),
     )
     return None
 
@@ -139,5 +148,3 @@ def _check_outputs(settings: config.EvalSettings, rank: int) -> None:
     """Refuse before the work what could not be written after it."""
     own = {f"--resume of rank {rank}": (rank_path(settings.resume, rank), config.PROGRESS)} if settings.resume else {}
     config.check_outputs(settings, own if rank else None)
-    if settings.plot:
-        pyplot()

@@ -67,9 +67,12 @@ def report(inputs: Inputs, setup: Setup, outcome: Outcome, config: Mapping[str, 
     base, scores = meter.score(0), [meter.score(row + 1) for row in range(len(sliding.adapters))]
     ran = {"forward": setup.forward, "sinks": setup.sinks}
     presets = [_preset(PRESETS["none"], base) | ran]
-    for adapter, score, counters in zip(sliding.adapters, scores, outcome.work, strict=True):
+    for adapter, score, counters, spent in zip(
+        sliding.adapters, scores, outcome.work, sliding.row_seconds[1:], strict=True
+    ):
         histograms = {name: dict(sorted(counter.items())) for name, counter in counters.items()}
-        presets.append(_preset(adapter.row, score) | ran | ({"work": histograms} if histograms else {}))
+        own = ran | {"seconds": round(spent, 3)}
+        presets.append(_preset(adapter.row, score) | own | ({"work": histograms} if histograms else {}))
     for number, learner in enumerate(outcome.learners, len(presets)):
         presets.append(_preset(learner.row, meter.score(number)) | _learned(learner))
     first = presets[min(1, len(presets) - 1)]

@@ -238,7 +238,7 @@ def _logger(file: TextIO, silent: bool) -> Callable[[str], None]:
 def _draw(path: str, summary: dict[str, Any]) -> None:
     """The loss along the training, dots where it was measured on other text, and the rates below."""
     columns = {name: [row[name] for row in summary["history"]] for name in ("step", "loss", "lr_scale")}
-    figure, (above, below) = pyplot().subplots(2, 1, sharex=True, figsize=(8, 5), height_ratios=(3, 1))
+    figure, (above, below) = pyplot("--plot").subplots(2, 1, sharex=True, figsize=(8, 5), height_ratios=(3, 1))
     above.plot(columns["step"], columns["loss"])
     above.plot([row["step"] for row in summary["measured"]], [row["nats"] for row in summary["measured"]], "o")
     above.set_ylabel("loss (nats a token)")

@@ -9,7 +9,6 @@ import pydantic
 
 from .. import config
 from ..artifact import read_artifact
-from ..command.plots import pyplot
 from ..errors import InputError, expected
 from ..model import GPTConfig
 from . import prequant_ttt
@@ -195,8 +194,6 @@ def check_outputs(settings: config.TrainSettings) -> None:
         raise InputError("--resume: needs --checkpoint FILE")
     if settings.checkpoint and not settings.resume and Path(settings.checkpoint).exists():
         raise InputError(f"--checkpoint {settings.checkpoint}: exists; add --resume to go on from it, or remove it")
-    if settings.plot:
-        pyplot()
 
 
 def _is_own(settings: config.TrainSettings, tokenizer: Path) -> bool:

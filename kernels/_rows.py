@@ -34,7 +34,7 @@ def _config(T, V, itemsize):
     | value and bias gradient  | 1024 | 127 / 124 | 12.6 / 11.5                                | 0               |
     |                          | 4096 | 128 / 128 | 12.0 / 10.9                                | 4               |
     |                          | 8192 | 128 / 124 | 12.1 / 11.2                                | 4               |
-    | the same, softcap before | 1024 | 163 / 162 | 32.4 / 31.3, three of them on the MUFU     | 0               |
+    | the same, logits capped  | 1024 | 163 / 162 | 32.4 / 31.3, three of them on the MUFU     | 0               |
     | forward                  | 1024 |  64 /  82 | 9.0 / 8.1                                  | 0               |
     | backward                 | 1024 |  96 / 124 | 10.3 / 8.7                                 | 0               |
     """
@@ -138,11 +138,11 @@ def _softcap(a, softcap):
 @triton.jit
 def _scores(x, bias, softcap, CAP: tl.constexpr):
     z = x.to(tl.float32)
-    if CAP == "before":
+    if CAP == "logits":
         z = _softcap(z, softcap)
     if bias is not None:
         z += bias
-    if CAP == "after":
+    if CAP == "sum":
         z = _softcap(z, softcap)
     return z
 
@@ -220,7 +220,8 @@ _OPTIONS = {"enable_fp_fusion": True}  # z * log2(e) - shift in one rounding
 
 
 def _cap(softcap, cap_after_bias):
-    return "none" if softcap is None else "after" if cap_after_bias else "before"
+    """What is capped: the logits, their sum with the bias, or nothing."""
+    return None if softcap is None else "sum" if cap_after_bias else "logits"
 
 
 def _tile_arguments(tile, V):
@@ -248,7 +249,7 @@ def _score_arguments(logits, bias, options, tile):
         "stride_lt": logits.stride(1),
         "stride_lv": logits.stride(2),
         "stride_bw": 0 if bias is None or bias.dim() == 1 else bias.stride(0),
-        "softcap": 1.0 if softcap is None else float(softcap),
+        "softcap": 1.0 if softcap is None else float(softcap),  # not read where CAP is None; a launch needs a number
         "ignore_index": ignore_index,
         "CAP": _cap(softcap, cap_after_bias),
         **_tile_arguments(tile, V),
@@ -311,7 +312,7 @@ def _tile_compilations(kernel, T, V, **given):
     for narrow, itemsize in (("*bf16", 2), ("*fp32", 4)):
         tile = _config(T, V, itemsize)
         types = {**pointers, **_TYPES, **dict.fromkeys(("logits_ptr", "dlogits_ptr"), narrow)}
-        fixed = {"CAP": "none", "MEAN": True, "WHOLE": tile.part >= T, "PART": tile.part, "stride_lv": 1}
+        fixed = {"CAP": None, "MEAN": True, "WHOLE": tile.part >= T, "PART": tile.part, "stride_lv": 1}
         fixed |= {**_tile_arguments(tile, V), **given}
         found.append(
             Compilation(

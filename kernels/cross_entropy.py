@@ -191,12 +191,12 @@ def _bias_cross_entropy_bwd_kernel(
         x = _load_logits(logits_ptr, first, start, used, V, stride_lt, stride_lv, EVEN_V, CHUNKS, ROWS, COLS)
         z = _scores(x, bias, softcap, CAP)
         dz = tl.exp2(z * _LOG2E - shift[None, :, None]) * slope[None, :, None]
-        if CAP == "after":
+        if CAP == "sum":
             dz *= _slope(z, softcap)
         if dbias_ptr is not None:
             acc += dz
         if dlogits_ptr is not None:
-            if CAP == "before":
+            if CAP == "logits":
                 dz *= _slope(_scores(x, None, softcap, CAP), softcap)
             rows = first + _tile_rows(CHUNKS, ROWS)
             columns = start + _tile_columns(CHUNKS, ROWS, COLS)
@@ -224,9 +224,9 @@ def _bias_cross_entropy_bwd_kernel(
     z = _scores(x, bias_target, softcap, CAP)  # (PART,)
     if dlogits_ptr is not None:
         dz = tl.exp2(z * _LOG2E - shift) * slope - hit
-        if CAP == "after":
+        if CAP == "sum":
             dz *= _slope(z, softcap)
-        if CAP == "before":
+        if CAP == "logits":
             dz *= _slope(_scores(x, None, softcap, CAP), softcap)
         tl.store(dlogits_ptr + row * V + target, dz.to(dlogits_ptr.dtype.element_ty), mask=here)
     if dbias_ptr is not None:
@@ -239,7 +239,7 @@ def _bias_cross_entropy_bwd_kernel(
             other, others_used, others_bad = _load_targets(targets_ptr, window, offs_o, T, V, ignore_index)
             others_hit = tl.load(dnll_ptr + window * T + offs_o, mask=others_used, other=0.0)
             others_hit = tl.where(others_bad, float("nan"), others_hit)
-            if CAP == "after":
+            if CAP == "sum":
                 offs_x = offs_o.to(tl.int64) * stride_lt + other.to(tl.int64) * stride_lv
                 others_x = tl.load(logits_ptr + offs_x, mask=others_used, other=0.0)
                 others_bias = None

@@ -151,7 +151,7 @@ def _bias_cross_entropy_grad_kernel(
 
         dz = e * (w / total)[None, :, None]
         hit = w
-        if CAP == "after":
+        if CAP == "sum":
             dz *= _slope(z, softcap)
             hit *= _slope(z_target, softcap)
         acc += dz

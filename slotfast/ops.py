@@ -70,7 +70,7 @@ def cross_entropy(
     targets: Tensor,
     bias: Tensor | None = None,
     *,
-    softcap: float = 0.0,
+    softcap: float | None = None,
     cap_after_bias: bool = False,
     ignore_index: int = -100,
     backend: Backend = "auto",
@@ -81,7 +81,7 @@ def cross_entropy(
         logits: [W, T, V] float32, bfloat16, float16; float64 on the torch backend.
         targets: int [W, T].
         bias: [V] or [W, V], or None.
-        softcap: c of c * tanh(logits / c); 0: none.
+        softcap: c > 0 of c * tanh(logits / c), or None.
         cap_after_bias: the cap applies to logits + bias instead.
         ignore_index: target of positions that do not count.
         backend: triton, torch or auto.
@@ -91,24 +91,24 @@ def cross_entropy(
     """
     if backend == "auto":
         return _forward(logits, targets, bias, softcap, cap_after_bias, ignore_index)[0]
-    options = {"softcap": softcap or None, "cap_after_bias": cap_after_bias, "ignore_index": ignore_index}
+    options = {"softcap": softcap, "cap_after_bias": cap_after_bias, "ignore_index": ignore_index}
     function = choose(backend, logits.device, bias_cross_entropy, bias_cross_entropy_ref)
     return function(logits, targets, bias, **options)[0]
 
 
 @torch.library.custom_op("slotfast::bias_cross_entropy", mutates_args=(), device_types="cpu")
 def _forward(
-    logits: Tensor, targets: Tensor, bias: Tensor | None, softcap: float, cap_after_bias: bool, ignore_index: int
+    logits: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, cap_after_bias: bool, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nll, lse, and what the backward pass of the device needs."""
-    options = {"softcap": softcap or None, "cap_after_bias": cap_after_bias, "ignore_index": ignore_index}
+    options = {"softcap": softcap, "cap_after_bias": cap_after_bias, "ignore_index": ignore_index}
     nll, lse = bias_cross_entropy_ref(logits, targets, bias, **options)
     return nll, lse, lse.new_empty(0), lse.new_empty(0)
 
 
 @_forward.register_kernel("cuda")
 def _(logits, targets, bias, softcap, cap_after_bias, ignore_index):
-    return _bias_cross_entropy_fwd(logits, targets, bias, (softcap or None, cap_after_bias, ignore_index))
+    return _bias_cross_entropy_fwd(logits, targets, bias, (softcap, cap_after_bias, ignore_index))
 
 
 @_forward.register_fake
@@ -127,18 +127,18 @@ def _backward(
     bias: Tensor | None,
     shift: Tensor,
     total: Tensor,
-    softcap: float,
+    softcap: float | None,
     cap_after_bias: bool,
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of logits and bias; that of no bias is empty."""
-    z = _scores_ref(logits, bias, softcap or None, cap_after_bias)
+    z = _scores_ref(logits, bias, softcap, cap_after_bias)
     used, bad, index = _targets_ref(targets, z.size(-1), ignore_index)
     dnll = dnll.masked_fill(~used, 0.0).masked_fill(bad, torch.nan)
     dz = torch.softmax(z.masked_fill(~used[..., None], 0.0), -1) * (dnll + dlse.masked_fill(~used, 0.0))[..., None]
     dz.scatter_add_(-1, index[..., None], -dnll[..., None])
     dlogits = dz
-    if softcap:
+    if softcap is not None:
         capped = z if cap_after_bias else softcap * torch.tanh(logits.to(z.dtype) / softcap)
         dlogits = dz * (1 - (capped / softcap).square())
     if bias is None:
@@ -149,7 +149,7 @@ def _backward(
 
 @_backward.register_kernel("cuda")
 def _(dnll, dlse, logits, targets, bias, shift, total, softcap, cap_after_bias, ignore_index):
-    options = softcap or None, cap_after_bias, ignore_index
+    options = softcap, cap_after_bias, ignore_index
     dlogits, dbias = _bias_cross_entropy_bwd(logits, targets, bias, shift, total, dnll, dlse, options)
     return dlogits, logits.new_empty(0) if dbias is None else dbias
 

@@ -36,7 +36,7 @@ PLAIN = {
     "value_width": 0,
     "ln_scale": False,
     "unet": False,
-    "softcap": 0.0,
+    "softcap": None,
     "rope_dims": 0,
 }
 

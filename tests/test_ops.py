@@ -33,7 +33,7 @@ def _inputs(case, dtype=torch.float32):
     return logits, targets, bias, options
 
 
-def _plain(logits, targets, bias, softcap=0.0, cap_after_bias=False):
+def _plain(logits, targets, bias, softcap=None, cap_after_bias=False):
     def cap(x):
         return softcap * torch.tanh(x / softcap) if softcap else x
 
@@ -60,7 +60,7 @@ def test_cross_entropy_and_its_gradients_are_torchs(case):
 @pytest.mark.parametrize("case", CASES)
 def test_cross_entropy_operator_is_well_formed(case):
     logits, targets, bias, options = _inputs(case)
-    arguments = (logits, targets, bias, options.get("softcap", 0.0), options.get("cap_after_bias", False), -100)
+    arguments = (logits, targets, bias, options.get("softcap"), options.get("cap_after_bias", False), -100)
     torch.library.opcheck(torch.ops.slotfast.bias_cross_entropy.default, arguments)
 
 

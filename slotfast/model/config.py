@@ -1,6 +1,8 @@
 """What a GPT is made of."""
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 
 class GPTConfig(BaseModel):
@@ -35,7 +37,9 @@ class GPTConfig(BaseModel):
     bigram_width: int = Field(128, ge=1, le=4096)
     value_width: int = Field(128, ge=0, le=4096, description="width of the table added to the values; 0: none")
     value_layers: tuple[int, ...] = Field((9, 10), max_length=256, description="layers whose values get it")
-    softcap: float = Field(30.0, ge=0, description="logits are cap * tanh(logits / cap); 0: no cap")
+    softcap: float | None = Field(
+        30.0, gt=0, description="logits are cap * tanh(logits / cap); None, 0 in files: no cap"
+    )
     tied: bool = Field(True, description="the embedding is the output matrix")
     bos_id: int | None = Field(
         None, ge=0, description="token at which smear gate and bigram hash start anew; None: they look across documents"
@@ -47,6 +51,15 @@ class GPTConfig(BaseModel):
     parallel_from: int | None = Field(
         None, ge=0, description="layers from here on add attention and MLP of one and the same input (#1412)"
     )
+
+    @field_validator("softcap", mode="before")
+    @classmethod
+    def _no_cap(cls, value: Any) -> Any:
+        return None if value == 0 else value
+
+    @field_serializer("softcap")
+    def _as_in_files(self, value: float | None) -> float:
+        return value or 0.0
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> "GPTConfig":

@@ -18,9 +18,9 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-def softcap(logits: Tensor, cap: float) -> Tensor:
-    """cap * tanh(logits / cap), or the logits where cap is 0."""
-    return cap * torch.tanh(logits / cap) if cap else logits
+def softcap(logits: Tensor, cap: float | None) -> Tensor:
+    """cap * tanh(logits / cap), or the logits where cap is None."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class Linear(nn.Linear):

@@ -37,6 +37,7 @@ setup(
     extras_require={
         "plot": ["matplotlib>=3.8"],
         "hf": ["transformers>=5.0"],
+        "harness": ["lm_eval>=0.4.10"],
         "flash": ["flash-attn>=2.6"],
         "bench": ["pytest-benchmark>=5.0", "liger-kernel>=0.5"],
         "dev": [
@@ -47,6 +48,10 @@ setup(
             "hypothesis>=6.100",
             "ruff>=0.6",
             "matplotlib>=3.8",
+            # what other projects' models and tasks are tested with
+            "transformers>=5.0",
+            "accelerate>=1.0",
+            "lm_eval>=0.4.10",
         ],
     },
 )

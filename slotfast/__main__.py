@@ -17,6 +17,7 @@ COMMANDS = {
     "calibrate": "fit an adaptation's few numbers to a stored model",
     "artifact": "show what a model's file holds, or convert it",
     "bundle": "put the kernels into a script's one file, or into a folder of the kernel hub",
+    "harness": "lm-evaluation-harness, its command lm_eval, with models of `eval` among its own",
     "record": "test several runs against a baseline, and write submission.json",
 }
 

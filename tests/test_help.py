@@ -1,5 +1,6 @@
 """What is said before any work: commands, help, versions; and how soon."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -133,3 +134,11 @@ def test_a_key_that_a_preset_lacks_is_answered_with_those_that_it_has():
         parse_preset("causal:foo=1")
     keys = str(error.value).partition("keys that do: ")[2].split(", ")
     assert len(keys) == len(set(keys)) and {"scale", "decay", "clamp"} <= set(keys)
+
+
+def test_a_harness_that_is_not_installed_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval._cli", None)
+    with pytest.raises(
+        InputError, match=r"slotfast.harness needs lm_eval 0.4.10 or newer: pip install 'slotfast\[harn"
+    ):
+        importlib.import_module("slotfast.harness.__main__").main(["ls"])

@@ -82,7 +82,7 @@ def read_inputs(sources: Sources) -> Inputs:
     Raises:
         InputError: anything missing, damaged or made for another model.
     """
-    artifact, artifact_bytes, tokenizer = _read_model(sources)
+    artifact, artifact_bytes, tokenizer = read_model(sources)
     tokens, flag, text_bytes = sources.tokens, "--tokens", None
     if tokens is not None and sources.text is not None:
         raise InputError("--tokens and --text: give one of them")
@@ -107,8 +107,12 @@ def read_inputs(sources: Sources) -> Inputs:
     return Inputs(artifact, artifact_bytes, tokenizer, stream, source, plain, text_bytes)
 
 
-def _read_model(sources: Sources) -> tuple[Artifact | ForeignModel, int | None, Tokenizer]:
-    """Model, its size on disk where it is an artifact, and the tokenizer that goes with it."""
+def read_model(sources: Sources) -> tuple[Artifact | ForeignModel, int | None, Tokenizer]:
+    """Model, its size on disk where it is an artifact, and the tokenizer that goes with it.
+
+    Raises:
+        InputError: anything missing, damaged or made for another model.
+    """
     if sources.model is not None:
         if sources.artifact is not None:
             raise InputError("--model and --artifact (or ARTIFACT_PATH): give one of them")

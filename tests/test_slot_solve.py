@@ -261,24 +261,23 @@ def test_line_searches_that_run_out_of_trials(max_line_search):
 
 # The line search alone: states that a smooth convex loss seldom visits
 
-_STATE = ("t", "loss", "slope", "largest", "trials", "most_trials", "low_t", "low_loss", "low_slope", "low_steepest")
-_STATE += ("high_t", "high_loss", "high_slope", "low_first", "cramped")
-_CHANGED = ("t", "trials", "low_t", "low_loss", "low_slope", "low_steepest", "high_t", "high_loss", "high_slope")
-_CHANGED += ("low_first", "cramped")
+_STATE = ("t", "loss", "slope", "largest", "trials", "most_trials", "low_t", "low_loss", "low_slope", "high_t")
+_STATE += ("high_loss", "high_slope", "low_first", "cramped")
+_CHANGED = ("t", "trials", "low_t", "low_loss", "low_slope", "high_t", "high_loss", "high_slope", "low_first")
+_CHANGED += ("cramped",)
 
 
 @triton.jit
 def _advance_kernel(state_ptr, changed_ptr):
-    """One trial: loss, slope, max |g|, mode and state in float64, one program each."""
-    p = state_ptr + 19 * tl.program_id(0)
+    """One trial: loss, slope, mode and state in float64, one program each."""
+    p = state_ptr + 17 * tl.program_id(0)
     (
-        mode, t, trials, low_t, low_loss, low_slope, low_steepest, high_t, high_loss, high_slope, first, cramped, low,
-        over,
+        mode, t, trials, low_t, low_loss, low_slope, high_t, high_loss, high_slope, first, cramped, low, back, over,
     ) = _advance(
-        tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3).to(tl.int32), tl.load(p + 4), tl.load(p + 5),
-        tl.load(p + 6), tl.load(p + 7), tl.load(p + 8).to(tl.int32), tl.load(p + 9).to(tl.int32), tl.load(p + 10),
-        tl.load(p + 11), tl.load(p + 12), tl.load(p + 13), tl.load(p + 14), tl.load(p + 15), tl.load(p + 16),
-        tl.load(p + 17) != 0, tl.load(p + 18) != 0,
+        tl.load(p), tl.load(p + 1), tl.load(p + 2).to(tl.int32), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5),
+        tl.load(p + 6), tl.load(p + 7).to(tl.int32), tl.load(p + 8).to(tl.int32), tl.load(p + 9), tl.load(p + 10),
+        tl.load(p + 11), tl.load(p + 12), tl.load(p + 13), tl.load(p + 14), tl.load(p + 15) != 0,
+        tl.load(p + 16) != 0,
     )  # fmt: skip
     q = changed_ptr + 14 * tl.program_id(0)
     tl.store(q, t)
@@ -286,14 +285,14 @@ def _advance_kernel(state_ptr, changed_ptr):
     tl.store(q + 2, low_t)
     tl.store(q + 3, low_loss)
     tl.store(q + 4, low_slope)
-    tl.store(q + 5, low_steepest)
-    tl.store(q + 6, high_t)
-    tl.store(q + 7, high_loss)
-    tl.store(q + 8, high_slope)
-    tl.store(q + 9, first.to(tl.float64))
-    tl.store(q + 10, cramped.to(tl.float64))
-    tl.store(q + 11, (mode == 2).to(tl.float64))
-    tl.store(q + 12, low.to(tl.float64))
+    tl.store(q + 5, high_t)
+    tl.store(q + 6, high_loss)
+    tl.store(q + 7, high_slope)
+    tl.store(q + 8, first.to(tl.float64))
+    tl.store(q + 9, cramped.to(tl.float64))
+    tl.store(q + 10, (mode == 2).to(tl.float64))
+    tl.store(q + 11, low.to(tl.float64))
+    tl.store(q + 12, back.to(tl.float64))
     tl.store(q + 13, over.to(tl.float64))
 
 
@@ -317,19 +316,21 @@ def test_a_line_search_takes_every_turn_of_the_batched_one():
     loss = np.where(rng.random(N) < 0.15, search.low_loss, loss)
     slope, steepest = choose([-2.0, -0.3, -1e-3, 0.0, 0.4, np.nan], N), rng.random(N)
     mode = np.where(search.zooming, 2, 1)
-    state = np.stack([loss, slope, steepest, mode, *(getattr(search, name) for name in _STATE)], 1).astype(np.float64)
+    state = np.stack([loss, slope, mode, *(getattr(search, name) for name in _STATE)], 1).astype(np.float64)
     changed = torch.full((N, 14), torch.nan, dtype=torch.float64, device=DEVICE)
     _advance_kernel[(N,)](torch.from_numpy(state).to(DEVICE), changed)
     with np.errstate(all="ignore"):
         as_low, over = search.advance(loss, slope, steepest)
-    want = np.stack([*(getattr(search, name) for name in _CHANGED), search.zooming, as_low, over], 1).astype(np.float64)
+    back = np.isinf(search.low_steepest)  # the start's, which the search does not know
+    found = [*(getattr(search, name) for name in _CHANGED), search.zooming, as_low, back, over]
+    want = np.stack(found, 1).astype(np.float64)
     want = torch.from_numpy(want)
     going = torch.from_numpy(~over)
     relevant = torch.ones_like(want, dtype=torch.bool)
-    relevant[~going, 0] = relevant[~going, 10] = False  # the next trial of a search that is over
-    relevant[~torch.from_numpy(search.zooming), 9] = False  # the bracket's first end where there is no bracket
+    relevant[~going, 0] = relevant[~going, 9] = False  # the next trial of a search that is over
+    relevant[~torch.from_numpy(search.zooming), 8] = False  # the bracket's first end where there is no bracket
     assert 0.1 < over.mean() < 0.9 and search.cramped.any()
-    for column, name in enumerate((*_CHANGED, "zooming", "as_low", "over")):
+    for column, name in enumerate((*_CHANGED, "zooming", "as_low", "back", "over")):
         rows = relevant[:, column]
         assert torch.allclose(
             changed.cpu()[rows, column], want[rows, column], rtol=1e-12, atol=1e-12, equal_nan=True

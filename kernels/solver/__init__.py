@@ -46,6 +46,8 @@ row. Above 2048, with histories above 31, or with weights, start and prior given
 500 bytes a thread of scalars and matrices spill, outside the loops over P.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from .._inputs import _check_windows, _contiguous
@@ -77,7 +79,21 @@ def _programs(windows, device):
     return min(windows, resident)
 
 
-def _check(logits, targets, weights, start, prior, ridge, clamp, probs_dtype):
+class _Fit(NamedTuple):
+    """What the public functions have in common, as it is given to them."""
+
+    logits: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor | None
+    start: torch.Tensor | None
+    prior: torch.Tensor | None
+    ridge: float
+    clamp: float | None
+    probs_dtype: torch.dtype | None
+
+
+def _check(fit: _Fit):
+    logits, targets, weights, start, prior, ridge, clamp, probs_dtype = fit
     _check_windows(logits, targets, weights, start=start, prior=prior)
     W, _, V = logits.shape
     if V > MOST_COLUMNS:
@@ -99,15 +115,16 @@ def _outputs(logits):
     return SlotSolution(bias, loss, *(logits.new_empty((W,), dtype=torch.int32) for _ in range(3)))
 
 
-def _solve_windows(kernel, public, logits, targets, weights, start, prior, ridge, clamp, probs_dtype, **given):
+def _solve_windows(kernel, public, fit: _Fit, **given):
     """What the kernels have in common: checks, scratch, sizes, tile."""
-    _check(logits, targets, weights, start, prior, ridge, clamp, probs_dtype)
+    _check(fit)
+    logits = fit.logits
     W, T, V = logits.shape
-    probs_dtype = probs_dtype or torch.float32
+    probs_dtype = fit.probs_dtype or torch.float32
     tile = _config(V, min(logits.dtype.itemsize, probs_dtype.itemsize))
     rows, padded = -(-T // tile.rows) * tile.rows, -(-V // 16) * 16
     programs = _programs(W, logits.device)
-    targets, weights, start, prior = _contiguous(targets, weights, start, prior)
+    targets, weights, start, prior = _contiguous(fit.targets, fit.weights, fit.start, fit.prior)
     solution = _outputs(logits)
     if not W:
         return solution
@@ -139,8 +156,8 @@ def _solve_windows(kernel, public, logits, targets, weights, start, prior, ridge
         stride_lw=logits.stride(0),
         stride_lt=logits.stride(1),
         stride_lv=logits.stride(2),
-        ridge=float(ridge),
-        box=float("inf") if clamp is None else float(clamp),
+        ridge=float(fit.ridge),
+        box=float("inf") if fit.clamp is None else float(fit.clamp),
         EVEN=padded == tile.chunks * tile.cols,
         CHUNKS=tile.chunks,
         ROWS=tile.rows,
@@ -224,14 +241,16 @@ def slot_solve(
     if not tolerance_change >= 0:
         raise ValueError(f"tolerance_change: expected >= 0, got {tolerance_change!r}")
     return _solve_windows(
-        _lbfgs_kernel, "slot_solve", logits, targets, weights, start, prior, ridge, clamp, probs_dtype,
+        _lbfgs_kernel,
+        "slot_solve",
+        _Fit(logits, targets, weights, start, prior, ridge, clamp, probs_dtype),
         tolerance_grad=float(tolerance_grad),
         tolerance_change=float(tolerance_change),
         max_eval=-1 if max_eval is None else max_eval,
         max_line_search=-1 if max_line_search is None else max_line_search,
         ignore_index=ignore_index,
         **_phase_arguments(phases),
-    )  # fmt: skip
+    )
 
 
 @torch.no_grad()
@@ -278,12 +297,14 @@ def slot_solve_mm(
     if iterations < 0:
         raise ValueError(f"iterations: expected >= 0, got {iterations!r}")
     return _solve_windows(
-        _majorise_kernel, "slot_solve_mm", logits, targets, weights, start, prior, ridge, clamp, probs_dtype,
+        _majorise_kernel,
+        "slot_solve_mm",
+        _Fit(logits, targets, weights, start, prior, ridge, clamp, probs_dtype),
         tolerance_grad=float(tolerance_grad),
         tolerance_change=float(tolerance_change),
         max_iterations=iterations,
         ignore_index=ignore_index,
-    )  # fmt: skip
+    )
 
 
 # The contract

@@ -27,10 +27,13 @@ def _lowest_of_cubic(low_t, low_loss, low_slope, high_t, high_loss, high_slope):
 
 
 @triton.jit
-def _judge(loss, slope, mode, t, start_loss, start_slope, trials, most_trials, low_t, low_loss, high_t):
-    """What the trial is, by mode. Looking for a bracket: `last`, and no better than the start (`back`); `good`, to be
-    accepted; `found`, the other end of a bracket; `onward`, a step on the way. In the zoom: `worse` than `low`, or
-    `better`, of that `good`, or `turned`, with the slope up: `low` is then the other end."""
+def _judge(loss, slope, mode, t, start_loss, start_slope, trials, most_trials, low_loss, width):
+    """What the trial is, by mode; `width` is high_t - low_t.
+
+    Looking for a bracket: `last`, and no better than the start (`back`); `good`, to be accepted; `found`, the other end
+    of a bracket; `onward`, a step on the way. In the zoom: `worse` than `low`, or `better`, of that `good`, or
+    `turned`, with the slope up: `low` is then the other end.
+    """
     zoom = mode == _ZOOM
     too_high = loss > start_loss + _ARMIJO * t * start_slope
     flat = tl.abs(slope) <= -_CURVATURE * start_slope
@@ -47,8 +50,15 @@ def _judge(loss, slope, mode, t, start_loss, start_slope, trials, most_trials, l
     worse = zoom & (too_high | (loss >= low_loss))
     better = zoom & (worse == 0)
     good |= better & flat
-    turned = better & (flat == 0) & (slope * (high_t - low_t) >= 0)
+    turned = better & (flat == 0) & (slope * width >= 0)
     return last, back, good, found, onward, worse, better, turned
+
+
+@triton.jit
+def _take_in(as_low, as_high, demoted, trial, low, high):
+    """One quantity of the bracket's ends once the trial has its place; `demoted`: `low` becomes `high`."""
+    high = tl.where(demoted, low, tl.where(as_high, trial, high))
+    return tl.where(as_low, trial, low), high
 
 
 @triton.jit
@@ -71,7 +81,6 @@ def _next_trial(onward, zoom, left, right, low_t, low_loss, low_slope, high_t, h
 def _advance(
     loss,
     slope,
-    steepest,
     mode,
     t,
     start_loss,
@@ -82,25 +91,24 @@ def _advance(
     low_t,
     low_loss,
     low_slope,
-    low_steepest,
     high_t,
     high_loss,
     high_slope,
     low_first,
     cramped,
 ):
-    """The line search takes in loss, slope and max |g| at the trial point t, and chooses the next.
+    """The line search takes in loss and slope at the trial point t, and chooses the next.
 
-    Returns what changes of its state, whether the trial is now `low`, and whether the search is over, with `low` as its
-    result. In other modes than _BRACKET and _ZOOM, what it returns means nothing but as_low and over, False, and `low`,
-    which is the start's.
+    Returns what changes of its state, whether the trial is now `low`, whether `low` went back to the start, and whether
+    the search is over, with `low` as its result. In other modes than _BRACKET and _ZOOM, what it returns means nothing
+    but the last three, all False, and `low`, which is the start's.
     """
     usable = (tl.abs(loss) < float("inf")) & (tl.abs(slope) < float("inf"))
     trial_loss = tl.where(usable, loss, float("inf"))
     trial_slope = tl.where(usable, slope, float("nan"))
     last, back, good, found, onward, worse, better, turned = _judge(
-        trial_loss, trial_slope, mode, t, start_loss, start_slope, trials, most_trials, low_t, low_loss, high_t
-    )  # fmt: skip
+        trial_loss, trial_slope, mode, t, start_loss, start_slope, trials, most_trials, low_loss, high_t - low_t
+    )
 
     # A point that enters a bracket becomes `low` if it is lower, or level and torch's first.
     lower = (trial_loss < low_loss) | (worse & (low_first == 0) & (trial_loss == low_loss))
@@ -109,14 +117,12 @@ def _advance(
     as_high = enters & (lower == 0)
     demoted = (enters & lower) | turned | onward
     low_first = tl.where(found, lower == 0, low_first ^ (worse & lower))
-    high_t = tl.where(demoted, low_t, tl.where(as_high, t, high_t))
-    high_loss = tl.where(demoted, low_loss, tl.where(as_high, trial_loss, high_loss))
-    high_slope = tl.where(demoted, low_slope, tl.where(as_high, trial_slope, high_slope))
+    low_t, high_t = _take_in(as_low, as_high, demoted, t, low_t, high_t)
+    low_loss, high_loss = _take_in(as_low, as_high, demoted, trial_loss, low_loss, high_loss)
+    low_slope, high_slope = _take_in(as_low, as_high, demoted, trial_slope, low_slope, high_slope)
     begins = mode == _START
-    low_t = tl.where(as_low, t, tl.where(back | begins, 0.0, low_t))
-    low_loss = tl.where(as_low, trial_loss, tl.where(back, start_loss, tl.where(begins, loss, low_loss)))
-    low_slope = tl.where(as_low, trial_slope, low_slope)
-    low_steepest = tl.where(as_low | begins, steepest, tl.where(back, float("inf"), low_steepest))
+    low_t = tl.where(back | begins, 0.0, low_t)
+    low_loss = tl.where(back, start_loss, tl.where(begins, loss, low_loss))
 
     zoom = (mode == _ZOOM) | found
     left = tl.minimum(low_t, high_t)
@@ -126,9 +132,8 @@ def _advance(
     t, cramped = _next_trial(
         onward, zoom, left, right, low_t, low_loss, low_slope, high_t, high_loss, high_slope, cramped
     )  # fmt: skip
-    trials += 1
     mode = tl.where(found, _ZOOM, mode)
     return (
-        mode, t, trials, low_t, low_loss, low_slope, low_steepest, high_t, high_loss, high_slope, low_first, cramped,
-        as_low, over,
+        mode, t, trials + 1, low_t, low_loss, low_slope, high_t, high_loss, high_slope, low_first, cramped, as_low,
+        back, over,
     )  # fmt: skip

@@ -151,8 +151,8 @@ def torn_pairs(block: int | None = None, fusion: bool = False) -> int:
 _BARRIER = "tl.debug_barrier()  # "
 MUTANTS = (
     ("solver._window", "_evaluate", _BARRIER + "the store of u", "# ", "slot_solve | primes"),
-    ("solver._lbfgs", "_direction", _BARRIER + "the stores of the products", "# ", "slot_solve | primes"),
+    ("solver._direction", "_direction", _BARRIER + "the stores of the products", "# ", "slot_solve | primes"),
     ("cross_entropy_grad", "_bias_cross_entropy_grad_kernel", _BARRIER + "dbias and", "# ", "entropy_grad | primes"),
     ("solver._lbfgs", "_lbfgs_kernel", "tl.store(d_ptr, nothing, mask=in_row)", "pass", "slot_solve | primes"),
-    ("solver._lbfgs", "_product", "tl.fma(a, b, tl.zeros_like(a))", "a * b", "slot_solve | primes"),
+    ("solver._direction", "_product", "tl.fma(a, b, tl.zeros_like(a))", "a * b", "slot_solve | primes"),
 )

@@ -40,7 +40,8 @@ def test_show(ours, capsys):
     __main__.main(["show", str(ours), "--json", str(ours.with_suffix(".json"))])
     text = capsys.readouterr().out
     found = json.loads(ours.with_suffix(".json").read_text())
-    assert found["bytes"] == ours.stat().st_size and found["metadata"]["seed"] == 3 and found["calibrated"]
+    assert found["bytes"] == ours.stat().st_size and found["metadata"]["seed"] == 3
+    assert found["frequencies"] and not found["calibrated"]
     assert found["weights"] == sum(tensor.numel() for tensor in load_artifact(ours).model().state_dict().values())
     rows = {row["name"]: row for row in found["tensors"]}
     row = rows["tok_emb.weight"]
@@ -53,7 +54,7 @@ def test_show(ours, capsys):
     (line,) = [line for line in text.splitlines() if line.startswith("tok_emb.weight")]
     assert line.split()[1:3] == ["1024x16", "int8"] and f"{row['bytes']:,}" in line
     assert f"{8 * row['bytes'] / row['weights']:.3f}" in line and f"{8 * bound / row['weights']:.3f}" in line
-    assert f"{found['bytes']:,}" in text.splitlines()[-1] and "uncalibrated" not in text
+    assert f"{found['bytes']:,}" in text.splitlines()[-1] and "frequencies" not in text
 
 
 def test_show_says_what_is_assumed(model, tmp_path, capsys):
@@ -61,7 +62,7 @@ def test_show_says_what_is_assumed(model, tmp_path, capsys):
     __main__.main(["show", str(tmp_path / "a.ptz"), "--model-config", "pr1019,softcap=15"])
     text = capsys.readouterr().out
     assert "form      brotli, shuffled" in text and "assumed   seq_len=2048, mlp_slope=0.5, rope_dims=16" in text
-    assert "softcap" not in text and "left out  mtp_heads.0.weight" in text and "uncalibrated" in text
+    assert "softcap" not in text and "left out  mtp_heads.0.weight" in text and "no training frequencies" in text
     assert "pr1019 has it so" in text and "unsaid" not in text and "resembles" not in text
     __main__.main(["show", str(tmp_path / "a.ptz"), "--model-config", "pr1218"])
     assert "resembles pr1019 or pr1350 or pr549, not pr1218" in capsys.readouterr().out

@@ -23,7 +23,8 @@ def show(settings: config.ShowSettings) -> tuple[dict[str, Any], str]:
     if is_ours(settings.file):
         artifact = load_artifact(settings.file, overrides)
         about = {"config": artifact.config.model_dump(), "metadata": dict(artifact.metadata)}
-        about["calibrated"] = artifact.unigram is not None
+        about["calibrated"] = artifact.metadata.get("calibration") is not None
+        about["frequencies"] = artifact.unigram is not None
         tensors, stored = artifact.tensors, {entry.name: entry for entry in read_entries(settings.file)}
     else:
         about, tensors, stored = *_show_community(settings.file, overrides), {}
@@ -65,6 +66,7 @@ def _show_community(
         "config": description.known,
         "metadata": decoded.metadata(description, overrides),
         "calibrated": False,
+        "frequencies": False,
         "unsaid": list(description.unsaid),
         "generations": description.likely,
         "missing_parts": description.missing_parts(""),
@@ -92,8 +94,8 @@ def _table(found: dict[str, Any]) -> str:
     lines.append(f"{'quantised matrices':<34}{weights:>14,}{'':>15}{_sizes(stored, weights, order0)}")
     lines.append(f"{'file':<34}{found['weights']:>14,}{'':>15}{_sizes(found['bytes'], found['weights'], None)}")
     lines += _community_lines(found) if "unsaid" in found else []
-    if not found["calibrated"]:
-        lines.append("uncalibrated: no training frequencies")
+    if not found["frequencies"]:
+        lines.append("no training frequencies, on which causal builds")
     return "\n".join(map(printable, lines))
 
 

@@ -5,8 +5,8 @@ line search, curvature pairs and stopping; the problems only share the calls of 
 one this package fits: cross-entropy as a function of a logit bias.
 
 A problem's solution is bit-identical alone, in any batch, in any order, and after compaction, on CPU and for a given
-number of threads: every operation rounds a problem's numbers in an order that the batch has no say in. `rows` has the
-operations where that took care.
+number of threads: every operation rounds a problem's numbers in an order that the batch has no say in. `reductions`
+has the operations where that took care.
 
     solver.py     minimize: the state machine
     search.py     strong Wolfe line searches in lockstep
@@ -14,7 +14,7 @@ operations where that took care.
     launched.py   the same by kernels, and windows that share a bias
     objective.py  BiasObjective
     tape.py       windows that overlap: each row's softmax once, products without a copy
-    rows.py       products and sums of rows, the same bits in any batch; numpy <-> torch
+    reductions.py products and sums of rows, the same bits in any batch; numpy <-> torch
 """
 
 from .launched import SharedBias

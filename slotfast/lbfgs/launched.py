@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import History, bias_cross_entropy_grad, lbfgs_direction, lbfgs_history, lbfgs_push_
-from .rows import index_of
+from .reductions import index_of
 
 
 @dataclass

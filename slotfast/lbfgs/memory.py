@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..kernels._rules import SMALLEST_CURVATURE
-from .rows import BLOCK_ROWS, Columns, column, index_of, padded, row_mixture, row_products, to_host
+from .reductions import BLOCK_ROWS, Columns, column, index_of, padded, row_mixture, row_products, to_host
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .rows import BLOCK_ROWS, block_sum, row_sum
+from .reductions import BLOCK_ROWS, block_sum, row_sum
 from .tape import WindowRows, probabilities
 
 

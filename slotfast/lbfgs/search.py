@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from ..kernels._rules import ARMIJO, CURVATURE, SMALLEST_BRACKET
-from .rows import Columns
+from .reductions import Columns
 
 
 @dataclass

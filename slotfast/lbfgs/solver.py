@@ -16,7 +16,7 @@ from .. import ops
 from ..kernels import Status
 from .launched import LaunchedMemory
 from .memory import Memory
-from .rows import choose, column, index_of, row_sum, to_host
+from .reductions import choose, column, index_of, row_sum, to_host
 from .search import Search
 
 

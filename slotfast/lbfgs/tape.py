@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .rows import BLOCK_ROWS, aligned, batch_product, block_tree_sum, padded, row_mixture, row_products
+from .reductions import BLOCK_ROWS, aligned, batch_product, block_tree_sum, padded, row_mixture, row_products
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from .gptq import quantize_gptq
 from .hessian import collect_hessians
+from .matrix import SDCLIP_K, Clip, QuantizedMatrix, clip_scales, quantize_rows
 from .model import Quantized, TensorReport, format_report, quantize_model, stored_bits
 from .prune import output_costs, prune_to_size
-from .rows import SDCLIP_K, Clip, QuantizedMatrix, clip_scales, quantize_rows
 
 __all__ = [
     "SDCLIP_K",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .rows import SDCLIP_K, Clip, QuantizedMatrix, clip_scales
+from .matrix import SDCLIP_K, Clip, QuantizedMatrix, clip_scales
 
 Choose = Literal["output", "weights"]
 

@@ -14,8 +14,8 @@ from ..errors import InputError
 from ..model import GPT
 from .gptq import Choose, quantize_gptq
 from .hessian import collect_hessians
+from .matrix import SDCLIP_K, Clip, QuantizedMatrix, quantize_rows
 from .prune import Tensors, output_costs, prune_to_size
-from .rows import SDCLIP_K, Clip, QuantizedMatrix, quantize_rows
 
 Method = Literal["rows", "gptq"]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .rows import QuantizedMatrix
+from .matrix import QuantizedMatrix
 
 Tensors = Mapping[str, QuantizedMatrix | Tensor]
 

@@ -14,12 +14,12 @@
 Whether a row is causal follows from these choices; nobody declares it.
 """
 
+from .adaptation import Adaptation, Compliance
 from .adapted import Adapted, adapt
 from .adapters import Adapter, first_position
 from .batch import Adjusted, WindowBatch
 from .presets import PRESETS, from_environment, is_published, parse_preset
 from .rates import Calibration
-from .rows import Adaptation, Compliance
 
 __all__ = [
     "PRESETS",

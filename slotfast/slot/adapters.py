@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..lbfgs import Status
+from .adaptation import Adaptation
 from .batch import Adjusted, WindowBatch
 from .fit import Fit
 from .rates import BigramRates, Calibration, Rates
 from .repeats import Repeats
-from .rows import Adaptation
 from .sorted_repeats import SortedRepeats
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..lbfgs.rows import BLOCK_ROWS
+from ..lbfgs.reductions import BLOCK_ROWS
 from ..lbfgs.tape import Tape, WindowRows, probabilities, softmax
+from .adaptation import Adaptation
 from .repeats import Followers, mix, mix_rows
-from .rows import Adaptation
 
 _STEEPEST = 40.0  # nats between two tokens' biases beyond which a product with their exponentials may underflow
 

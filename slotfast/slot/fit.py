@@ -11,8 +11,8 @@ from torch import Tensor
 from .. import ops
 from ..kernels import Status, slot_solve, slot_solve_mm, slot_solve_mm_ref
 from ..lbfgs import BiasObjective, SharedBias, minimize
+from .adaptation import Adaptation
 from .batch import Adjusted, WindowBatch
-from .rows import Adaptation
 
 
 class Fit:

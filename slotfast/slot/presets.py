@@ -8,7 +8,7 @@ import pydantic
 from ..errors import InputError, expected
 from ..variables import VARIABLES
 from ..words import nearest
-from .rows import Adaptation
+from .adaptation import Adaptation
 
 _STREAM = {"scope": "prefix", "optimizer": "rates", "clamp": 5.0}
 _REPEATS = {"parameter": "bias+repeats"}

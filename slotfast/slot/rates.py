@@ -17,9 +17,9 @@ from torch import Tensor
 from .. import ops
 from ..errors import InputError
 from ..kernels import rate_scan, rate_scan_ref
+from .adaptation import Adaptation
 from .batch import Adjusted, Packed, WindowBatch
 from .repeats import CAUTIOUS_GATES
-from .rows import Adaptation
 
 _LARGEST_TABLES = 1 << 30  # bytes
 _SMALLEST_UNIT = 1e-6  # below it float32 sums in shrinking units are brought back to 1

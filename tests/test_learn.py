@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slotfast.errors import InputError
-from slotfast.learn import LearningLoop, Lora, learn, parse_row
+from slotfast.learn import Lora, learn, parse_row
 from slotfast.stream import CachedForward
 
 from .models import VARIANTS, random_model
@@ -176,8 +176,3 @@ def test_losses_that_are_no_numbers_end_with_one_line(model):
     broken.tok_emb.weight[30] = float("nan")
     with pytest.raises(InputError, match=r"a loss of nan for the token at position \d+: broken weights, or lr=0.0005"):
         learn(broken, _tokens(), "learn:chunk=8", window=WINDOW)
-
-
-def test_other_models_are_refused():
-    with pytest.raises(InputError, match="models of this package only"):
-        LearningLoop(torch.nn.Linear(2, 2), parse_row("learn"), 64)

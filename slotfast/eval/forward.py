@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import TokenStream
+from ..foreign.models import cached_forward
 from ..model import GPT
 from ..slot import Adapter, WindowBatch, first_position
-from ..stream import CachedForward
 from ..windows import Plan, Window
 from ..worker import Worker
 
@@ -138,7 +138,7 @@ class StreamForward:
         self.worker = worker
         self.keep_hidden, self.first_needed = _needs(adapters, plan)
         self.end = plan.predictions
-        self.cached = _cached(model, plan.seq_len, streaming.sinks, worker.dtype)
+        self.cached = cached_forward(model, plan.seq_len, streaming.sinks, worker.dtype)
         self.logits, self.hidden = RollingTape(), RollingTape()
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
@@ -289,10 +289,3 @@ def block_that_fits(vocab_size: int, on_gpu: bool = False) -> int:
 def streams(model: nn.Module) -> bool:
     """Whether a model can read a stream block by block."""
     return isinstance(model, GPT) or getattr(model, "stream", None) is not None
-
-
-def _cached(model: nn.Module, window: int, sinks: int, dtype: torch.dtype) -> CachedForward:
-    """The model's cached forward; one of another project brings its own."""
-    if isinstance(model, GPT):
-        return CachedForward(model, window, sinks, dtype=dtype)
-    return model.cached_forward(window, sinks, dtype)

@@ -1,4 +1,4 @@
-"""One pass of a learning row over a stream, beside the pass that the others share: its weights are its own."""
+"""Passes of rows that learn over a text, beside the pass that the others share: their weights are their own."""
 
 from collections.abc import Callable
 from typing import Self
@@ -7,44 +7,49 @@ import numpy as np
 import torch
 
 from ..data import Text
-from ..learn import Charged, Learning, LearningLoop
+from ..learn import Charged, FrozenLoop, LearningLoop
 from ..score import Meter
 from .loop import PIECES
 
 
 class LearningPass:
-    """Every token of a stream charged once, chunk by chunk, while the model learns.
+    """Every token of a text charged once, chunk by chunk.
 
     Args:
         loop: fresh.
-        text: what is charged; nothing is for the token at position 0.
+        name: of what is charged.
+        text: nothing is charged for the token at position 0.
         keep_nll: keep every token's losses.
 
     Attributes:
-        meter, along: sums by document and by piece of the stream; row 0 is the same forward unlearned.
+        meter, along: sums by document and by piece of the stream; row 0 is the same forward unlearned, and empty until
+            `compare` where the loop does not charge that too.
+        unlearned_seconds: that this forward took.
         nll: float [N - 1] of every token but the first, where kept.
     """
 
-    def __init__(self, loop: LearningLoop, text: Text, keep_nll: bool = False):
-        self.loop, self.text = loop, text
-        rows = ["unlearned", loop.row.name]
+    def __init__(self, loop: LearningLoop | FrozenLoop, name: str, text: Text, keep_nll: bool = False):
+        self.loop, self.name, self.text = loop, name, text
+        rows = ["unlearned", name]
         self.meter, self.along = Meter(rows, text.documents), Meter(rows, PIECES)
         self._parts: list[np.ndarray] | None = [] if keep_nll else None
         self._document = 0
 
     @property
-    def row(self) -> Learning:
-        return self.loop.row
-
-    @property
     def nll(self) -> np.ndarray:
         return np.concatenate(self._parts)
+
+    @property
+    def unlearned_seconds(self) -> float:
+        return self.loop.seconds["unlearned"]
 
     def run(self, on_tokens: Callable[[int], None] | None = None) -> Self:
         """Charge and learn; `on_tokens` is called with the number of tokens just charged."""
 
         def take(charged: Charged) -> None:
-            start, nll = charged.start, torch.stack([charged.unlearned, charged.nll]).cpu().numpy()
+            start = charged.start
+            plain = torch.zeros_like(charged.nll) if charged.unlearned is None else charged.unlearned
+            nll = torch.stack([plain, charged.nll]).cpu().numpy()
             tokens = self.text.stream.read(start, start + nll.shape[1] + 1)
             documents = self._document + np.cumsum(tokens[1:] == self.text.bos_id)
             n_bytes = self.text.bytes_of(tokens)
@@ -59,7 +64,14 @@ class LearningPass:
         self.loop.run(self.text.stream.read, len(self.text.stream) - 1, take)
         return self
 
+    def compare(self, unlearned: np.ndarray, seconds: float) -> None:
+        """Take the sums of the same forward unlearned, float64 [documents], and what it took, from the pass that has
+        them, unless the loop has charged it itself."""
+        if "unlearned" not in self.loop.seconds:
+            self.meter.nats[0] = unlearned
+            self.loop.seconds["unlearned"] = seconds
+
     def add_to(self, meter: Meter, along: Meter) -> None:
         """Add this row's sums to those of the rows that were scored in the same places."""
-        meter.append(self.row.name, self.meter.nats[1])
-        along.append(self.row.name, self.along.nats[1])
+        meter.append(self.name, self.meter.nats[1])
+        along.append(self.name, self.along.nats[1])

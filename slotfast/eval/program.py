@@ -13,10 +13,11 @@ from ..command.files import json_text, write_json
 from ..command.progress import Progress
 from ..command.ranks import join_ranks
 from ..command.run import deliver, no_exit
-from ..learn import Learning, LearningLoop
+from ..learn import FrozenLoop, Learning, LearningLoop
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..words import counted
+from .forward import block_that_fits
 from .inputs import Inputs, choose_rows
 from .learning import LearningPass
 from .loop import SlidingPass
@@ -97,13 +98,9 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
         training=setup.training,
         worker=worker,
     )
-    sinks = streaming.sinks if streaming else setup.stored_sinks
-    learners = [
-        LearningPass(
-            LearningLoop(model, row, plan.seq_len, sinks, bos_id, worker.dtype), inputs.text, keep_nll=per_token
-        )
-        for row in setup.learning
-    ]
+    sinks = setup.learning_sinks
+    loops = [LearningLoop(model, row, plan.seq_len, sinks, bos_id, worker.dtype) for row in setup.learning]
+    learners = [LearningPass(loop, loop.row.name, inputs.text, keep_nll=per_token) for loop in loops]
     saver = Saver(saved, describe(inputs, setup, model, per_token), sliding, collected) if saved else None
     loaded = time.perf_counter()
     with Progress(len(plan.owned(rank, world)), sliding.windows, "windows", silent=rank > 0) as progress:
@@ -116,9 +113,20 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
         saver.save()  # all of it, should writing the result fail
     sliding.meter.reduce()
     sliding.along.reduce()
+    if learners and streaming:
+        unlearned = sliding.meter.nats[0], sliding.seconds["forward"]
+    elif learners:
+        # one for all of them: the weights that they start from are the same
+        block = block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu)
+        frozen = LearningPass(
+            FrozenLoop(model, plan.seq_len, sinks, worker.dtype, block), "the stream unlearned", inputs.text
+        )
+        _charge(frozen)
+        unlearned = frozen.meter.nats[1], frozen.unlearned_seconds
     for learner in learners:
-        with Progress(plan.predictions, 0, f"tokens of {learner.row.name}") as progress:
-            learner.run(progress).add_to(sliding.meter, sliding.along)
+        _charge(learner)
+        learner.compare(*unlearned)
+        learner.add_to(sliding.meter, sliding.along)
         if per_token:
             collected.append(learner.nll)
     work, peak = [adapter.work() for adapter in adapters], peak_memory_bytes(worker.device)
@@ -133,8 +141,13 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
     total = earlier + time.perf_counter() - started
     seconds = {"load": loaded - started, **sliding.seconds, "total": total}
     if learners:
-        seconds["learn"] = sum(sum(learner.loop.seconds.values()) for learner in learners)
+        seconds["learn"] = sum(learner.loop.seconds["learned"] for learner in learners)
     return Outcome(sliding, learners, collected, work, seconds, peak)
+
+
+def _charge(learner: LearningPass) -> None:
+    with Progress(len(learner.text.stream) - 1, 0, f"tokens of {learner.name}") as progress:
+        learner.run(progress)
 
 
 def _intent(inputs: Inputs, setup: Setup, rows: list[Adaptation | Learning]) -> str:

@@ -74,7 +74,7 @@ def report(inputs: Inputs, setup: Setup, outcome: Outcome, config: Mapping[str, 
         own = ran | {"seconds": round(spent, 3)}
         presets.append(_preset(adapter.row, score) | own | ({"work": histograms} if histograms else {}))
     for number, learner in enumerate(outcome.learners, len(presets)):
-        presets.append(_preset(learner.row, meter.score(number)) | _learned(learner))
+        presets.append(_preset(learner.loop.row, meter.score(number)) | _learned(learner))
     first = presets[min(1, len(presets) - 1)]
     passed = sum(sliding.seconds.values())
     speed = len(plan) / passed if passed else None
@@ -146,7 +146,7 @@ def _learned(learner: LearningPass) -> dict[str, Any]:
         "cost": {
             "forwards": round(loop.forwards, 3),
             "seconds": round(loop.seconds["learned"], 3),
-            "unlearned_seconds": round(loop.seconds["unlearned"], 3),
+            "unlearned_seconds": round(learner.unlearned_seconds, 3),
         },
     }
 

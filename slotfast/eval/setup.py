@@ -36,7 +36,7 @@ class Setup:
         training: of the model's weights between chunks, or None.
         weights: dequantized or int6.
         worker: this process.
-        stored_sinks: those that the calibration found, of a stream.
+        learning_sinks: of the rows that learn.
     """
 
     rows: list[Adaptation]
@@ -48,7 +48,7 @@ class Setup:
     training: ScoreFirst | None
     weights: str
     worker: Worker
-    stored_sinks: int = 0
+    learning_sinks: int = 0
 
     @property
     def forward(self) -> str:
@@ -86,17 +86,18 @@ def set_up(settings: EvalSettings, rows: Sequence[Adaptation | Learning], worker
     inputs = read_inputs(settings.pick(Sources))
     plan = choose_plan(settings, inputs)
     batch_windows, adapt_windows = choose_batch(settings, sharing, plan, inputs.artifact.config.vocab_size, worker)
+    streaming = choose_streaming(settings, rows, inputs, plan, worker)
     setup = Setup(
         rows=sharing,
         learning=learning,
         plan=plan,
         batch_windows=batch_windows,
         adapt_windows=adapt_windows,
-        streaming=choose_streaming(settings, sharing, inputs, plan, worker),
+        streaming=streaming,
         training=training,
         weights=settings.weights,
         worker=worker,
-        stored_sinks=(inputs.stored_forward or {}).get("sinks", 0),
+        learning_sinks=choose_sinks(settings, inputs),
     )
     return inputs, setup
 
@@ -154,17 +155,17 @@ def choose_streaming(
     Raises:
         InputError: a stream is asked for and the model or the training has none, or its settings without it.
     """
-    stored = inputs.stored_forward
+    stored, learns = inputs.stored_forward, any(isinstance(row, Learning) for row in rows)
     chosen = settings.forward
     if chosen == "auto":
         # Published numbers are windows' numbers, and what was found at another length says nothing of this one
         suits = stored is not None and plan.seq_len <= inputs.artifact.config.seq_len and not settings.ttt
         trained_length = settings.seq_len in (None, inputs.artifact.config.seq_len)
-        published = any(is_published(row) for row in rows)
+        published = any(is_published(row) for row in rows if isinstance(row, Adaptation))
         chosen = stored["forward"] if suits and trained_length and not published else "windows"
     if chosen == "windows":
         for flag, value in (("--sinks", settings.sinks), ("--block-tokens", settings.block_tokens)):
-            if value is not None:
+            if value is not None and not (learns and flag == "--sinks"):
                 raise InputError(
                     f"{flag} {value}: is for a stream, and this run forwards windows; add --forward stream"
                 )
@@ -178,8 +179,14 @@ def choose_streaming(
             f"--forward stream with --ttt on {world} processes: keys would come from weights of another process; "
             "run one, or --forward windows"
         )
-    sinks = settings.sinks if settings.sinks is not None else (stored or {}).get("sinks", 0)
-    return Streaming(sinks, settings.block_tokens or block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu))
+    block = settings.block_tokens or block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu)
+    return Streaming(choose_sinks(settings, inputs), block)
+
+
+def choose_sinks(settings: EvalSettings, inputs: Inputs) -> int:
+    """First tokens of a stream that stay visible: those of the settings, or of the calibration, or none."""
+    stored = (inputs.stored_forward or {}).get("sinks", 0)
+    return stored if settings.sinks is None else settings.sinks
 
 
 def choose_learning(
@@ -201,8 +208,6 @@ def choose_learning(
             raise InputError(f"{where}with --ttt: both change the model; give one of them")
         if settings.weights == "int6":
             raise InputError(f"{where}with --weights int6: packed weights pass no gradients on; leave out --weights")
-        if settings.model is not None:
-            raise InputError(f"{where}with --model is not built: it learns with this package's own models")
     return [row for row in rows if isinstance(row, Adaptation)], learning
 
 

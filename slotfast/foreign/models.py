@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from .. import shipped
 from ..data import Tokenizer
 from ..errors import InputError
+from ..model import GPT
+from ..stream import CachedForward
 from .library import first_line, transformers_library
-from .streams import OwnStream, transformers_stream
+from .streams import OwnStream, WindowStream, transformers_stream
 from .tokenizers import HuggingFaceTokenizer
 
 _NARROW = (torch.bfloat16, torch.float16)
@@ -71,19 +73,25 @@ class LanguageModel(nn.Module):
         """
         with _autocast(tokens.device, dtype):
             try:
-                states = (self._hidden or self.module)(tokens)
+                states = (self._hidden or self._states)(tokens)
             except (MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # whatever somebody else's code raises
                 shape = list(tokens.shape)
                 raise InputError(f"--model: fails on tokens int64 {shape}: {first_line(error)}") from error
-            if self._hidden is None and isinstance(states, tuple | list) and not hasattr(states, "logits"):
-                states = next(iter(states), states)  # nanoGPT's logits and loss
-            return self._as_hidden(getattr(states, "logits", states), dtype)[:, first:]
+            return self._as_hidden(states, dtype)[:, first:]
 
     def cached_forward(self, window: int, sinks: int, dtype: torch.dtype | None) -> "_Autocast":
         """What reads a stream block by block; see `slotfast.stream.CachedForward`."""
-        return _Autocast(self, self.stream(window, sinks), dtype)
+        read = self.stream or functools.partial(WindowStream, self._hidden or self._states)
+        return _Autocast(self, read(window, sinks), dtype)
+
+    def _states(self, tokens: Tensor) -> Tensor:
+        """What the module gives, out of whatever holds it."""
+        states = self.module(tokens)
+        if isinstance(states, tuple | list) and not hasattr(states, "logits"):
+            states = next(iter(states), states)  # nanoGPT's logits and loss
+        return getattr(states, "logits", states)
 
     def _as_hidden(self, states: Tensor, dtype: torch.dtype | None) -> Tensor:
         """States in a narrow `dtype`; of a model without a head apart they are logits, which are never narrow."""
@@ -195,11 +203,16 @@ def _from_factory(name: str) -> tuple[nn.Module, LanguageModel]:
     if not isinstance(module, nn.Module):
         raise InputError(f"--model {name}: returned {type(module).__name__}, expected a torch.nn.Module")
     module = module.eval().requires_grad_(False)
+    return module, _wrapped(module)
+
+
+def _wrapped(module: nn.Module) -> LanguageModel:
+    """A module of nobody's library behind our interface."""
     apart = callable(getattr(module, "hidden", None)) and callable(getattr(module, "head", None))
     own = getattr(module, "stream", None)
     stream = (lambda window, sinks: OwnStream(own, sinks)) if callable(own) else None
     hidden, head = (module.hidden, module.head) if apart else (None, None)
-    return module, LanguageModel(module, hidden, head, stream)
+    return LanguageModel(module, hidden, head, stream)
 
 
 def _from_folder(folder: Path) -> tuple[nn.Module, LanguageModel]:
@@ -224,13 +237,18 @@ def _from_folder(folder: Path) -> tuple[nn.Module, LanguageModel]:
         raise InputError(f"{folder}: no weights for {absent[0]}, and {len(absent) - 1} more parameters")
     module = module.eval().requires_grad_(False)
     module.config.use_cache = False  # keys and values are for generation
+    return module, _wrapped_transformers(module)
+
+
+def _wrapped_transformers(module: nn.Module) -> LanguageModel:
+    """A causal language model of `transformers` behind our interface."""
 
     def hidden(tokens: Tensor) -> Tensor:
         return module.base_model(tokens)[0]
 
     # Some architectures scale or cap what their output matrix gives: apart only where that is all there is.
     head = module.get_output_embeddings()
-    tokens = _probe_tokens(_PROBE_TOKENS)
+    tokens = _probe_tokens(_PROBE_TOKENS).to(next(module.parameters()).device)
     with torch.inference_mode():
         try:
             logits = module(tokens).logits
@@ -243,7 +261,31 @@ def _from_folder(folder: Path) -> tuple[nn.Module, LanguageModel]:
         module.base_model if apart else module,
         _declared_length(module) or _LONGEST_DEFAULT,
     )
-    return module, LanguageModel(module, *((hidden, head) if apart else (None, None)), stream)
+    return LanguageModel(module, *((hidden, head) if apart else (None, None)), stream)
+
+
+def language_model(module: nn.Module) -> tuple[GPT | LanguageModel, int]:
+    """Any causal language model behind the interface of ours, and the tokens that it was made for.
+
+    Args:
+        module: ours, one of `transformers`, or any that gives logits of tokens; see `LanguageModel`.
+    """
+    if isinstance(module, GPT):
+        return module, module.config.seq_len
+    if not isinstance(module, LanguageModel):
+        of_transformers = callable(getattr(module, "get_output_embeddings", None)) and hasattr(module, "base_model")
+        module = (_wrapped_transformers if of_transformers else _wrapped)(module)
+    longest = _declared_length(module.module)
+    return module, min(longest or _DEFAULT_SEQ_LEN, _LONGEST_DEFAULT)
+
+
+def cached_forward(
+    model: GPT | LanguageModel, window: int, sinks: int, dtype: torch.dtype | None
+) -> "CachedForward | _Autocast":
+    """What reads a stream block by block; a model of another project brings its own."""
+    if isinstance(model, GPT):
+        return CachedForward(model, window, sinks, dtype=dtype)
+    return model.cached_forward(window, sinks, dtype)
 
 
 def _declared_length(module: nn.Module) -> int | None:

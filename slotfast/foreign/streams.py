@@ -101,6 +101,7 @@ class TransformersStream:
         self._seen = torch.empty(0, dtype=torch.int64, device=self.device)  # places in the stream of what it keeps
         self._next = 0  # the next token's position, as the model counts
 
+    @torch.no_grad()
     def _start_again(self) -> None:
         begin = self.position - self._recent.size(1)
         sinks = self._first[:, : min(self.sinks, begin)]
@@ -118,7 +119,7 @@ class TransformersStream:
         states = self.states(tokens, **{self._cache_name: self._cache}, **options)[0]
         stays = (known < self.sinks) | (known > known[-1] - (self.window - 1))
         for layer in self._cache.layers:
-            layer.keys, layer.values = (kept[:, :, stays] for kept in (layer.keys, layer.values))
+            layer.keys, layer.values = (kept.detach()[:, :, stays] for kept in (layer.keys, layer.values))
         self._seen, self._next = known[stays], self._next + len(places)
         return states
 
@@ -165,7 +166,8 @@ class OwnStream:
 
     def __call__(self, tokens: Tensor, first: int = 0) -> Tensor:
         """States, or logits, from the block's position `first` on, of the next tokens, int64 [1, T]."""
-        states, self._state = self.stream(tokens, self._state)
+        states, state = self.stream(tokens, self._state)
+        self._state = _detached(state) if states.requires_grad else state
         self.position += tokens.size(1)
         return states[:, first:]
 
@@ -176,6 +178,47 @@ class OwnStream:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what `state_dict` gave."""
         self.position, self._state = state["position"], state["state"]
+
+
+class WindowStream:
+    """A module that remembers nothing: before each block the rest of its window is forwarded again.
+
+    Args:
+        states: tokens int64 [1, T] to states, or logits, [1, T, ...].
+        window: tokens of one forward, >= 1; longer blocks are forwarded as they are.
+        sinks: 0, there is nothing to keep.
+
+    Attributes:
+        position: tokens read so far.
+
+    Raises:
+        InputError: sinks.
+    """
+
+    def __init__(self, states: Callable[[Tensor], Tensor], window: int, sinks: int = 0):
+        if sinks:
+            raise InputError(f"--sinks {sinks}: the model has no keys that could stay")
+        self.states, self.window, self.position = states, window, 0
+        self._recent: Tensor | None = None
+
+    def __call__(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """States, or logits, from the block's position `first` on, of the next tokens, int64 [1, T]."""
+        known = tokens if self._recent is None else torch.cat([self._recent, tokens], 1)
+        known = known[:, -max(self.window, tokens.size(1)) :]
+        self._recent, self.position = known[:, -self.window :], self.position + tokens.size(1)
+        return self.states(known)[:, known.size(1) - tokens.size(1) + first :]
+
+    def again(self, count: int) -> int:
+        """Earlier tokens that are forwarded again before the next `count`."""
+        return 0 if self._recent is None else min(self._recent.size(1), max(0, self.window - count))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokens that are forwarded again."""
+        return {"position": self.position, "recent": self._recent}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.position, self._recent = state["position"], state["recent"]
 
 
 def transformers_stream(
@@ -213,6 +256,16 @@ def transformers_stream(
             "--forward windows"
         )
     return found
+
+
+def _detached(state: Any) -> Any:
+    """A state without its history: what is learned reaches no earlier block."""
+    if isinstance(state, Mapping):
+        return type(state)((key, _detached(value)) for key, value in state.items())
+    if isinstance(state, (list, tuple)):
+        parts = map(_detached, state)
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+    return state.detach() if isinstance(state, Tensor) else state
 
 
 def _plain(state: Any) -> Any:

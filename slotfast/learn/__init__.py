@@ -13,8 +13,9 @@ Whether a row is causal follows from these choices, and the auditor measures it.
 """
 
 from .api import Learned, learn
-from .loop import Charged, LearningLoop
-from .lora import PROJECTIONS, Lora
+from .layers import PROJECTIONS
+from .loop import Charged, FrozenLoop, LearningLoop
+from .lora import Lora
 from .presets import LEARNING, parse_row
 from .row import Learning
 
@@ -22,6 +23,7 @@ __all__ = [
     "LEARNING",
     "PROJECTIONS",
     "Charged",
+    "FrozenLoop",
     "Learned",
     "Learning",
     "LearningLoop",

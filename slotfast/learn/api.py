@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
-from ..model import GPT
-from .loop import LearningLoop
+from ..foreign.models import language_model
+from .loop import FrozenLoop, LearningLoop
 from .presets import parse_row
 from .row import Learning
 
@@ -19,7 +19,7 @@ class Learned:
     Args:
         nll, unlearned: float32 (float64 for float64) [N - 1], nats: of tokens 1, 2, ..., with learning and without.
         forwards: passes through the model for each token; see `LearningLoop`.
-        seconds: of learning and of the same forwards without.
+        seconds: of forwarding and learning, `learned`, and of the forward without, `unlearned`.
     """
 
     nll: Tensor
@@ -29,7 +29,7 @@ class Learned:
 
 
 def learn(
-    model: GPT,
+    model: nn.Module,
     tokens: Tensor,
     row: str | Learning = "learn",
     *,
@@ -41,7 +41,10 @@ def learn(
     """Charge a stream while learning from it, each chunk only once it is charged.
 
     Args:
-        model: in evaluation mode; left as it was.
+        model: in evaluation mode; left as it was. Ours; or a causal language model of `transformers`; or any module
+            that maps tokens int64 [B, T] to logits [B, T, V] through linear layers. It may have `hidden` and `head`
+            apart, and `stream(tokens, state) -> (states, state)`; without that, each chunk has all of its window
+            forwarded again, keys are those of the newest weights, and gradients reach them.
         tokens: int [N], N >= 2.
         row: how to learn, NAME, NAME:key=value or a row.
         window: tokens that one attends to; the model's training length where None.
@@ -57,8 +60,12 @@ def learn(
     parsed = parse_row(row) if isinstance(row, str) else row
     if not isinstance(parsed, Learning):
         raise InputError(f"preset {parsed.name!r} learns nothing: slotfast.adapt runs it")
-    loop = LearningLoop(model, parsed, window or model.config.seq_len, sinks, bos_id, dtype)
-    ids, charged = tokens.cpu().numpy(), []
-    loop.run(lambda start, stop: ids[start:stop], len(ids) - 1, charged.append)
-    nll, unlearned = (torch.cat([getattr(part, name) for part in charged]) for name in ("nll", "unlearned"))
-    return Learned(nll, unlearned, loop.forwards, loop.seconds)
+    known, length = language_model(model)
+    where = (window or length, sinks)
+    loop = LearningLoop(known, parsed, *where, bos_id, dtype)
+    frozen = FrozenLoop(known, *where, dtype, parsed.chunk)
+    ids, charged, plain = tokens.cpu().numpy(), [], []
+    for each, parts in ((frozen, plain), (loop, charged)):
+        each.run(lambda start, stop: ids[start:stop], len(ids) - 1, parts.append)
+    nll, unlearned = (torch.cat([part.nll for part in parts]) for parts in (charged, plain))
+    return Learned(nll, unlearned, loop.forwards, loop.seconds | frozen.seconds)

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InputError
+from ..foreign.models import LanguageModel, cached_forward
 from ..model import GPT, PackedLinear
-from ..stream import CachedForward
 from .lora import Learner, Lora, Weights
 from .row import Learning
 
@@ -26,21 +26,53 @@ class Charged:
 
     Args:
         start: the first prediction, which is charged for token start + 1 of the stream.
-        nll, unlearned: float32 (float64 for float64) [n], nats, with what has been learned and without.
+        nll: float32 (float64 for float64) [n], nats.
+        unlearned: the same without what has been learned, where the loop's forward is no other loop's; else None.
         logprobs: float [n, V], the distributions that nll was taken from; None unless asked for.
     """
 
     start: int
     nll: Tensor
-    unlearned: Tensor
+    unlearned: Tensor | None = None
     logprobs: Tensor | None = None
+
+
+class FrozenLoop:
+    """Charges a stream block by block and learns nothing: what rows that learn are compared with.
+
+    Args:
+        model, window, sinks, dtype: of `LearningLoop`.
+        block: tokens of one forward, >= 1.
+
+    Attributes:
+        seconds: of forwarding.
+    """
+
+    def __init__(
+        self, model: nn.Module, window: int, sinks: int = 0, dtype: torch.dtype | None = None, block: int = 256
+    ):
+        self.model, self.block, self.seconds = model, block, {"unlearned": 0.0}
+        self._cached = cached_forward(model, window, sinks, dtype)
+
+    @torch.no_grad()
+    def run(
+        self, read: Callable[[int, int], np.ndarray], predictions: int, on_charged: Callable[[Charged], None]
+    ) -> None:
+        """Charge; see `LearningLoop.run`."""
+        clock = _Clock(self.model)
+        for start in range(0, predictions, self.block):
+            tokens = _tokens(read, start, min(start + self.block, predictions), self.model)
+            nll = _losses(self._cached, self.model.head, tokens)[0]
+            self.seconds["unlearned"] += clock.lap()
+            on_charged(Charged(start, nll))
+            clock.lap()
 
 
 class LearningLoop:
     """Charges a stream chunk by chunk, and learns from each chunk once it is charged; runs once.
 
     Args:
-        model: in evaluation mode; left as it was.
+        model: ours, or somebody else's in a `LanguageModel`; in evaluation mode, left as it was.
         row: how to learn.
         window: tokens that one attends to, >= 1.
         sinks: first tokens of the stream that stay visible, >= 0.
@@ -49,7 +81,7 @@ class LearningLoop:
         keep_logprobs: give the distributions too.
 
     Attributes:
-        seconds: of forwarding and learning, and of the same forwards without learning.
+        seconds: of forwarding and learning.
 
     Raises:
         InputError: a chunk longer than the window, documents that nothing starts, weights that cannot learn.
@@ -57,7 +89,7 @@ class LearningLoop:
 
     def __init__(
         self,
-        model: GPT,
+        model: GPT | LanguageModel,
         row: Learning,
         window: int,
         sinks: int = 0,
@@ -67,13 +99,14 @@ class LearningLoop:
     ):
         check(row, model, window, bos_id)
         self.model, self.row, self.sinks, self.bos_id, self.keep_logprobs = model, row, sinks, bos_id, keep_logprobs
-        self.seconds = {"learned": 0.0, "unlearned": 0.0}
-        self._cached, self._plain = (CachedForward(model, window, sinks, dtype=dtype) for _ in range(2))
-        self._learner: Learner = (
-            Lora(model, row.rank, row.projections) if row.what == "lora" else Weights(model, row.what == "norms")
-        )
+        self.seconds = {"learned": 0.0}
+        try:
+            self._cached = cached_forward(model, window, sinks, dtype)
+            self._learner = _learner(row, model)
+        except InputError as error:
+            raise InputError(f"preset {row.name!r}: {error}") from None
         self._optimizer = _optimizer(row, self._learner)
-        self._work = self._tokens = 0
+        self._work = self._tokens = self._forwarded = 0
 
     @property
     def forwards(self) -> float:
@@ -98,8 +131,7 @@ class LearningLoop:
         try:
             start = 0
             while start < predictions:
-                stop = min(start + self.row.chunk, predictions)
-                tokens = torch.from_numpy(np.asarray(read(start, stop + 1)).astype(np.int64))
+                tokens = _tokens(read, start, min(start + self.row.chunk, predictions), self.model)
                 start += self._chunk(start, tokens, predictions, on_charged)
         finally:
             for parameter in trained:
@@ -107,7 +139,7 @@ class LearningLoop:
 
     def _chunk(self, start: int, tokens: Tensor, predictions: int, on_charged: Callable[[Charged], None]) -> int:
         """Charge predictions of tokens [n + 1], and learn from them; how many: n, or fewer where a document ends."""
-        clock, count = time.perf_counter(), len(tokens) - 1
+        clock, count = _Clock(self.model), len(tokens) - 1
         if self.row.scope == "document":
             borders = (tokens[:-1] == self.bos_id).nonzero()[:, 0].tolist()
             if borders[:1] == [0]:
@@ -115,10 +147,6 @@ class LearningLoop:
                 self._optimizer.state.clear()
             count = next((border for border in borders if border), count)
         ends = count < len(tokens) - 1 or start + count == predictions  # nothing that is learned here is used
-        tokens = tokens.to(self.model.tok_emb.weight.device)
-        with torch.no_grad():
-            unlearned = _losses(self._plain, self.model.head, tokens[: count + 1])[0]
-        clock = self._lap("unlearned", clock)
         before = self._cached.state_dict() if ends or self.row.steps > 1 else None
         with self._learner.attached():
             losses, logits = self._forward(tokens)
@@ -126,7 +154,9 @@ class LearningLoop:
             self._tokens += count
             self._check(start, nll)
             rows = torch.log_softmax(logits.detach()[:count], -1) if self.keep_logprobs else None
-            on_charged(Charged(start, nll, unlearned, rows))
+            self.seconds["learned"] += clock.lap()
+            on_charged(Charged(start, nll, logprobs=rows))
+            clock.lap()
             if not ends:
                 self._learn(losses, tokens, before)
             elif count < len(tokens) - 1:
@@ -134,7 +164,7 @@ class LearningLoop:
                 # comes from the whole chunk, and what is remembered ends where the document does.
                 self._cached.load_state_dict(before)
                 self._forward(tokens[: count + 1])
-        self._lap("learned", clock)
+        self.seconds["learned"] += clock.lap()
         return count
 
     def _learn(self, losses: Tensor, tokens: Tensor, before: dict | None) -> None:
@@ -145,7 +175,7 @@ class LearningLoop:
                 self._cached.load_state_dict(before)
                 losses, _ = self._forward(tokens)
             losses.mean().backward()
-            self._work += len(losses) * (2 if self.row.what == "all" else 1)
+            self._work += self._forwarded * (2 if self.row.what == "all" else 1)
             if self.row.clip:
                 nn.utils.clip_grad_norm_(self._learner.parameters, self.row.clip)
             self._optimizer.step()
@@ -156,7 +186,9 @@ class LearningLoop:
     @torch.enable_grad()
     def _forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Losses [n] and logits [n, V] of the predictions of tokens [n + 1], with what has been learned."""
-        self._work += len(tokens) - 1
+        again = getattr(self._cached, "again", None)  # of a model that keeps nothing
+        self._forwarded = len(tokens) - 1 + (again(len(tokens) - 1) if again else 0)
+        self._work += self._forwarded
         return _losses(self._cached, lambda hidden: self._learner.head(self.model, hidden), tokens)
 
     def _check(self, start: int, nll: Tensor) -> None:
@@ -168,19 +200,10 @@ class LearningLoop:
                 f"broken weights, or lr={self.row.lr:g} is too high for them"
             )
 
-    def _lap(self, phase: str, since: float) -> float:
-        if self.model.tok_emb.weight.is_cuda:
-            torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] += now - since
-        return now
-
 
 def check(row: Learning, model: nn.Module, window: int, bos_id: int | None) -> None:
     """Raise InputError where a row cannot learn with a model."""
     where = f"preset {row.name!r}: "
-    if not isinstance(model, GPT):
-        raise InputError(f"{where}learns with models of this package only, not with a {type(model).__name__}")
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise InputError(f"{where}packed weights pass no gradients on; leave out --weights int6")
     if row.apart:
@@ -191,9 +214,37 @@ def check(row: Learning, model: nn.Module, window: int, bos_id: int | None) -> N
         raise InputError(f"{where}scope=document: expected a token that starts one")
 
 
-def _losses(cached: CachedForward, head: Callable[[Tensor], Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _tokens(read: Callable[[int, int], np.ndarray], start: int, stop: int, model: nn.Module) -> Tensor:
+    """int64 [stop - start + 1], on the model's device: what predictions [start, stop) read, and are charged for."""
+    tokens = torch.from_numpy(np.asarray(read(start, stop + 1)).astype(np.int64))
+    return tokens.to(next(model.parameters()).device)
+
+
+def _losses(
+    cached: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], tokens: Tensor
+) -> tuple[Tensor, Tensor]:
     logits = head(cached(tokens[None, :-1]))
     return ops.cross_entropy(logits, tokens[None, 1:])[0], logits[0]
+
+
+class _Clock:
+    """Seconds since the last lap, of the device too."""
+
+    def __init__(self, model: nn.Module):
+        self._cuda = next(model.parameters()).is_cuda
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        since, self._last = self._last, time.perf_counter()
+        return self._last - since
+
+
+def _learner(row: Learning, model: nn.Module) -> Learner:
+    if row.what == "lora":
+        return Lora(model, row.rank, row.projections, row.alpha)
+    return Weights(model, row.what == "norms")
 
 
 def _optimizer(row: Learning, learner: Learner) -> torch.optim.Optimizer:

@@ -13,17 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model import GPT
-
-# Of every block; `head` is the output matrix. Tables' own projections are no part of a block, and stay.
-_LAYERS = {
-    "q": "attn.c_q",
-    "k": "attn.c_k",
-    "v": "attn.c_v",
-    "o": "attn.proj",
-    "up": "mlp.fc",
-    "down": "mlp.proj",
-}
-PROJECTIONS = (*_LAYERS, "attn", "mlp", "head")  # attn, mlp: beside the whole of it; with slots alone
+from .layers import is_linear, linear_layers, widths
 
 
 class Learner(Protocol):
@@ -35,8 +25,8 @@ class Learner(Protocol):
         """Within, the model computes with what has been learned; afterwards it is what it was."""
         ...
 
-    def head(self, model: GPT, hidden: Tensor) -> Tensor:
-        """Soft-capped logits of hidden states."""
+    def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """Logits of hidden states, soft-capped where the model does."""
         ...
 
     def reset(self) -> None:
@@ -44,35 +34,36 @@ class Learner(Protocol):
 
 
 class Lora:
-    """Two factors beside each of the chosen projections of every block.
+    """Two factors beside each of the chosen projections.
 
     Args:
         model: its weights are left alone.
         rank: of the product, >= 1.
         projections: some of `PROJECTIONS`.
+        alpha: the product counts alpha / rank times; None: once.
+
+    Raises:
+        InputError: see `linear_layers`.
     """
 
-    def __init__(self, model: GPT, rank: int, projections: Sequence[str]):
-        like = model.tok_emb.weight
-        dtype = torch.promote_types(like.dtype, torch.float32)  # a step is smaller than what bfloat16 can add
+    def __init__(self, model: nn.Module, rank: int, projections: Sequence[str], alpha: float | None = None):
+        self._scale = 1.0 if alpha is None else alpha / rank
         source = torch.Generator().manual_seed(0)
         self._layers: list[tuple[nn.Module, Tensor, Tensor]] = []
         self._head: tuple[Tensor, Tensor] | None = None
         self.parameters: list[nn.Parameter] = []
 
-        def factors(n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
+        def factors(n_out: int, n_in: int, like: Tensor) -> tuple[Tensor, Tensor]:
+            dtype = torch.promote_types(like.dtype, torch.float32)  # a step is smaller than what bfloat16 can add
             drawn = torch.empty(rank, n_in).uniform_(-1, 1, generator=source) / math.sqrt(n_in)
             pair = tuple(nn.Parameter(x.to(like.device, dtype)) for x in (drawn, torch.zeros(n_out, rank)))
             self.parameters += pair
             return pair
 
-        for block in model.blocks:
-            for name in projections:
-                if name in _LAYERS:
-                    layer = block.get_submodule(_LAYERS[name])
-                    self._layers.append((layer, *factors(*layer.weight.shape)))
-        if "head" in projections:
-            self._head = factors(*like.shape)
+        for layer in linear_layers(model, projections):
+            self._layers.append((layer, *factors(*widths(layer), layer.weight)))
+        if isinstance(model, GPT) and "head" in projections:
+            self._head = factors(*model.tok_emb.weight.shape, model.tok_emb.weight)
         self._start = [parameter.detach().clone() for parameter in self.parameters]
 
     @contextlib.contextmanager
@@ -82,18 +73,22 @@ class Lora:
             for layer, a, b in self._layers:
 
                 def add(_layer: nn.Module, args: tuple[Tensor], y: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
-                    return y + _product(args[0], a, b)
+                    return y + self._product(args[0], a, b)
 
                 stack.enter_context(_removed(layer.register_forward_hook(add)))
             yield
 
-    def head(self, model: GPT, hidden: Tensor) -> Tensor:
-        """See `Learner`; the head's factors add to its logits before the soft cap."""
-        return model.head(hidden, None if self._head is None else _product(hidden, *self._head))
+    def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """See `Learner`; the factors of our models' output matrix add to its logits before the soft cap."""
+        return model.head(hidden, None if self._head is None else self._product(hidden, *self._head))
 
     def reset(self) -> None:
         """See `Learner`."""
         _restore(self.parameters, self._start)
+
+    def _product(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        product = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+        return product if self._scale == 1 else self._scale * product
 
 
 class Weights:
@@ -104,8 +99,8 @@ class Weights:
         gains_only: those of no linear layer and no table.
     """
 
-    def __init__(self, model: GPT, gains_only: bool = False):
-        matrices = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    def __init__(self, model: nn.Module, gains_only: bool = False):
+        matrices = [x for x in model.modules() if is_linear(x) or isinstance(x, nn.Embedding)]
         held = {id(module.weight) for module in matrices} if gains_only else set()
         self.parameters = [parameter for parameter in model.parameters() if id(parameter) not in held]
         self._start = [parameter.data for parameter in self.parameters]
@@ -126,17 +121,13 @@ class Weights:
             parameter.requires_grad_(learns)
             parameter.grad = None
 
-    def head(self, model: GPT, hidden: Tensor) -> Tensor:
+    def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
         """See `Learner`."""
         return model.head(hidden)
 
     def reset(self) -> None:
         """See `Learner`."""
         _restore(self._learned, self._start)
-
-
-def _product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
 @torch.no_grad()

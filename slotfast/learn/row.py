@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..slot import Compliance
-from .lora import PROJECTIONS
+from .layers import PROJECTIONS
 
 _PHASES = ("prefix", "phase_lr", "phase_momentum", "phase_epochs", "phase_clip", "piece")
 

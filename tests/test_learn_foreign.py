@@ -1,0 +1,167 @@
+"""Learning with other people's models: transformers through their own cache, and any module with linear layers."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from slotfast.errors import InputError
+from slotfast.eval.__main__ import main
+from slotfast.foreign.models import language_model
+from slotfast.learn import Lora, learn
+from slotfast.learn.layers import linear_layers
+
+from .models import random_model
+from .test_foreign_stream import LONGEST, OWN, WINDOW, V, build
+
+ROW = "learn:chunk=8,lr=0.01,rank=2"
+EVERY = ("q", "k", "v", "o", "up", "down", "head")
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers", reason="Hugging Face models need transformers (the extra hf)")
+
+
+def _tokens(n=150, vocabulary=V, seed=1):
+    return torch.randint(vocabulary, (n,), generator=torch.Generator().manual_seed(seed))
+
+
+class Recurrent(nn.Module):
+    """Somebody's model: no cache, no head apart, names of its own."""
+
+    seq_len = 16
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mix = nn.Embedding(V, 12), nn.GRU(12, 12, batch_first=True)
+        self.attention, self.dense = nn.Linear(12, 12), nn.Linear(12, V)
+
+    def forward(self, tokens):
+        return self.dense(torch.tanh(self.attention(self.mix(self.table(tokens))[0])))
+
+
+# layers by kind: GPT-2's are stored the other way round, and its queries, keys and values are one matrix
+LAYERS = {
+    "GPT2": {"q": "c_attn", "v": "c_attn", "o": "attn.c_proj", "up": "c_fc", "down": "mlp.c_proj", "head": "lm_head"},
+    "Llama": {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "up": "gate_proj", "down": "down_proj"},
+}
+
+
+@pytest.mark.parametrize("family", LAYERS)
+def test_projections_are_found_by_the_names_of_their_family(transformers, family):
+    model = build(transformers, family)
+    names = {id(module): name for name, module in model.named_modules()}
+    for kind, ending in LAYERS[family].items():
+        found = [names[id(layer)] for layer in linear_layers(model, (kind,))]
+        assert found and any(name.endswith(ending) for name in found)
+        assert len(found) == (1 if kind == "head" else 4 if ending == "gate_proj" else 2)
+    assert len(linear_layers(model, EVERY)) == {"GPT2": 9, "Llama": 15}[family]
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+def test_factors_at_zero_change_no_bit_and_others_are_a_product_added_to_the_weight(transformers, family):
+    model = build(transformers, family)
+    known, length = language_model(model)
+    assert length == LONGEST and known.head_apart
+    lora, tokens, merged = Lora(known, 2, EVERY), _tokens(20)[None], copy.deepcopy(model)
+    plain = known.head(known.hidden(tokens))
+    with lora.attached():
+        assert torch.equal(lora.head(known, known.hidden(tokens)), plain)
+    theirs = linear_layers(merged, EVERY)
+    head = merged.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone())  # the table that it was tied to stays
+    with torch.no_grad():
+        for layer, a, b in zip(theirs, lora.parameters[::2], lora.parameters[1::2], strict=True):
+            b.normal_(0, 0.1)
+            layer.weight += b @ a if isinstance(layer, nn.Linear) else (b @ a).T
+        with lora.attached():
+            learned = lora.head(known, known.hidden(tokens))
+        torch.testing.assert_close(learned, merged(tokens).logits, rtol=1e-4, atol=1e-4)
+    assert torch.equal(known.head(known.hidden(tokens)), plain)
+
+
+MODELS = {
+    "GPT2": (lambda transformers: build(transformers, "GPT2"), 3),
+    "Llama": (lambda transformers: build(transformers, "Llama"), 3),
+    "no cache": (lambda transformers: Recurrent(), 0),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("row", [ROW, "learn:chunk=8,lr=0.01,steps=2,what=norms", "learn:chunk=8,lr=1e-3,what=all"])
+def test_no_charge_moves_when_a_later_token_changes(transformers, name, row):
+    """The stream starts again from position 0 within it, and it is charged unlearned until the first chunk ends."""
+    make, sinks = MODELS[name]
+    model = make(transformers).requires_grad_(False)
+    if name == "no cache" and "norms" in row:
+        row = row.replace("norms", "lora,rank=2")  # it has no gains but biases
+    kept = [parameter.clone() for parameter in model.parameters()]
+    tokens = _tokens(120)
+    before = learn(model, tokens, row, window=WINDOW, sinks=sinks)
+    assert torch.equal(before.nll[:8], before.unlearned[:8])
+    assert bool((before.nll[8:] != before.unlearned[8:]).any())
+    for flipped in (8, 48, 49, 118):
+        other = tokens.clone()
+        other[flipped] = (other[flipped] + 1) % V
+        after = learn(model, other, row, window=WINDOW, sinks=sinks).nll
+        assert torch.equal(before.nll[: flipped - 1], after[: flipped - 1])
+        assert not torch.equal(before.nll[flipped - 1 :], after[flipped - 1 :])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), kept, strict=True))
+
+
+def test_unlearned_it_is_the_stream_and_learning_learns_what_repeats(transformers):
+    model = build(transformers, "Llama")
+    tokens = _tokens(30).repeat(8)
+    found = learn(model, tokens, "learn:chunk=10,lr=0.01,rank=4", window=WINDOW, sinks=2)
+    stream = language_model(model)[0].cached_forward(WINDOW, 2, None)
+    with torch.inference_mode():
+        logits = model.lm_head(stream(tokens[None, :-1]))[0]
+    torch.testing.assert_close(
+        found.unlearned, nn.functional.cross_entropy(logits, tokens[1:], reduction="none"), rtol=1e-4, atol=1e-4
+    )
+    assert found.nll[120:].mean() < found.unlearned[120:].mean() - 0.5
+    assert set(found.seconds) == {"learned", "unlearned"} and 1.9 < found.forwards < 2
+
+
+def test_a_module_without_a_cache_has_its_window_forwarded_again():
+    model, tokens = Recurrent(), _tokens(41)
+    found = learn(model, tokens, ROW, window=12)
+    plain = found.unlearned
+    assert found.forwards == pytest.approx((8 + 8 + 4 * 12 + 3 * 12) / 40)  # no window is full in the first chunk
+    for start in (0, 8, 16, 32):
+        begin = max(0, start + 8 - 12)
+        logits = model(tokens[None, begin : start + 8])[0, start - begin :]
+        wanted = nn.functional.cross_entropy(logits, tokens[start + 1 : start + 9], reduction="none")
+        torch.testing.assert_close(plain[start : start + 8], wanted, rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="has no keys that could stay"):
+        learn(model, tokens, ROW, window=12, sinks=2)
+
+
+def test_the_command_learns_with_a_model_of_others(tmp_path, monkeypatch, capsys):
+    """A module with a state of its own, which no gradient may follow into earlier chunks."""
+    (tmp_path / "own_models.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "t.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog.\n" * 12)
+    args = ["--model", "own_models:Apart", "--text", str(text), "--stride", "16", "--preset", "learn:chunk=16,lr=0.02"]
+    for forward in ("windows", "stream"):
+        main([*args, "--forward", forward, "--json", "-"])
+        found = json.loads(capsys.readouterr().out)["presets"][1]
+        assert found["unlearned"]["gain_bpb"] > 0.1 and found["cost"]["forwards"] > 1.8
+    with pytest.raises(InputError, match=r"projections=q.*no 'q' by any name known; its linear layers: out"):
+        main([*args[:-1], "learn:chunk=16,projections=q"])
+
+
+def test_without_the_output_matrix_factors_stand_beside_the_rest():
+    assert len(linear_layers(random_model(layers=2, value_layers=(1,)), ("q", "down"))) == 4
+    with pytest.raises(
+        InputError, match="the model has no 'up' by any name known; its linear layers: attention, dense"
+    ):
+        linear_layers(Recurrent(), ("up",))
+    with pytest.raises(InputError, match="the model has no 'linear layer'"):
+        linear_layers(nn.Embedding(3, 3), EVERY)

@@ -6,8 +6,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .reductions import BLOCK_ROWS, block_sum, row_sum
-from .tape import WindowRows, probabilities
+from .reductions import block_sum, row_sum
+from .tape import WindowRows, probabilities, to_front
 
 
 class BiasObjective:
@@ -44,28 +44,15 @@ class BiasObjective:
         if T == 0:
             z, targets, weights = z.new_zeros(W, 1, V), targets.new_zeros(W, 1), weights.new_zeros(W, 1)
 
-        # rows in use first, in whole blocks: no sum then depends on padding, or on where it is
-        count = (weights != 0).sum(1, keepdim=True)
-        length = max(1, -(-int(count.max() if W else 0) // BLOCK_ROWS)) * BLOCK_ROWS
-        used = torch.arange(length, device=z.device) < count
-        in_front = torch.arange(z.shape[1], device=z.device) < count
-        if torch.equal(weights != 0, in_front):
-            z, targets, weights = z[:, :length], targets[:, :length], weights[:, :length]
-        else:
-            order = torch.argsort((weights != 0).byte(), dim=1, descending=True, stable=True)[:, :length]
-            z = z[torch.arange(W, device=z.device)[:, None], order]
-            targets, weights = targets.gather(1, order), weights.gather(1, order)
+        used, z, targets, weights = to_front(weights != 0, z, targets, weights)
+        count, length = z.shape[1], used.shape[1]
         p, lse = probabilities(z, dtype, length)
         self.p = WindowRows(p)
-        known = (targets >= 0) & (targets < V)
-        nll = lse - z.gather(2, torch.where(known, targets, 0)[:, :, None])[:, :, 0].double()
-        targets, weights, nll = (
-            torch.nn.functional.pad(x, (0, length - x.shape[1]))
-            for x in (targets, weights, nll.masked_fill(~known, torch.nan))
-        )
-        nll, targets = torch.where(used, nll, 0.0), targets.clamp(0, V - 1)
+        known, targets = (targets >= 0) & (targets < V), targets.clamp(0, V - 1)
+        nll = (lse - z.gather(2, targets[:, :count, None])[:, :, 0].double()).masked_fill(~known[:, :count], torch.nan)
+        nll = torch.where(used, torch.nn.functional.pad(nll, (0, length - count)), 0.0)
         self.idle = None if bool(used.all()) else ~used  # [W, length]: rows that count for nothing
-        self.weights = torch.where(used, weights.double(), 0.0)  # [W, length]
+        self.weights = weights.double()  # [W, length]
         total = block_sum(self.weights)
         scale = torch.where(total > 0, 1.0 / total, 0.0)
         counts = self.weights.new_zeros(W, V).scatter_add_(1, targets, self.weights)

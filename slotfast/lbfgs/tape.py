@@ -45,6 +45,39 @@ class Tape:
         return rows.as_strided((count, length, *rows.shape[1:]), (self.step * down, down, *inner))
 
 
+def to_front(used: Tensor, logits: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+    """The positions that each window uses, moved to its front in their order, in whole blocks of rows.
+
+    No sum over them then depends on how many others there are, or on where these were. Windows that all use the same
+    positions in a row stay the views that they are.
+
+    Args:
+        used: bool [W, T].
+        logits: [W, T, V], T >= 1.
+        columns: [W, T] each.
+
+    Returns:
+        used [W, R], R a multiple of BLOCK_ROWS; logits [W, up to R, V], with anything where a row is not used; and the
+        columns [W, R], 0 there.
+    """
+    W, T = used.shape
+    count = used.sum(1, keepdim=True)
+    longest = max(1, int(count.max()) if W else 0)
+    length = -(-longest // BLOCK_ROWS) * BLOCK_ROWS
+    first = int(used.any(0).byte().argmax()) if W else 0
+    position = torch.arange(T, device=used.device)
+    if torch.equal(used, (position >= first) & (position < first + count)):
+        cut = slice(first, first + longest)
+        logits, columns = logits[:, cut], tuple(column[:, cut] for column in columns)
+    else:
+        order = torch.argsort(used.byte(), dim=1, descending=True, stable=True)[:, :longest]
+        logits = logits[torch.arange(W, device=used.device)[:, None], order]
+        columns = tuple(column.gather(1, order) for column in columns)
+    kept = torch.arange(length, device=used.device) < count
+    padded_columns = (torch.nn.functional.pad(column, (0, length - column.shape[1])) for column in columns)
+    return kept, logits, *(torch.where(kept, column, 0) for column in padded_columns)
+
+
 def softmax(z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """softmax(z) [..., V], and log-sum-exp float64 [...], which costs no further exponentials."""
     p = torch.softmax(z, -1, dtype=dtype)

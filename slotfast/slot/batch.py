@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..lbfgs.reductions import BLOCK_ROWS
-from ..lbfgs.tape import Tape, WindowRows, probabilities, softmax
+from ..lbfgs.tape import Tape, WindowRows, probabilities, softmax, to_front
 from .adaptation import Adaptation
 from .repeats import Followers, mix, mix_rows
 
@@ -45,8 +44,7 @@ class WindowBatch:
     @cached_property
     def scored(self) -> Tensor:
         """bool [W, T]: the positions that are scored here. In order, they are a piece of the stream."""
-        position = torch.arange(self.logits.size(1), device=self.logits.device)
-        return (position >= self.context_end[:, None]) & (position < self.scored_end[:, None])
+        return (self._position >= self.context_end[:, None]) & (self._position < self.scored_end[:, None])
 
     @cached_property
     def first_scored(self) -> int:
@@ -57,7 +55,16 @@ class WindowBatch:
     @cached_property
     def charges(self) -> "Packed":
         """The positions that are scored here."""
-        return Packed(self, self.context_end, self.scored_end)
+        return Packed(self, self.scored)
+
+    @cached_property
+    def contexts(self) -> "Packed":
+        """The positions that earlier windows scored."""
+        return Packed(self, self._position < self.context_end[:, None])
+
+    @cached_property
+    def _position(self) -> Tensor:
+        return torch.arange(self.logits.size(1), device=self.logits.device)
 
     def focus(self, row: Adaptation) -> Tensor:
         """bool [W, T]: the positions whose losses a row is fitted to."""
@@ -65,8 +72,7 @@ class WindowBatch:
         if row.positions == "scored":
             return self.scored
         begin = max(0, length - row.focal) if row.positions == "focal" else 0
-        position = torch.arange(length, device=self.logits.device)
-        return (position >= begin) & (position < self.context_end[:, None])
+        return (self._position >= begin) & (self._position < self.context_end[:, None])
 
     def visible(self, row: Adaptation) -> tuple[Tensor, Tensor, Tensor]:
         """All that a row may fit to: logits [W, N, V], targets [W, N] and weights [W, N] of its positions.
@@ -105,32 +111,26 @@ class WindowBatch:
 
 
 class Packed:
-    """Positions [begin, end) of each window, packed to the front, and the model's probabilities there, made once.
+    """Positions of each window, packed to the front, and the model's probabilities there, made once.
 
     A window's sums then round alike whatever else is in the batch.
 
     Args:
         batch: the windows.
-        begin, end: int64 [W].
+        used: bool [W, T], the positions.
     """
 
-    def __init__(self, batch: WindowBatch, begin: Tensor, end: Tensor):
-        windows = len(begin)
-        longest = max([1, *(end - begin).tolist()])
-        self.length = -(-longest // BLOCK_ROWS) * BLOCK_ROWS  # R
-        offset = torch.arange(self.length, device=begin.device)
-        index = (begin[:, None] + offset).clamp(max=batch.targets.size(1) - 1)
-        self.taken = offset < (end - begin)[:, None]  # [W, R]
-        self.targets = batch.targets.gather(1, index)  # [W, R]
-        first = int(begin.max()) if windows else 0
-        if bool(((begin == first) | (end <= begin)).all()):
-            logits = batch.logits[:, first : first + longest]
-        else:
-            logits = batch.logits[torch.arange(windows, device=begin.device)[:, None], index[:, :longest]]
-        self.logits = logits  # [W, up to R, V]
-        self.dtype = torch.promote_types(logits.dtype, torch.float32)
-        p, self.lse = probabilities(logits, self.dtype, self.length)
+    def __init__(self, batch: WindowBatch, used: Tensor):
+        # [W, R], [W, up to R, V], [W, R]
+        self.taken, self.logits, self.targets = to_front(used, batch.logits, batch.targets)
+        self.dtype = torch.promote_types(self.logits.dtype, torch.float32)
+        p, self.lse = probabilities(self.logits, self.dtype, self.taken.shape[1])
         self.rows = WindowRows(p)
+
+    def of(self, window: int) -> tuple[Tensor, Tensor]:
+        """Logits [n, V] and targets [n] of one window."""
+        count = int(self.taken[window].sum())
+        return self.logits[window, :count], self.targets[window, :count]
 
     def mixture(self, weight: Tensor) -> Tensor:
         """sum_t weight_t p_t of each window's positions, float64 [W, V], for weight [W, R], 0 where none is taken."""

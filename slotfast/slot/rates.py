@@ -99,7 +99,7 @@ class Rates:
 
     def windows(self, batch: WindowBatch) -> Tensor:
         """Biases [W, V] from each window's own context."""
-        _, counts, expected = self._sums(Packed(batch, torch.zeros_like(batch.context_end), batch.context_end))
+        _, counts, expected = self._sums(batch.contexts)
         windows = zip(counts, expected, strict=True)  # one by one: a vector's last elements may round otherwise
         return self._bias(torch.stack([((c + self.k) / (e + self.k)).log() for c, e in windows]))
 
@@ -161,9 +161,8 @@ class BigramRates:
         row, adjusted = self.rates.row, []
         unigram = self.rates.stream(batch)
         wide = torch.promote_types(batch.logits.dtype, torch.float32)
-        for window in batch.scored.any(1).nonzero()[:, 0].tolist():
-            scored = batch.scored[window]
-            logits, targets = batch.logits[window][scored], batch.targets[window][scored]
+        for window in batch.charges.taken.any(1).nonzero()[:, 0].tolist():
+            logits, targets = batch.charges.of(window)
             ratio = (unigram[window] / row.scale).exp() if row.scale else torch.ones_like(self.rates.k)
             # the stream's very first token has no predecessor that was charged: it stands for itself
             before = targets[:1] if self.previous is None else self.previous

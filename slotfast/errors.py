@@ -1,11 +1,29 @@
 """The one exception that stands for bad input: commands print it as one line and exit with code 2."""
 
-from collections.abc import Mapping
-from typing import Any
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 
 class InputError(ValueError):
     """Input that cannot be used; the message says what was wrong, where, and what was expected, in one line."""
+
+
+@contextmanager
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Whatever the system has against reading a file becomes an InputError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an exception and the first line of what it says, for those of other people's code."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 _EXPECTED = {
@@ -31,12 +49,42 @@ _EXPECTED = {
 }
 
 
-def expected(error: Mapping[str, Any]) -> str:
-    """What was expected of a value, in our words.
+class _ValidationError(Protocol):
+    """pydantic's, which commands that validate nothing do without."""
+
+    def errors(self) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class Fault:
+    """The first thing that validation found wrong.
 
     Args:
-        error: one of `pydantic.ValidationError.errors()`.
+        where: the value's name, with dots where it lies inside another; empty where it is the whole.
+        value: as it was given.
+        expected: what was expected, in our words.
     """
+
+    where: str
+    value: Any
+    expected: str
+
+    @classmethod
+    def of(cls, error: _ValidationError) -> "Fault":
+        """The first fault of a `pydantic.ValidationError`."""
+        first = error.errors()[0]
+        return cls(".".join(map(str, first["loc"])), first["input"], _expected(first))
+
+    @property
+    def name(self) -> str:
+        """The outermost part of `where`."""
+        return self.where.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.expected}" if self.where else self.expected
+
+
+def _expected(error: Mapping[str, Any]) -> str:
     phrase = _EXPECTED.get(error["type"])
     if phrase is None:
         return error["msg"].removeprefix("Value error, ")

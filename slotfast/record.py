@@ -24,7 +24,7 @@ from . import config
 from .command.files import write_json
 from .command.run import deliver, run_command
 from .contest import CAP_BYTES, LARGEST_P, THRESHOLD_NATS
-from .errors import InputError, expected
+from .errors import Fault, InputError, reading
 from .overlap import MAX_OVERLAP
 from .record_page import write_page
 from .welch import Comparison, Sample, compare
@@ -172,9 +172,8 @@ def _read(path: Path, preset: str | None) -> Run:
     try:
         result = Result.model_validate_json(_text(file))
     except pydantic.ValidationError as error:
-        detail = error.errors()[0]
-        where = ".".join(map(str, detail["loc"])) or "JSON"
-        raise InputError(f"{file}: not a result of slotfast.eval: {where}: {expected(detail)}") from None
+        fault = Fault.of(error)
+        raise InputError(f"{file}: not a result of slotfast.eval: {fault.where or 'JSON'}: {fault.expected}") from None
     name = preset or result.preset
     row = next((row for row in result.presets if row.preset == name), None)
     if row is None:
@@ -187,9 +186,8 @@ def _read(path: Path, preset: str | None) -> Run:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        with reading(path):
+            return path.read_text("utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8") from None
 
@@ -231,10 +229,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _code_bytes(path: str | None, runs: Sequence[Run]) -> int | None:
     """Size of the code; raises InputError where it and the largest model are above the cap."""
-    try:
-        code_bytes = None if path is None else Path(path).stat().st_size
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    code_bytes = None
+    if path is not None:
+        with reading(path):
+            code_bytes = Path(path).stat().st_size
     for each in runs:
         total = (each.result.artifact_bytes or 0) + (code_bytes or 0)
         if total > CAP_BYTES:

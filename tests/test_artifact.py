@@ -135,19 +135,19 @@ HOSTILE = {
     "a tensor less": (lambda header: header["tensors"].pop() and None, "belong to no tensor"),
     "a calibration out of range": (
         _set("metadata", "calibration", value={"scale": -50, "decay": 0.9, "gates": [[0, 0]] * 6}),
-        "calibration.scale: Input should be greater than or equal to 0",
+        "calibration.scale: expected at least 0",
     ),
     "a calibration that is no number": (
         _set("metadata", "calibration", value={"scale": 1, "decay": math.nan, "gates": [[0, 0]] * 6}),
-        "calibration.decay: Input should be",
+        "calibration.decay: expected",
     ),
     "a calibration of too few gates": (
         _set("metadata", "calibration", value={"scale": 1, "decay": 0.9, "gates": [[0, 0]]}),
         "calibration.gates: Tuple should have at least 6 items",
     ),
-    "a hash that is no text": (_set("metadata", "tokenizer_sha256", value=7), "tokenizer_sha256: Input should be"),
+    "a hash that is no text": (_set("metadata", "tokenizer_sha256", value=7), "tokenizer_sha256: expected text"),
     "many value layers": (_set("config", "value_layers", value=[0] * 300), "value_layers"),
-    "an infinite cap": (_set("config", "softcap", value=math.inf), "softcap: Input should be a finite number"),
+    "an infinite cap": (_set("config", "softcap", value=math.inf), "softcap: expected a finite number"),
     "an endless window": (_set("config", "seq_len", value=1 << 30), "seq_len"),
     "a long name": (_set("tensors", 0, "name", value="x" * 5000), "tensor 'xxxx.*x[.]{3}$"),
     "a long shape": (_set("tensors", 0, "shape", value=[1] * 5000), r"1, 1.*[.]{3}$"),

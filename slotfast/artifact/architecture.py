@@ -10,7 +10,7 @@ from typing import Any
 import pydantic
 from torch import Tensor
 
-from ..errors import InputError, expected
+from ..errors import Fault, InputError
 from ..model import GPTConfig
 from ..quantize import QuantizedMatrix
 from .bounded import unique_json
@@ -129,9 +129,8 @@ def describe(
     try:
         config = GPTConfig.model_validate({**{key: nothing[key] for key in unsaid if key in nothing}, **said})
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"model{' setting ' + where if where else ''}: {expected(first)}") from None
+        fault = Fault.of(error)
+        raise InputError(f"model{' setting ' * bool(fault.where)}{fault.where}: {fault.expected}") from None
     shapes = parameter_shapes(config, limit)
     if "loops" in said and {"loop_start", "loop_end"} & set(unsaid):  # half told, so the skips prove nothing
         shapes |= {name: shape[name] for name in ("skip_weights", "skip_gates") if name in shape and name in shapes}

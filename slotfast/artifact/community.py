@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..command.files import atomic_write
-from ..errors import InputError
+from ..errors import InputError, reading
 from ..quantize import QuantizedMatrix
 from .architecture import Description, check_tensors, describe
 from .bounded import shortened, unbrotli, unlzma, unzlib, unzstd
@@ -110,14 +110,13 @@ def decode_community(path: str | os.PathLike) -> Decoded:
         InputError: damaged or hostile file, another kind of file, a packing that is not supported.
     """
     path = Path(path)
-    try:
+    with reading(path):
         size = path.stat().st_size
-        with path.open("rb") as file:
-            form, contents = _read(file, size)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: {shortened(str(error))}") from None
+        try:
+            with path.open("rb") as file:
+                form, contents = _read(file, size)
+        except ValueError as error:
+            raise InputError(f"{path}: {shortened(str(error))}") from None
     try:
         tensors, kind = _tensors_of(contents)
     except InputError as error:

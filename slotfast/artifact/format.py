@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..command.files import atomic_write
-from ..errors import InputError
+from ..errors import Fault, InputError, reading
 from ..model import GPTConfig
 from ..quantize import QuantizedMatrix
 from . import codecs
@@ -150,7 +150,7 @@ def _digest(*parts: bytes) -> bytes:
 
 def _verified(path: Path) -> tuple[bytes, bytes]:
     """Header and payload of a file whose sizes and hash are right."""
-    try:
+    with reading(path):
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(_PREFIX.size)
@@ -171,8 +171,6 @@ def _verified(path: Path) -> tuple[bytes, bytes]:
                 raise InputError(f"{path}: {size} bytes, its header announces {expected}: truncated or damaged")
             digest = file.read(_HASH_BYTES)
             header, payload = file.read(header_bytes), file.read(payload_bytes)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if _digest(prefix, header, payload) != digest:
         raise InputError(f"{path}: SHA-256 does not match: damaged")
     return header, payload
@@ -186,9 +184,8 @@ def _described(path: Path) -> Iterator[None]:
     except InputError as error:
         raise InputError(f"{path}: {shortened(str(error))}") from None
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"{path}: header, {shortened(where)}: {shortened(first['msg'])}") from None
+        fault = Fault.of(error)
+        raise InputError(f"{path}: header, {shortened(fault.where)}: {shortened(fault.expected)}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: header does not describe an artifact: {one_line(error)}") from None
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, reading
 from .community import read_community
 from .contents import Artifact
 from .format import MAGIC, read_artifact
@@ -17,11 +17,8 @@ def is_ours(path: str | os.PathLike) -> bool:
     Raises:
         InputError: it cannot be read.
     """
-    try:
-        with Path(path).open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    with reading(path), Path(path).open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def load_artifact(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Artifact:

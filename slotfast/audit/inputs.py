@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..command.run import no_exit
 from ..data import TokenStream
-from ..errors import InputError
+from ..errors import InputError, first_line
 from .checks import ByteRule
 
 _PIECES = 6  # documents that a short stream is cut from, at least
@@ -33,8 +33,7 @@ def checked_rule(name: str) -> ByteRule:
         except InputError:
             raise
         except Exception as error:
-            text = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise InputError(f"--byte-rule {name}: failed: {text}") from error
+            raise InputError(f"--byte-rule {name}: failed: {first_line(error)}") from error
         if counts.shape not in ((len(ids),), (len(ids) - 1,)) or counts.dtype.kind not in "iu":
             raise InputError(
                 f"--byte-rule {name}: returned {counts.dtype} {list(counts.shape)}, expected integers [{len(ids)}]"
@@ -66,8 +65,7 @@ def load_function(flag: str, name: str) -> Callable[..., Any]:
     except InputError:
         raise
     except Exception as error:
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{flag} {name}: {module} cannot be imported: {text}") from error
+        raise InputError(f"{flag} {name}: {module} cannot be imported: {first_line(error)}") from error
     for part in path.split("."):
         if not hasattr(found, part):
             raise InputError(f"{flag} {name}: {module} has no {path}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..command.run import no_exit
-from ..errors import InputError
+from ..errors import InputError, first_line
 
 Loop = Callable[[Tensor, "Log"], Any]
 _MAX_ROW_VALUES = 1 << 26  # of all distributions of one run; beyond, only their sums and charged entries are kept
@@ -134,7 +134,7 @@ def run_loop(score: Loop, tokens: Tensor, vocab_size: int) -> Record:
         raise
     except Exception as error:
         where = extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        text = first_line(error)
         if where.filename == __file__ and isinstance(error, TypeError):
             raise InputError(f"the loop cannot be called as loop(tokens, log): {text}") from error
         raise InputError(f"the loop failed at {Path(where.filename).name}, line {where.lineno}: {text}") from error

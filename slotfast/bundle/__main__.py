@@ -7,7 +7,7 @@ from .. import config
 from ..command.files import atomic_write
 from ..command.run import run_command
 from ..contest import CAP_BYTES
-from ..errors import InputError
+from ..errors import InputError, reading
 from ..words import counted
 from .pack import self_extracting
 
@@ -48,10 +48,8 @@ def _write_script(settings: config.BundleSettings) -> None:
     lines = [f"{settings.out}: {size:,} bytes of code" + (f", {len(plain.encode()):,} extracted" * settings.compress)]
     total = size
     if settings.artifact is not None:
-        try:
+        with reading(settings.artifact):
             model = Path(settings.artifact).stat().st_size
-        except OSError as error:
-            raise InputError(f"{settings.artifact}: cannot be read: {error.strerror}") from None
         total += model
         lines.append(f"{settings.artifact}: {model:,} bytes; together {total:,}, {CAP_BYTES - total:,} below the cap")
     if total > CAP_BYTES:

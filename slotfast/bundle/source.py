@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .. import kernels
-from ..errors import InputError
+from ..errors import InputError, reading
 
 
 class Name(NamedTuple):
@@ -76,10 +76,9 @@ def read_python(path: Path) -> tuple[str, ast.Module]:
         InputError: cannot be read, not UTF-8, not Python.
     """
     try:
-        text = path.read_text("utf-8-sig")
+        with reading(path):
+            text = path.read_text("utf-8-sig")
         return text, ast.parse(text)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}") from None
     except SyntaxError as error:

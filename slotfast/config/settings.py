@@ -14,7 +14,7 @@ from typing import Any, ClassVar, TypeVar
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import InputError, expected
+from ..errors import Fault, InputError
 from ..words import nearest
 from .arguments import ADAPTATION_VARIABLES, flag, read_flags, variable
 from .outputs import PAGE, Kind, Reads, one_file
@@ -147,12 +147,12 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
     try:
         settings = cls.model_validate({cls.model_fields[name].alias or name: value for name, value in values.items()})
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        name = next(n for n, f in cls.model_fields.items() if first["loc"][0] in (n, f.alias))
+        fault = Fault.of(error)
+        name = next(n for n, f in cls.model_fields.items() if fault.name in (n, f.alias))
         source = sources.get(name, "default")
         called = flag(name, cls.model_fields[name])
         where = {"flag": called, path: f"{path}: {called.lstrip('-')}"}.get(source, source)
-        raise InputError(f"{where} {first['input']!r}: {expected(first)}") from None
+        raise InputError(f"{where} {fault.value!r}: {fault.expected}") from None
     return settings, {name: sources.get(name, "default") for name in cls.model_fields}
 
 
@@ -166,7 +166,7 @@ def switch(variable: str, default: bool) -> bool:
     try:
         return _SWITCH.validate_python(value.strip()) if value else default
     except pydantic.ValidationError as error:
-        raise InputError(f"{variable} {value!r}: {expected(error.errors()[0])}") from None
+        raise InputError(f"{variable} {value!r}: {Fault.of(error).expected}") from None
 
 
 def _preset(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..command.files import atomic_write
-from ..errors import InputError
+from ..errors import InputError, reading
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -31,12 +31,10 @@ def read_shard(path: str | os.PathLike) -> np.ndarray:
         InputError: missing file, wrong magic or version, size that does not match the count.
     """
     path = Path(path)
-    try:
+    with reading(path):
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(_SHARD_HEADER_BYTES)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if len(head) < _SHARD_HEADER_BYTES:
         raise InputError(f"{path}: {size} bytes, shorter than a shard's header of {_SHARD_HEADER_BYTES} bytes")
     magic, version, count = (int(word) for word in np.frombuffer(head, "<i4", 3))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from ..errors import InputError
+from ..errors import InputError, reading
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _BYTE_LEVEL_SPACE = "\u0120"  # how vocabularies with a character for each byte do
@@ -56,10 +56,8 @@ class Tokenizer:
 
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
-        try:
+        with reading(path):
             self._model = self.path.read_bytes()
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot be read: {error.strerror}") from None
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(self._model)

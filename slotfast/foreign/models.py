@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .. import shipped
 from ..data import Tokenizer
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..model import GPT
 from ..stream import CachedForward
-from .library import first_line, transformers_library
+from .library import transformers_library
 from .streams import OwnStream, WindowStream, transformers_stream
 from .tokenizers import HuggingFaceTokenizer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ..data import ByteTable, Tokenizer
-from ..errors import InputError
-from .library import first_line, transformers_library
+from ..errors import InputError, first_line
+from .library import transformers_library
 
 
 class HuggingFaceTokenizer(Tokenizer):

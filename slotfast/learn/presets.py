@@ -4,7 +4,7 @@ from typing import Any
 
 import pydantic
 
-from ..errors import InputError, expected
+from ..errors import Fault, InputError
 from ..slot import PRESETS, Adaptation, parse_preset
 from ..slot.presets import check_acting, read_changes
 from ..words import nearest
@@ -40,8 +40,8 @@ def _changed(row: Learning, options: str, where: str) -> Learning:
     try:
         changed = Learning.model_validate({**row.model_dump(), **known})
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = f"{first['loc'][0]}={changes.get(first['loc'][0])}: " if first["loc"] else ""
-        raise InputError(f"{where}: {key}{expected(first)}") from None
+        fault = Fault.of(error)
+        key = f"{fault.name}={changes.get(fault.name)}: " if fault.name else ""
+        raise InputError(f"{where}: {key}{fault.expected}") from None
     check_acting(changes, changed.options, where)
     return changed

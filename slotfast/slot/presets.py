@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import pydantic
 
-from ..errors import InputError, expected
+from ..errors import Fault, InputError
 from ..variables import VARIABLES
 from ..words import nearest
 from .adaptation import Adaptation
@@ -174,8 +174,8 @@ def _changed(row: Adaptation, changes: Mapping[str, str], where: str) -> Adaptat
             values["phases"] = ((int(values.pop("steps")), row.phases[-1][1]),)
         return Adaptation.model_validate({**row.model_dump(), **values})
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        key = f"{first['loc'][0]}={first['input']}: " if first["loc"] else ""
-        raise InputError(f"{where}: {key}{expected(first)}") from None
+        fault = Fault.of(error)
+        key = f"{fault.name}={fault.value}: " if fault.name else ""
+        raise InputError(f"{where}: {key}{fault.expected}") from None
     except ValueError as error:
         raise InputError(f"{where}: {error}") from None

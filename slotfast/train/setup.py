@@ -9,7 +9,7 @@ import pydantic
 
 from .. import config
 from ..artifact import read_artifact
-from ..errors import InputError, expected
+from ..errors import Fault, InputError
 from ..model import GPTConfig
 from . import prequant_ttt
 from .finish import Quantization
@@ -149,9 +149,7 @@ def model_shape(settings: config.TrainSettings) -> GPTConfig:
             parallel_from=settings.parallel_from,
         )
     except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise InputError(f"model: {where + ': ' if where else ''}{expected(first)}") from None
+        raise InputError(f"model: {Fault.of(error)}") from None
 
 
 def choose_recipe(settings: config.TrainSettings) -> prequant_ttt.Recipe | None:

@@ -57,15 +57,15 @@ def shingles(text: str) -> set[int]:
     return {hash(tuple(words[i : i + SHINGLE_WORDS])) for i in range(len(words) - SHINGLE_WORDS + 1)}
 
 
-def training_documents(progress: Iterable[Path] | None = None) -> Iterator[str]:
+def training_documents(modules: Iterable[Path] | None = None) -> Iterator[str]:
     """Docstrings and comments of the standard library, one document a module, none of it in the language reference.
 
     Args:
-        progress: the modules to read, `standard_library()` by default; a progress bar may wrap it.
+        modules: files to read; `standard_library()` where None.
     """
     held_out = set().union(*(shingles(page) for page in language_reference().values()))
     seen: set[str] = set()
-    for path in standard_library() if progress is None else progress:
+    for path in standard_library() if modules is None else modules:
         kept = []
         for paragraph in _prose(path):
             # Licences and boilerplate come once; a paragraph that touches the test pages never.

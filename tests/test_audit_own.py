@@ -95,12 +95,12 @@ def test_every_combination_is_measured_as_it_is_computed(tiny_model):
 
 
 def test_distributions_of_our_own_pass_are_checked_where_it_keeps_them(tiny_model, monkeypatch):
-    def uniform_pass(model, stream, plan, adapters, table, bos, *, rank, world, keep_logprobs=False, **_):
+    def uniform_pass(model, text, plan, adapters, *, worker, keep_logprobs=False, **_):
         def run(on_scored):
-            owned, rows = plan.owned(rank, world), len(adapters) + 1
+            owned, rows = plan.owned(worker.rank, worker.world), len(adapters) + 1
             for window in (plan[index] for index in owned):
                 position = window.start + 1 + np.arange(window.context_end, window.scored_end)
-                token = stream.read(int(position[0]), int(position[-1]) + 1)
+                token = text.stream.read(int(position[0]), int(position[-1]) + 1)
                 logprobs = np.full((rows, len(token), 64), -math.log(64)) if keep_logprobs else None
                 nll = np.full((rows, len(token)), math.log(64))
                 on_scored(SimpleNamespace(position=position, nll=nll, n_bytes=token % 5, logprobs=logprobs))

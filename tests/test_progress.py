@@ -39,6 +39,14 @@ def test_lines_say_how_long_it_will_take(clock, capsys, seconds, earlier, lines)
     assert capsys.readouterr().err.splitlines() == lines
 
 
+def test_work_without_a_known_end_says_how_long_it_has_taken(clock, capsys):
+    with Progress(None, 0, "runs") as progress:
+        for loops in (3, 3, 1):
+            clock.seconds += 8
+            progress(1, f"now of {loops} loops")
+    assert capsys.readouterr().err.splitlines() == ["2 runs in 16 s, now of 3 loops"]
+
+
 def test_a_silent_rank_says_nothing(clock, capsys):
     with Progress(6, 0, "windows", silent=True) as progress:
         clock.seconds += 50

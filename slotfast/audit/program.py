@@ -6,7 +6,6 @@ import math
 import platform
 import shlex
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,14 +13,15 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import __version__, config
 from ..command.files import json_text, write_json
+from ..command.progress import Progress
 from ..command.run import deliver
 from ..contest import VALIDATION_BYTES, VALIDATION_DOCUMENTS
 from ..data import TokenStream
 from ..errors import InputError
+from ..words import counted
 from .api import audit_rows
 from .checks import Test, Verdict
 from .engine import Runs
@@ -78,7 +78,7 @@ def run(settings: config.AuditSettings, argv: Sequence[str]) -> None:
 def _audit(subject: Subject, seeds: Sequence[int], reruns: int | None, budget: float | None) -> list[Report]:
     own = bool(subject.computed)
     return audit_rows(
-        _Counted(subject.run),
+        _counted_runs(subject.run),
         subject.names,
         subject.stream,
         byte_rule=subject.byte_rule,
@@ -107,25 +107,16 @@ def _completed(report: Report, subject: Subject) -> Report:
     return replace(report, tests=[*report.tests, *_denominator(subject)], unreached=[*report.unreached, *real])
 
 
-class _Counted:
-    """Runs that are counted on a terminal, with a line every ten seconds elsewhere."""
+def _counted_runs(run: Runs) -> Runs:
+    """Runs that are counted on standard error."""
+    progress = Progress(None, 0, "runs")
 
-    def __init__(self, run: Runs):
-        self.run, self.done, self.begin = run, 0, time.perf_counter()
-        self.last = self.begin
-        self.bar = tqdm(unit=" runs", disable=None, file=sys.stderr, leave=False)
-
-    def __call__(self, tokens: Tensor, names: Sequence[str]) -> dict[str, Record]:
-        records, now = self.run(tokens, names), time.perf_counter()
-        self.done += 1
-        self.bar.set_postfix_str(f"of {len(names)} loops", refresh=False)
-        self.bar.update()
-        if self.bar.disable and now - self.last > 10:
-            self.last = now
-            print(
-                f"{self.done} runs in {now - self.begin:.0f} s, now of {len(names)} loops", file=sys.stderr, flush=True
-            )
+    def counted_run(tokens: Tensor, names: Sequence[str]) -> dict[str, Record]:
+        records = run(tokens, names)
+        progress(1, f"now of {counted(len(names), 'loop')}")
         return records
+
+    return counted_run
 
 
 def _denominator(subject: Subject) -> list[Test]:

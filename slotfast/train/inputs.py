@@ -4,7 +4,6 @@ import hashlib
 import io
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,10 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import corpus
 from ..command.files import atomic_write
+from ..command.progress import Progress
 from ..data import Tokenizer, TokenStream, open_shards, read_documents, read_shard, shard_paths
 from ..errors import InputError
 from ..overlap import MAX_OVERLAP, overlap, sketch
@@ -212,9 +211,9 @@ def _documents(sources: Sources) -> tuple[list[str], list[str]]:
     if sources.text is not None:
         documents = list(read_documents(sources.text))
     else:
-        bar = {"disable": None, "file": sys.stderr, "leave": False}
-        modules = tqdm(corpus.standard_library(), "reading the standard library", unit=" modules", **bar)
-        documents = list(corpus.training_documents(modules))
+        modules = corpus.standard_library()
+        with Progress(len(modules), 0, "modules of the standard library", lines=False) as progress:
+            documents = list(corpus.training_documents(progress.over(modules)))
     np.random.default_rng(sources.seed).shuffle(documents)
     if sources.val_text or sources.val_tokens:
         return documents, []

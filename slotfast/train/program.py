@@ -7,18 +7,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .. import __version__, config
 from ..artifact import write_artifact
 from ..command import checkpoint
 from ..command.files import json_text, write_json
 from ..command.plots import pyplot, write_png
+from ..command.progress import print_above
 from ..command.ranks import join_ranks
 from ..command.run import deliver
 from ..errors import InputError
@@ -228,11 +229,7 @@ def _logger(file: TextIO, silent: bool) -> Callable[[str], None]:
     if silent:
         return lambda line: None
 
-    def log(line: str) -> None:
-        tqdm.write(line, file=file)
-        file.flush()
-
-    return log
+    return partial(print_above, file=file)
 
 
 def _draw(path: str, summary: dict[str, Any]) -> None:

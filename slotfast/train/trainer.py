@@ -2,7 +2,6 @@
 
 import copy
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from ..command.progress import Progress
 from ..data import TokenStream
 from ..errors import InputError
 from ..flash import flash_attention
@@ -119,7 +118,12 @@ class Trainer:
         self._warm_up()
         schedule, self.saved_at = self.training.schedule, self.elapsed
         started = time.perf_counter() - self.elapsed
-        with _progress(schedule, silent=self.worker.rank > 0) as bar:
+        # of steps where their number is given, else of seconds; lines are the log's
+        by_steps = schedule.steps is not None
+        total = schedule.steps if by_steps else round(schedule.seconds - schedule.reserve)
+        unit = "steps" if by_steps else "s"
+        done = min(self.step if by_steps else round(self.elapsed), total)
+        with Progress(total, done, unit, silent=self.worker.rank > 0, lines=False) as progress:
             while (now := schedule.moment(self.step, self.elapsed)).left:
                 self._prepare(now)
                 loss = self._update(self._next_batch())
@@ -128,7 +132,10 @@ class Trainer:
                 self.loss_mean = loss if self.step == 1 else self.loss_mean.lerp(loss, 0.03)
                 if self.average is not None and self._counts(now):
                     self.average.update()
-                bar(self)
+                if progress.drawn:
+                    loss_seen = self.step % self.check_steps == 0
+                    note = f"step {self.step}, loss {float(self.loss_mean):.3f}" if loss_seen else ""
+                    progress(min(self.step if by_steps else round(self.elapsed), total) - progress.done, note)
                 paused = time.perf_counter()
                 self._report(now)
                 started += time.perf_counter() - paused  # measuring is not training
@@ -320,26 +327,3 @@ def evaluate(
     if worker.world > 1:
         dist.all_reduce(nats)
     return float(nats)
-
-
-class _progress:
-    """A bar on a terminal, of steps where their number is given, else of seconds; nothing elsewhere."""
-
-    def __init__(self, schedule: Schedule, silent: bool):
-        self.by_steps = schedule.steps is not None
-        total = schedule.steps if self.by_steps else round(schedule.seconds - schedule.reserve)
-        unit, hidden = " steps" if self.by_steps else " s", True if silent else None
-        self.bar = tqdm(total=total, desc="training", unit=unit, disable=hidden, file=sys.stderr, leave=False)
-
-    def __enter__(self) -> "_progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def __call__(self, trainer: Trainer) -> None:
-        if self.bar.disable:
-            return
-        self.bar.n = min(trainer.step if self.by_steps else round(trainer.elapsed), self.bar.total)
-        if trainer.step % trainer.check_steps == 0:
-            self.bar.set_postfix_str(f"step {trainer.step}, loss {float(trainer.loss_mean):.3f}")

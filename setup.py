@@ -20,7 +20,12 @@ setup(
     # Makes an editable install a path on sys.path. The finder that setuptools writes otherwise comes after all paths,
     # where a checkout named slotfast, in the folder around it, has been taken for a package without __init__.py.
     package_dir={"": "."},
-    package_data={"slotfast": ["demo/*", "py.typed"], "slotfast.eval": ["*.json"], "slotfast.kernels": ["README.md"]},
+    package_data={
+        "slotfast": ["demo/*", "py.typed", "*.json"],
+        "slotfast.eval": ["*.json"],
+        "slotfast.audit": ["*.json"],
+        "slotfast.kernels": ["README.md"],
+    },
     entry_points={"console_scripts": ["slotfast = slotfast.__main__:main"]},
     install_requires=[
         "torch>=2.6,<2.16",

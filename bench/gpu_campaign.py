@@ -10,7 +10,7 @@ Each phase is a process of its own with a time limit of its own: what fails, or 
 costs its phase and no other; a call's limits add up to less than nine minutes. Figures and test outcomes are written as
 they come. The folder ($OUT if that is set) gets two files a call: CALL.tar.gz with every log and figure, written anew
 after each phase and every few seconds of one, and CALL.txt, a short table. SLOTFAST_COMMIT names the commit where git
-cannot. What slotfast requires must be importable (README.md says how on a host without a network); compute-sanitizer,
+cannot. What slotfast requires must be importable (docs/benchmarks.md says how without a network); compute-sanitizer,
 FlashAttention and Liger are used where they are. `--dry-run` goes through a call without a GPU, interpreted, at tiny
 sizes: its figures mean nothing.
 """

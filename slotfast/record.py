@@ -273,6 +273,7 @@ def submission(
     total = None if code_bytes is None or None in sizes else code_bytes + max(sizes)
     row = runs[0].row
     return {
+        "schema": 1,  # of record.schema.json
         "author": settings.author,
         "github_id": settings.github_id,
         "name": settings.name,

@@ -109,10 +109,10 @@ def test_the_examples_of_a_help_can_be_given(cls):
         config.load(cls, "", "", shlex.split(example, comments=True))
 
 
-def test_the_readme_has_the_same_exit_codes():
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("`", "")
+def test_the_docs_have_the_same_exit_codes():
+    docs = (Path(__file__).parents[1] / "docs" / "commands.md").read_text(encoding="utf-8").replace("`", "")
     for code, meaning in EXIT_CODES.items():
-        assert f"| {code} | {meaning} |\n" in readme
+        assert f"| {code} | {meaning} |\n" in docs
 
 
 def test_only_what_is_near_is_suggested():

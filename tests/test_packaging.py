@@ -43,7 +43,8 @@ def test_the_wheel_holds_kernels_under_our_name_and_the_demo(wheel):
 
 def test_the_wheel_installs_the_command_and_what_goes_with_the_code(wheel):
     archive = zipfile.ZipFile(wheel)
-    assert {"slotfast/py.typed", "slotfast/eval/result.schema.json"} <= set(archive.namelist())
+    schemas = {f"slotfast/{name}.schema.json" for name in ("eval/result", "audit/result", "record")}
+    assert {"slotfast/py.typed", *schemas} <= set(archive.namelist())
     (points,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
     assert archive.read(points).decode().split() == ["[console_scripts]", "slotfast", "=", "slotfast.__main__:main"]
     assert callable(importlib.import_module("slotfast.__main__").main)

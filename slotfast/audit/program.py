@@ -164,7 +164,7 @@ def _result(
     summary = f"LEAK in {', '.join(leaking)}" if leaking else "no leak found"
     summary += f"; UNTESTED: {', '.join(untested)}" if untested else ""
     return {
-        "schema": 1,
+        "schema": 1,  # of result.schema.json
         "verdict": "leak" if leaking else "disagreement" if disagreements else "clean",
         "summary": summary,
         "disagreements": disagreements,

@@ -15,6 +15,8 @@ from .lbfgs import (
     lbfgs_push_,
     lbfgs_push_ref,
 )
+from .linear import linear_residual, linear_residual_ref, linear_squared, linear_squared_ref
+from .mixing import channel_mix, channel_mix_ref
 from .rates import rate_scan, rate_scan_ref
 from .solver import SlotSolution, slot_solve, slot_solve_mm, slot_solve_mm_ref, slot_solve_ref
 from .spec import Case, Compilation, KernelSpec, specs
@@ -33,6 +35,8 @@ __all__ = [
     "bias_cross_entropy_grad",
     "bias_cross_entropy_grad_ref",
     "bias_cross_entropy_ref",
+    "channel_mix",
+    "channel_mix_ref",
     "dequantize_int6",
     "dequantize_int6_ref",
     "int6_matmul",
@@ -43,6 +47,10 @@ __all__ = [
     "lbfgs_push",
     "lbfgs_push_",
     "lbfgs_push_ref",
+    "linear_residual",
+    "linear_residual_ref",
+    "linear_squared",
+    "linear_squared_ref",
     "pack_int6",
     "rate_scan",
     "rate_scan_ref",

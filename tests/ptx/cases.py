@@ -113,12 +113,15 @@ SUITE = {
     "bias_cross_entropy_grad": (
         "float16", "two parts", "large vocabulary", "weights, rows that are NaN", "above a tile", "strided", "a tile",
     ),
+    "channel_mix": ("primes, no skip", "above a tile", "several programs, bfloat16", "float16"),
     "int6_matmul": (
         "groups of 32, ragged", "single weight", "leading dimensions", "columns of sizes 1e-3 to 1e3",
         "tile of rows and one", "several tiles of rows", "library product",
     ),
     "lbfgs_direction": ("one variable, one pair", "poor problems", "prime, history not a power of two", "largest V"),
     "lbfgs_push": ("one variable, one pair", "refused pairs", "the contest's smallest vocabulary"),
+    "linear_residual": ("several parts", "several parts, bfloat16", "several steps, float16"),
+    "linear_squared": ("primes", "above a tile of bfloat16", "several steps, float16"),
     "rate_scan": ("strided", "one token, one window"),
     "slot_solve": ("primes, more windows than programs", "two phases", "above a tile", "no positions", "float16"),
     "slot_solve_mm": ("primes, more windows than programs", "above a tile", "one element", "float16"),

@@ -151,6 +151,7 @@ def test_anybodys_loop_from_a_shell(here):
 
     clean = run("--score", "my_loops:clean", "--json", "-")
     assert clean.returncode == 0 and json.loads(clean.stdout)["verdict"] == "clean", clean.stderr
+    assert "auditing my_loops:clean on altered copies of drawn tokens, 60 tokens: for about 0.2 s\n" in clean.stderr
     assert "a line of its own" in clean.stderr and "my_loops.py" in json.loads(clean.stdout)["sha256"]
     broken = run("--score", "my_loops:broken")
     assert broken.returncode == 2 and broken.stderr.splitlines()[-1].startswith("error: the loop failed at my_loops.py")

@@ -133,6 +133,7 @@ def test_lists(capsys):
     main(["--show-preset", "pr1350:ridge=2"])
     out = capsys.readouterr().out
     assert "NOT causal (fails C1, C2, C3): 32 windows share" in out and "ridge           2.0" in out
+    assert "C1: only earlier tokens matter; C2: " in out
     main(["--show-config"])
     assert "--stride" in capsys.readouterr().out
 

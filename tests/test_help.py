@@ -56,6 +56,7 @@ def test_without_a_command_there_is_a_list_of_them(arguments):
         (["evl"], "error: evl: no such command; the nearest is eval\n"),
         (["zzz"], "error: zzz: no such command; see --help\n"),
         (["eval", "--strid", "3"], "error: --strid: no such flag; the nearest is --stride\n"),
+        (["eval", "mine.txt"], "error: mine.txt: a value without a flag in front of it; see --help\n"),
         (["artifact", "shw"], "error: command 'shw': expected show or convert; see --help\n"),
     ],
 )

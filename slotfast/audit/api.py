@@ -17,6 +17,8 @@ from .places import Hints
 from .report import Report, judge
 from .streams import Stream
 
+RERUNS = 48  # of a round, where nobody says how many
+
 
 def audit(
     score: Loop,
@@ -98,7 +100,7 @@ def audit_rows(
     if seconds is not None:
         budget = Budget(0, seconds / max(1, rounds))
     else:
-        budget = Budget(48, 0.3, limit) if reruns is None else Budget(reruns, 0.0, limit)
+        budget = Budget(RERUNS, 0.3, limit) if reruns is None else Budget(reruns, 0.0, limit)
     auditor = Auditor(run, names, stream, hints=hints, byte_rule=byte_rule, budget=budget)
     with kept_generators():
         found = auditor.audit(seeds)

@@ -22,7 +22,7 @@ from ..contest import VALIDATION_BYTES, VALIDATION_DOCUMENTS
 from ..data import TokenStream
 from ..errors import InputError
 from ..words import counted
-from .api import audit_rows
+from .api import RERUNS, audit_rows
 from .checks import Test, Verdict
 from .engine import Runs
 from .first_runs import with_first_runs
@@ -48,6 +48,7 @@ def run(settings: config.AuditSettings, argv: Sequence[str]) -> None:
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what a loop prints is not our result
             subject = read_subject(settings, np.random.default_rng(settings.seed))
+            print(_intent(subject, settings.seed, settings.reruns, settings.budget), file=sys.stderr, flush=True)
             reports = _audit(subject, settings.seed, settings.reruns, settings.budget)
             if settings.fresh_process:
                 reports = [_in_fresh_processes(each, subject, settings.score, settings.seed) for each in reports]
@@ -73,6 +74,22 @@ def run(settings: config.AuditSettings, argv: Sequence[str]) -> None:
     )
     if result["verdict"] != "clean":
         sys.exit(1)
+
+
+def _intent(subject: Subject, seeds: Sequence[int], reruns: int | None, budget: float | None) -> str:
+    """What will be done, and how long that may take, in a line."""
+    names = counted(len(subject.names), "row") if len(subject.names) > 4 else ", ".join(subject.names)
+    if budget:
+        spent = f"for about {budget:g} s"
+    elif reruns:
+        spent = f"some {counted(reruns * len(seeds), 'run')}"
+    elif subject.computed:
+        limit = _OWN_SECONDS * len(subject.names) * len(seeds)
+        spent = f"some {_OWN_RERUNS * len(seeds)} runs, {limit:.0f} s at most, and more where something leaks"
+    else:
+        spent = f"some {RERUNS * len(seeds)} runs, more of a quick loop"
+    tokens = counted(len(subject.stream.tokens), "token")
+    return f"auditing {names} on altered copies of {subject.source}, {tokens}: {spent}"
 
 
 def _audit(subject: Subject, seeds: Sequence[int], reruns: int | None, budget: float | None) -> list[Report]:

@@ -44,6 +44,8 @@ def read_flags(cls: Any, prog: str, description: str, argv: Sequence[str] | None
     parser = _parser(cls, prog, description)
     flags, unknown = parser.parse_known_args(argv)
     if unknown:
+        if not unknown[0].startswith("-"):
+            raise InputError(f"{unknown[0]}: a value without a flag in front of it; see --help")
         name = unknown[0].split("=")[0]
         raise InputError(f"{unknown[0]}: no such flag{nearest(name, parser.flags()) or '; see --help'}")
     return vars(flags)

@@ -14,7 +14,7 @@ import torch
 
 from .. import __version__
 from ..command.files import atomic_write
-from ..contest import VALIDATION_WINDOWS
+from ..contest import LEGEND, VALIDATION_WINDOWS
 from ..errors import InputError
 from ..learn import LEARNING, Learning, parse_row
 from ..overlap import seen
@@ -269,7 +269,7 @@ def show_preset(text: str) -> str:
     lines = [f"{key:<16}{value}" for key, value in row.summary().items()]
     verdict = "causal" if row.compliance.causal else "NOT causal"
     failed = ", ".join(name.upper() for name, holds in conditions.items() if not holds)
-    return "\n".join([*lines, f"{verdict}{' (fails ' + failed + ')' if failed else ''}: {why}"])
+    return "\n".join([*lines, f"{verdict}{' (fails ' + failed + ')' if failed else ''}: {why}", LEGEND])
 
 
 class TokenRows:

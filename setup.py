@@ -24,6 +24,7 @@ setup(
         "slotfast": ["demo/*", "py.typed", "*.json"],
         "slotfast.eval": ["*.json"],
         "slotfast.audit": ["*.json"],
+        "slotfast.foreign": ["*.json"],
         "slotfast.kernels": ["README.md"],
     },
     entry_points={"console_scripts": ["slotfast = slotfast.__main__:main"]},

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .data import ByteTable, Text, Tokenizer, TokenStream, open_shards, read_documents
     from .errors import InputError
     from .eval import Scored, SlidingPass, Streaming
+    from .foreign import read_calibration
     from .model import GPT, GPTConfig
     from .quantize import quantize_model
     from .score import Meter, Score
@@ -58,6 +59,7 @@ __all__ = [
     "parse_preset",
     "quantize_model",
     "read_artifact",
+    "read_calibration",
     "read_documents",
     "write_artifact",
 ]
@@ -68,6 +70,7 @@ __getattr__, __dir__ = exports(
         ".data": ["ByteTable", "Text", "Tokenizer", "TokenStream", "open_shards", "read_documents"],
         ".errors": ["InputError"],
         ".eval": ["Scored", "SlidingPass", "Streaming"],
+        ".foreign": ["read_calibration"],
         ".model": ["GPT", "GPTConfig"],
         ".quantize": ["quantize_model"],
         ".score": ["Meter", "Score"],

@@ -46,6 +46,10 @@ _EXPECTED = {
     "literal_error": "{expected}",
     "missing": "a value",
     "list_type": "a list",
+    "model_type": "an object",
+    "extra_forbidden": "no key of this name",
+    "too_short": "at least {min_length} of them",
+    "too_long": "at most {max_length} of them",
 }
 
 

@@ -11,8 +11,18 @@ if TYPE_CHECKING:
     from .__main__ import main
     from .fit import CLOSED_GATES, calibrate, calibrated, compare_forwards, summary
 
-__all__ = ["CLOSED_GATES", "calibrate", "calibrated", "compare_forwards", "main", "summary"]
+__all__ = [
+    "CLOSED_GATES",
+    "calibrate",
+    "calibrated",
+    "compare_forwards",
+    "main",
+    "summary",
+]
 __getattr__, __dir__ = exports(
     __name__,
-    {".__main__": ["main"], ".fit": ["CLOSED_GATES", "calibrate", "calibrated", "compare_forwards", "summary"]},
+    {
+        ".__main__": ["main"],
+        ".fit": ["CLOSED_GATES", "calibrate", "calibrated", "compare_forwards", "summary"],
+    },
 )

@@ -6,8 +6,8 @@ from .. import config
 from ..command.run import run_command
 
 _ABOUT = (
-    "Fit the few numbers of `causal` to a model, on text like its training text, and find whether the model may be "
-    "forwarded as a stream, every token once, and with how many sinks."
+    "Fit the few numbers of `causal` to a model, ours or another project's, on text like its training text, and find "
+    "whether the model may be forwarded as a stream, every token once, and with how many sinks."
 )
 
 
@@ -22,4 +22,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, "--model")

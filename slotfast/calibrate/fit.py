@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from ..data import Text, TokenStream
 from ..errors import InputError
 from ..eval.forward import Streaming, block_that_fits, streams, windows_that_fit
 from ..eval.loop import Scored, SlidingPass
+from ..foreign import LanguageModel
 from ..model import GPT
 from ..overlap import sketch
 from ..score import Meter
@@ -29,12 +30,14 @@ CLOSED_GATES = [[-30.0, 0.0]] * len(CONTEXTS)
 
 
 def calibrate(
-    model: GPT,
+    model: GPT | LanguageModel,
     text: Text,
     frequency: torch.Tensor | None,
     *,
+    seq_len: int | None = None,
     stride: int = 64,
     batch_windows: int = 16,
+    forward: Literal["auto", "windows", "stream"] = "auto",
     worker: Worker = ALONE,
 ) -> dict[str, Any]:
     """Strength and decay of the rates from a grid, then the gates of repeats by L-BFGS; any of them may end as off.
@@ -43,25 +46,29 @@ def calibrate(
         model: as it will be evaluated, on the worker's device.
         text: documents held out from training; never the text to be scored.
         frequency: float [V], training frequencies, or None.
+        seq_len: of the pass; the model's own where None and it says so.
         stride, batch_windows, worker: of the pass.
+        forward: windows, or a stream without sinks; auto: what `compare_forwards` finds.
 
     Returns:
-        forward, see `compare_forwards`; scale, decay, gates; the number of tokens; and what was gained, in bits per
-        byte: by the rates on these very documents, by repeats on top of them in cross-validation over documents, with
-        its standard error.
+        forward, see `compare_forwards`, or None where they were not compared; scale, decay, gates; the number of
+        tokens; and what was gained, in bits per byte: by the rates on these very documents, by repeats on top of them
+        in cross-validation over documents, with its standard error.
     """
     rows = [parse_preset("causal-unigram:scale=0")]
     for decay in DECAYS:
         rows += [parse_preset(f"causal-unigram:scale={scale},decay={decay ** (1 / 64)!r}") for scale in SCALES[1:]]
     adapters = [Adapter(row, Calibration(frequency), text.bos_id) for row in rows]
     parts: list[Scored] = []
-    length = min(model.config.seq_len, max(len(text.stream) - 1, 1))
+    length = min(seq_len or model.config.seq_len, max(len(text.stream) - 1, 1))
     plan = Plan(len(text.stream) - 1, length, min(stride, length))
-    batch_windows = max(1, min(batch_windows, windows_that_fit(length, model.config.vocab_size)))
+    vocab_size = len(text.byte_table.base)
+    batch_windows = max(1, min(batch_windows, windows_that_fit(length, vocab_size)))
     options: dict[str, Any] = {"batch_windows": batch_windows, "worker": worker}
-    forward = compare_forwards(model, text, plan, **options)
-    if forward["forward"] == "stream":
-        options["streaming"] = _streaming(forward["sinks"], model, worker)
+    compared = compare_forwards(model, text, plan, **options) if forward == "auto" else None
+    chosen = compared or {"forward": forward, "sinks": 0}
+    if chosen["forward"] == "stream":
+        options["streaming"] = _streaming(chosen["sinks"], text, worker)
     SlidingPass(model, text, plan, adapters, **options).run(on_scored=parts.append)
     nll = np.concatenate([part.nll for part in parts], 1)[1:].astype(np.float64)
     tokens = np.concatenate([part.token for part in parts])
@@ -81,7 +88,7 @@ def calibrate(
     row = adapters[best].row
     bits = np.log(2) * max(int(n_bytes.sum()), 1)
     return {
-        "forward": forward,
+        "forward": compared,
         "scale": row.scale,
         "decay": row.decay,
         "gates": gates,
@@ -99,7 +106,7 @@ def calibrated(artifact: Artifact, found: dict[str, Any], stream: TokenStream) -
 
 
 def compare_forwards(
-    model: GPT,
+    model: GPT | LanguageModel,
     text: Text,
     plan: Plan,
     *,
@@ -118,7 +125,7 @@ def compare_forwards(
     """
     if not streams(model):
         return {"forward": "windows", "sinks": 0, "difference_bpb": None, "difference_se": None}
-    ways = [None, *(_streaming(sinks, model, worker) for sinks in SINKS)]
+    ways = [None, *(_streaming(sinks, text, worker) for sinks in SINKS)]
     runs: list[list[Scored]] = []
     for way in ways:
         runs.append([])
@@ -136,8 +143,8 @@ def compare_forwards(
     return {"forward": "stream" if holds else "windows", "sinks": sinks if holds else 0, **found}
 
 
-def _streaming(sinks: int, model: GPT, worker: Worker) -> Streaming:
-    return Streaming(sinks, block_that_fits(model.config.vocab_size, worker.on_gpu))
+def _streaming(sinks: int, text: Text, worker: Worker) -> Streaming:
+    return Streaming(sinks, block_that_fits(len(text.byte_table.base), worker.on_gpu))
 
 
 def _fit_gates(
@@ -165,14 +172,15 @@ def _mixed(nll: np.ndarray, followers: Followers, gates: Sequence[Sequence[float
 def summary(found: dict[str, Any]) -> str:
     """What a calibration chose, in a line."""
     forward = found["forward"]
-    difference, difference_error = forward["difference_bpb"], forward["difference_se"]
-    against = "" if difference is None else f", a stream less windows {difference:+.4f}"
-    against += "" if difference_error is None else f" ± {difference_error:.4f}"
+    way = f"forward {forward['forward']}, {counted(forward['sinks'], 'sink')}" if forward else "forwards not compared"
+    if forward and forward["difference_bpb"] is not None:
+        spread = "" if forward["difference_se"] is None else f" ± {forward['difference_se']:.4f}"
+        way += f", a stream less windows {forward['difference_bpb']:+.4f}{spread} bpb"
     rates, repeats, error = found["rates_gain_bpb"], found["repeats_gain_bpb"], found["repeats_gain_se"]
     strength = f"scale {found['scale']:g}, decay {found['decay'] ** 64:.3g} in 64 tokens, {rates:+.4f} bpb here"
     spread = "n/a" if error is None else f"{error:.4f}"
     return (
         f"calibrated on {found['tokens']:,} tokens: rates {strength if found['scale'] else 'off'}; repeats "
         f"{'off' if found['gates'] == CLOSED_GATES else 'on'}, {repeats:+.4f} ± {spread} bpb in cross-validation; "
-        f"forward {forward['forward']}, {counted(forward['sinks'], 'sink')}{against} bpb"
+        f"{way}"
     )

@@ -1,42 +1,127 @@
-"""The command: a stored model and held-out text to the same model, calibrated."""
+"""The command: a model and text like its training text to the few numbers of `causal`."""
 
 import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from .. import config
-from ..artifact import read_artifact, write_artifact
+from ..artifact import Artifact, read_artifact, write_artifact
+from ..command.ranks import join_ranks
+from ..command.run import no_exit
 from ..data import Text, Tokenizer, TokenStream, read_documents
 from ..errors import InputError
 from ..eval.inputs import check_tokenizer
-from ..overlap import MAX_OVERLAP, seen
+from ..foreign import ForeignModel, StoredCalibration, read_foreign
+from ..foreign.calibration import Counts, Found
+from ..overlap import MAX_OVERLAP, seen, sketch
 from ..words import counted
 from .fit import calibrate, calibrated, summary
 
 _FEWEST_TOKENS = 1000
+_HELD_OUT = 4  # one document of so many is not counted, but calibrated on
 
 
 def run(settings: config.CalibrateSettings) -> None:
-    """Calibrate a stored model and write it; raises InputError on bad input."""
-    for name in ("artifact", "tokenizer", "text", "out"):
+    """Calibrate a model and write what was found; raises InputError on bad input."""
+    if settings.artifact is not None and settings.model is not None:
+        raise InputError("--artifact (or ARTIFACT_PATH) and --model: give one of them")
+    needed = ("text", "out") if settings.model is not None else ("artifact", "tokenizer", "text", "out")
+    for name in needed:
         if getattr(settings, name) is None:
             raise InputError(f"--{name}: needed")
     config.check_outputs(settings)
+    if settings.model is None:
+        _calibrate_artifact(settings)
+    else:
+        with no_exit(f"--model {settings.model}"):
+            _calibrate_foreign(settings, settings.model)
+
+
+def _calibrate_artifact(settings: config.CalibrateSettings) -> None:
     artifact, tokenizer = read_artifact(settings.artifact), Tokenizer(settings.tokenizer)
     check_tokenizer(tokenizer, artifact)
     ids, _ = tokenizer.encode_documents(read_documents(settings.text), settings.max_tokens)
-    documents = int((ids == tokenizer.bos_id).sum())
-    if documents < 2 or len(ids) < _FEWEST_TOKENS:
-        raise InputError(
-            f"{settings.text}: {counted(documents, 'document')}, {counted(len(ids), 'token')}; calibration needs 2 and "
-            f"{_FEWEST_TOKENS:,}"
-        )
     stream = TokenStream([ids])
+    text = Text(stream, tokenizer.byte_table, tokenizer.bos_id)
+    _check_enough(f"{settings.text}", text)
     if (share := seen(stream, artifact.metadata).get("training", 0.0)) > MAX_OVERLAP:
         print(
             f"warning: the text shares about {share:.1%} with the one that the model was trained on",
             file=sys.stderr,
         )
-    text = Text(stream, tokenizer.byte_table, tokenizer.bos_id)
-    found = calibrate(artifact.model(), text, artifact.unigram)
-    print(summary(found), flush=True)
+    found = _fit(settings, artifact, text, artifact.unigram)
     size = write_artifact(settings.out, calibrated(artifact, found, stream))
     print(f"{settings.out}: {size:,} bytes")
+
+
+def _calibrate_foreign(settings: config.CalibrateSettings, name: str) -> None:
+    model, tokenizer = read_foreign(name, settings.tokenizer, settings.seq_len)
+    counted_ids, calibrated_on = _split(tokenizer, read_documents(settings.text), settings.max_tokens)
+    text = Text(TokenStream([calibrated_on]), tokenizer.byte_table, tokenizer.bos_id)
+    _check_enough(f"{settings.text}: held out, one document of {_HELD_OUT}", text)
+    counts = np.bincount(counted_ids, minlength=model.config.vocab_size)
+    token = counts.nonzero()[0]
+    found = _fit(settings, model, text, torch.from_numpy(counts / counts.sum()))
+    stored = StoredCalibration(
+        schema=1,
+        architecture=model.config.architecture,
+        parameters=model.config.parameters,
+        vocab_size=model.config.vocab_size,
+        tokenizer_sha256=tokenizer.sha256,
+        calibration=Found.model_validate(found),
+        frequency=Counts(token=token.tolist(), count=counts[token].tolist()),
+        sketch=sketch(TokenStream([counted_ids, calibrated_on])),
+    )
+    print(f"{settings.out}: {stored.write(settings.out):,} bytes, for --calibration")
+
+
+def _split(tokenizer: Tokenizer, documents: Iterator[str], max_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that are counted, and those of every fourth document, which is held out from that.
+
+    Of these, where they have more than `max_tokens`, some are left that lie far apart, so that all of the text has its
+    part, however it is sorted; the last one is cut.
+    """
+    parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for number, document in enumerate(documents, 1):
+        try:
+            parts[number % _HELD_OUT == 0].append(np.asarray(tokenizer.encode(document), np.int32))
+        except InputError as error:
+            raise InputError(f"document {number}: {error}") from None
+    chosen: dict[int, np.ndarray] = {}
+    room = sum(map(len, parts[1])) if max_tokens is None else max_tokens
+    for number in sorted(range(len(parts[1])), key=lambda number: f"{number:032b}"[::-1]):
+        chosen[number] = parts[1][number][:room]
+        room -= len(chosen[number])
+        if not room:
+            break
+    nothing = np.empty(0, np.int32)
+    return np.concatenate([nothing, *parts[0]]), np.concatenate([nothing, *(chosen[n] for n in sorted(chosen))])
+
+
+def _check_enough(where: str, text: Text) -> None:
+    if text.documents < 2 or len(text.stream) < _FEWEST_TOKENS:
+        raise InputError(
+            f"{where}: {counted(text.documents, 'document')}, {counted(len(text.stream), 'token')}; calibration needs "
+            f"2 and {_FEWEST_TOKENS:,}"
+        )
+
+
+def _fit(
+    settings: config.CalibrateSettings, stored: Artifact | ForeignModel, text: Text, frequency: Tensor | None
+) -> dict[str, Any]:
+    """What was found, said in a line too."""
+    with join_ranks(settings.device) as worker:
+        if worker.world > 1:
+            raise InputError(f"calibration runs on one process; WORLD_SIZE says {worker.world}")
+        model: nn.Module = stored.model().to(worker.device)
+        length, stride = settings.seq_len or stored.config.seq_len, settings.stride or 64
+        how: dict[str, Any] = {"seq_len": length, "stride": min(stride, length), "forward": settings.forward}
+        found = calibrate(model, text, frequency, **how, worker=worker)
+    if settings.seq_len not in (None, stored.config.seq_len):
+        found["forward"] = None  # what was found at another length says nothing of the model's own
+    print(summary(found), flush=True)
+    return found

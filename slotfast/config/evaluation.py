@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 from pydantic import NonNegativeInt
 
 from .outputs import (
+    CALIBRATED,
     JSON,
     JSON_OR_STDOUT,
-    MODEL,
     PICTURE,
     PROGRESS,
     ROWS,
@@ -28,6 +28,9 @@ class EvalSettings(Settings):
     model_config_: str | None = model_config_setting()
     model: str | None = setting(
         None, "evaluate another project's model: package.module:factory, or a Hugging Face folder", reads=file_or_folder
+    )
+    calibration: str | None = setting(
+        None, "what `slotfast calibrate --model` found for --model, as JSON", reads=one_file
     )
     tokens: str | None = setting(None, "glob of token shards to score", reads=matching_files)
     data_path: str | None = setting(None, "folder whose fineweb_val_*.bin shards are scored", "DATA_PATH", reads=shards)
@@ -185,15 +188,36 @@ class CalibrateSettings(Settings):
     """Settings of slotfast calibrate."""
 
     artifact: str | None = setting(None, "model to calibrate", "ARTIFACT_PATH", reads=one_file)
-    tokenizer: str | None = setting(None, "its SentencePiece model", "TOKENIZER_PATH", reads=one_file)
-    text: str | None = setting(None, "documents held out from its training; never what is to be scored", reads=one_file)
-    max_tokens: int | None = setting(100_000, "use only the start of it", ge=2)
-    out: str | None = setting(None, "artifact to write: the same model with its calibration", writes=MODEL)
+    model: str | None = setting(
+        None, "or another project's model: package.module:factory, or a Hugging Face folder", reads=file_or_folder
+    )
+    tokenizer: str | None = setting(
+        None,
+        "its SentencePiece model, or Hugging Face folder; default: that in the folder of --model",
+        "TOKENIZER_PATH",
+        reads=file_or_folder,
+    )
+    text: str | None = setting(
+        None,
+        "documents held out from its training; never what is to be scored. With --model, of text like its training "
+        "text: tokens are counted in three of four documents, and the fourth is held out from that",
+        reads=one_file,
+    )
+    max_tokens: int | None = setting(100_000, "calibrate on so many tokens at most", ge=2)
+    seq_len: int | None = setting(None, "positions of a window; default: the training length", ge=1, le=1 << 17)
+    stride: int | None = setting(None, "new positions of each window; default: 64", ge=1)
+    forward: Literal["auto", "windows", "stream"] = setting(
+        "auto", "what is calibrated; auto: finds the better one, which takes a forward of every window"
+    )
+    device: str = setting("cpu", "auto, cpu, cuda, cuda:1, ...")
+    out: str | None = setting(
+        None, "what to write: the artifact with its calibration, or that of --model as JSON", writes=CALIBRATED
+    )
     show_config: bool = setting(False, "show every setting with its source and exit")
 
-    GROUPS: ClassVar[dict[str, str]] = {"artifact": "model and text", "out": "output"}
+    GROUPS: ClassVar[dict[str, str]] = {"artifact": "model and text", "seq_len": "how it runs", "out": "output"}
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "--artifact my.slotfast --tokenizer my.model --text held-out.jsonl --out calibrated.slotfast",
-        "--artifact my.slotfast --tokenizer my.model --text held-out.txt --max-tokens 500000 --out calibrated.slotfast",
+        "--model path/to/folder --text like-its-training.jsonl --forward stream --seq-len 1024 --out its.json",
         "--artifact my.slotfast --show-config",
     )

@@ -164,6 +164,7 @@ ROWS = Kind("an .npz file", _is_npz, ".npz")
 PICTURE = Kind("a PNG picture", _starts(b"\x89PNG"), ".png", drawn=True)
 PAGE = Kind("an HTML page as written here", _starts(b'<!DOCTYPE html>\n<html lang="en" xmlns'), ".html", drawn=True)
 MODEL = Kind("a model", _is_model)
+CALIBRATED = Kind("a model or a calibration", lambda path: JSON.matches(path) or _is_model(path))
 SCRIPT = Kind("a Python script", _is_script)
 PROGRESS = Kind("saved progress", lambda path: True)  # read before it is replaced, and refused if it is none
 FOLDER = Kind("a folder", lambda path: True, folder=True)

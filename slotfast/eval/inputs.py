@@ -13,7 +13,7 @@ from ..artifact import Artifact, is_ours, load_artifact, parse_overrides
 from ..config import switch
 from ..data import ByteCount, Text, Tokenizer, TokenStream, is_jsonl, open_shards, read_documents
 from ..errors import InputError
-from ..foreign import ForeignModel, HuggingFaceTokenizer, read_foreign
+from ..foreign import ForeignModel, HuggingFaceTokenizer, read_foreign, with_calibration
 from ..learn import Learning, parse_row
 from ..slot import Adaptation, from_environment
 from ..words import counted
@@ -33,6 +33,7 @@ class Sources:
         tokenizer: SentencePiece model or folder of Hugging Face; the model's own where None.
         max_tokens: read only the start.
         seq_len: length of the windows to come, where it is chosen.
+        calibration: file that goes with `model`; see `slotfast.foreign.StoredCalibration`.
     """
 
     artifact: str | None = None
@@ -44,6 +45,7 @@ class Sources:
     tokenizer: str | None = None
     max_tokens: int | None = None
     seq_len: int | None = None
+    calibration: str | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,11 @@ def read_model(sources: Sources) -> tuple[Artifact | ForeignModel, int | None, T
         if sources.model_config is not None:
             raise InputError("--model-config: goes with --artifact; a factory makes its model as it likes")
         model, tokenizer = read_foreign(sources.model, sources.tokenizer, sources.seq_len)
+        if sources.calibration is not None:
+            model = with_calibration(model, tokenizer, sources.calibration)
         return model, None, tokenizer
+    if sources.calibration is not None:
+        raise InputError("--calibration: goes with --model; an artifact holds its own")
     artifact_path = Path(sources.artifact or shipped.MODEL)
     artifact = load_artifact(artifact_path, parse_overrides(sources.model_config))
     about = {} if is_ours(artifact_path) else artifact.metadata

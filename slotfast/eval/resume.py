@@ -47,6 +47,7 @@ def describe(inputs: Inputs, setup: Setup, model: nn.Module, per_token: bool) ->
         "threads": torch.get_num_threads(),
         "model": _sha256(*model.state_dict().values(), *([] if unigram is None else [unigram])),
         "model_config": _sha256_json(inputs.artifact.config.model_dump()),
+        "calibration": _sha256_json(inputs.artifact.metadata.get("calibration")),
         "text": inputs.stream.sha256(),
         "tokenizer": _sha256(table.base, table.leading_space, table.boundary),
         "seq_len": setup.plan.seq_len,

@@ -7,7 +7,17 @@ Before anything is scored, a few tokens go through the model: it must give finit
 vocabulary, and a changed token must leave the logits before it as they were.
 """
 
+from .calibration import StoredCalibration, read_calibration, with_calibration
 from .models import ForeignConfig, ForeignModel, LanguageModel, read_foreign
 from .tokenizers import HuggingFaceTokenizer
 
-__all__ = ["ForeignConfig", "ForeignModel", "HuggingFaceTokenizer", "LanguageModel", "read_foreign"]
+__all__ = [
+    "ForeignConfig",
+    "ForeignModel",
+    "HuggingFaceTokenizer",
+    "LanguageModel",
+    "StoredCalibration",
+    "read_calibration",
+    "read_foreign",
+    "with_calibration",
+]

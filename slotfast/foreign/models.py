@@ -134,12 +134,16 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """Somebody else's model in the place of an artifact: without training frequencies, and without a size in bytes."""
+    """Somebody else's model in the place of an artifact, without a size in bytes.
+
+    Args:
+        unigram: float64 [V], how often tokens come in a text like its training text; None where nobody counted.
+    """
 
     config: ForeignConfig
     module: LanguageModel
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    unigram: None = None
+    unigram: Tensor | None = None
 
     def model(self, weights: str = "dequantized", backend: str = "auto") -> LanguageModel:
         """The model in evaluation mode; it runs as it is, so both arguments change nothing."""

@@ -26,8 +26,8 @@ TemplateLM = harness("lm_eval.api.model").TemplateLM
 
 # Flags of `slotfast eval` that say how a request is scored; the others say what is scored, or what is written.
 ARGUMENTS = (
-    *("model", "artifact", "model_config", "tokenizer", "preset", "forward", "sinks", "block_tokens", "seq_len"),
-    *("stride", "batch_windows", "weights", "backend", "device", "dtype", "config"),
+    *("model", "artifact", "model_config", "calibration", "tokenizer", "preset", "forward", "sinks", "block_tokens"),
+    *("seq_len", "stride", "batch_windows", "weights", "backend", "device", "dtype", "config"),
 )
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ def adapt(
     preset: str = "causal",
     state: Adapter | None = None,
     frequency: Tensor | None = None,
+    calibration: Calibration | None = None,
     bos_id: int | None = None,
     hidden: Tensor | None = None,
     head: Callable[..., Tensor] | None = None,
@@ -61,6 +62,7 @@ def adapt(
         preset: NAME or NAME:key=value,...
         state: of the call before with the same preset, for presets that carry something from batch to batch.
         frequency: float [V], how often each token comes in training text, counts or shares; improves `causal`.
+        calibration: instead, what was fitted to this model, frequencies included: of `slotfast.read_calibration`.
         bos_id: the token that starts a document, for `causal`; as in the first call where a state is given without it.
         hidden: float [W, T, D], the states behind the logits, for presets that shift them or act before the soft cap.
         head: from hidden states [n, D], and a bias [V] before the soft cap for presets that add one there, to logits.
@@ -86,12 +88,11 @@ def adapt(
     row = parse_preset(preset)
     if not row.compliance.causal and not allow_noncausal:
         raise InputError(f"preset {preset!r} is not causal: {row.compliance.why}")
-    if frequency is not None:
-        frequency = _frequency(frequency, vocabulary)
+    calibration = _calibration(calibration, frequency, vocabulary)
     if state is None:
-        state = Adapter(row, Calibration(frequency), bos_id)
+        state = Adapter(row, calibration, bos_id)
     else:
-        _check_state(state, preset, vocabulary, frequency, bos_id)
+        _check_state(state, preset, vocabulary, calibration, bos_id)
     ends = [_end(end, length, windows, logits.device) for end in (context, scored)]
     if not bool(((ends[0] >= 0) & (ends[0] <= ends[1]) & (ends[1] <= length)).all()):
         raise InputError(f"context and scored: expected 0 <= context <= scored <= {length} in every window")
@@ -149,6 +150,17 @@ def _end(value: Any, length: int, windows: int, device: torch.device) -> Tensor:
     return end.to(device).long().expand(windows)
 
 
+def _calibration(given: Any, frequency: Any, vocabulary: int) -> Calibration:
+    """What the closed forms take from the model's training data, frequencies checked; empty where nothing is given."""
+    if given is None:
+        return Calibration(None if frequency is None else _frequency(frequency, vocabulary))
+    if frequency is not None:
+        raise InputError("frequency and calibration: give one of them; a calibration has frequencies of its own")
+    if not isinstance(given, Calibration):
+        raise InputError(f"calibration: expected what read_calibration returns, got {type(given).__name__}")
+    return given if given.frequency is None else replace(given, frequency=_frequency(given.frequency, vocabulary))
+
+
 def _frequency(value: Any, vocabulary: int) -> Tensor:
     """float64 [V], shares that sum to 1."""
     frequency = _tensor("frequency", value)
@@ -159,7 +171,7 @@ def _frequency(value: Any, vocabulary: int) -> Tensor:
     return frequency.double() / frequency.double().sum()
 
 
-def _check_state(state: Any, preset: str, vocabulary: int, frequency: Tensor | None, bos_id: int | None) -> None:
+def _check_state(state: Any, preset: str, vocabulary: int, given: Calibration, bos_id: int | None) -> None:
     """Raises InputError unless `state` is of an earlier call with these arguments."""
     if isinstance(state, Adapted):
         raise InputError("state: this is the whole result of the call before; pass its .state")
@@ -171,9 +183,16 @@ def _check_state(state: Any, preset: str, vocabulary: int, frequency: Tensor | N
         raise InputError(f"state: built for a vocabulary of {state.vocabulary}; logits have {vocabulary}")
     if bos_id is not None and bos_id != state.bos_id:
         raise InputError(f"state: built with bos_id {state.bos_id}; this call has bos_id {bos_id}")
-    known = state.calibration.frequency
+    frequency, known = given.frequency, state.calibration.frequency
     if frequency is not None and (known is None or not torch.equal(known.to(frequency), frequency)):
         raise InputError("state: built with another frequency than this call's")
+    numbers = (given.scale, given.decay, given.gates)
+    if numbers != (None,) * 3 and numbers != (
+        state.calibration.scale,
+        state.calibration.decay,
+        state.calibration.gates,
+    ):
+        raise InputError("state: built with another calibration than this call's")
 
 
 def _follow(past: Tensor | None, opening: Tensor | None, batch: WindowBatch) -> tuple[Tensor | None, Tensor | None]:

@@ -142,8 +142,10 @@ def test_the_auditor_measures_what_is_computed(tiny_model, monkeypatch):
     rows = {name: parse_row(ROW).model_copy(update={"name": name}) for name in ("honest", *broken)}
     rows |= {"documents": documents, "none": PRESETS["none"]}
     monkeypatch.setattr(
-        "slotfast.audit.own.LearningLoop",
-        lambda model, row, *more, **options: broken.get(row.name, LearningLoop)(model, row, *more, **options),
+        "slotfast.audit.own.make_loop",
+        lambda model, row, *more, unlearned, **options: broken.get(row.name, LearningLoop)(
+            model, row, *more, **options
+        ),
     )
     table = ByteTable(np.arange(64) % 5, np.arange(64) % 3 == 0, np.arange(64) < 4)
     loop = OwnLoop(tiny_model, rows, Calibration(), table, 1, Hints(32, 8, 4, 2))

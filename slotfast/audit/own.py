@@ -1,5 +1,6 @@
 """Our own evaluation as a loop under audit: the real sliding pass, all presets out of one forward, rank after rank."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..data import ByteTable, Text, TokenStream
 from ..eval import Scored, SlidingPass, Streaming
-from ..learn import Charged, Learning, LearningLoop
+from ..learn import Charged, Learning, make_loop
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..windows import Plan
@@ -83,7 +84,12 @@ class OwnLoop:
             log.score(position, charged.nll, text.bytes_of(tokens), charged.logprobs)
             log.update(position)
 
-        loop = LearningLoop(self.model, row, self.hints.seq_len, sinks, self.bos_id, keep_logprobs=True)
+        model = self.model
+        if row.apart and not self.worker.on_gpu:
+            # Of documents side by side the lengths of others set how sums round, and AdamW makes a step of the least
+            # bit of a gradient: in float64 what is left of that is nothing that an audit sees
+            model = copy.deepcopy(model).double()
+        loop = make_loop(model, row, self.hints.seq_len, sinks, self.bos_id, keep_logprobs=True, unlearned=False)
         loop.run(text.stream.read, len(text.stream) - 1, report)
 
     def byte_rule(self, tokens: np.ndarray) -> np.ndarray:

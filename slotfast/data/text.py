@@ -32,6 +32,15 @@ class Text:
         """How many there are."""
         return self.stream.count(self.bos_id) + self.headless
 
+    @property
+    def starts(self) -> np.ndarray:
+        """The position of each one's first token, int64 [documents]."""
+        parts, position = [np.zeros(int(self.headless), np.int64)], 0
+        for chunk in self.stream.chunks():
+            parts.append(np.flatnonzero(chunk == self.bos_id) + position)
+            position += len(chunk)
+        return np.concatenate(parts)
+
     def documents_before(self, position: int) -> int:
         """How many begin before this position."""
         return self.stream.count(self.bos_id, position) + self.headless

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from ..data import Text
-from ..learn import Charged, FrozenLoop, LearningLoop
+from ..learn import Charged, DocumentLoop, FrozenLoop, LearningLoop
 from ..score import Meter
 from .loop import PIECES
 
 
 class LearningPass:
-    """Every token of a text charged once, chunk by chunk.
+    """Every token of a text charged once, chunk by chunk, in any order.
 
     Args:
         loop: fresh.
@@ -28,16 +28,16 @@ class LearningPass:
         nll: float [N - 1] of every token but the first, where kept.
     """
 
-    def __init__(self, loop: LearningLoop | FrozenLoop, name: str, text: Text, keep_nll: bool = False):
+    def __init__(self, loop: LearningLoop | DocumentLoop | FrozenLoop, name: str, text: Text, keep_nll: bool = False):
         self.loop, self.name, self.text = loop, name, text
         rows = ["unlearned", name]
         self.meter, self.along = Meter(rows, text.documents), Meter(rows, PIECES)
-        self._parts: list[np.ndarray] | None = [] if keep_nll else None
-        self._document = 0
+        self._parts: dict[int, np.ndarray] | None = {} if keep_nll else None  # by the first prediction
+        self._starts = text.starts
 
     @property
     def nll(self) -> np.ndarray:
-        return np.concatenate(self._parts)
+        return np.concatenate([self._parts[start] for start in sorted(self._parts)])
 
     @property
     def unlearned_seconds(self) -> float:
@@ -51,13 +51,11 @@ class LearningPass:
             plain = torch.zeros_like(charged.nll) if charged.unlearned is None else charged.unlearned
             nll = torch.stack([plain, charged.nll]).cpu().numpy()
             tokens = self.text.stream.read(start, start + nll.shape[1] + 1)
-            documents = self._document + np.cumsum(tokens[1:] == self.text.bos_id)
-            n_bytes = self.text.bytes_of(tokens)
-            self._document = int(documents[-1])
-            self.meter.add(documents, n_bytes, nll)
-            self.along.add(np.arange(start + 1, start + len(tokens)) * PIECES // len(self.text.stream), n_bytes, nll)
+            position, n_bytes = np.arange(start + 1, start + len(tokens)), self.text.bytes_of(tokens)
+            self.meter.add(np.searchsorted(self._starts, position, "right") - 1, n_bytes, nll)
+            self.along.add(position * PIECES // len(self.text.stream), n_bytes, nll)
             if self._parts is not None:
-                self._parts.append(nll[1])
+                self._parts[start] = nll[1]
             if on_tokens:
                 on_tokens(nll.shape[1])
 
@@ -66,10 +64,9 @@ class LearningPass:
 
     def compare(self, unlearned: np.ndarray, seconds: float) -> None:
         """Take the sums of the same forward unlearned, float64 [documents], and what it took, from the pass that has
-        them, unless the loop has charged it itself."""
-        if "unlearned" not in self.loop.seconds:
-            self.meter.nats[0] = unlearned
-            self.loop.seconds["unlearned"] = seconds
+        them, where the loop does not charge it itself."""
+        self.meter.nats[0] = unlearned
+        self.loop.seconds["unlearned"] = seconds
 
     def add_to(self, meter: Meter, along: Meter) -> None:
         """Add this row's sums to those of the rows that were scored in the same places."""

@@ -13,7 +13,7 @@ from ..command.files import json_text, write_json
 from ..command.progress import Progress
 from ..command.ranks import join_ranks
 from ..command.run import deliver, no_exit
-from ..learn import FrozenLoop, Learning, LearningLoop
+from ..learn import FrozenLoop, Learning, make_loop
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..words import counted
@@ -99,7 +99,7 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
         worker=worker,
     )
     sinks = setup.learning_sinks
-    loops = [LearningLoop(model, row, plan.seq_len, sinks, bos_id, worker.dtype) for row in setup.learning]
+    loops = [make_loop(model, row, plan.seq_len, sinks, bos_id, worker.dtype) for row in setup.learning]
     learners = [LearningPass(loop, loop.row.name, inputs.text, keep_nll=per_token) for loop in loops]
     saver = Saver(saved, describe(inputs, setup, model, per_token), sliding, collected) if saved else None
     loaded = time.perf_counter()
@@ -115,7 +115,7 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
     sliding.along.reduce()
     if learners and streaming:
         unlearned = sliding.meter.nats[0], sliding.seconds["forward"]
-    elif learners:
+    elif any("unlearned" not in learner.loop.seconds for learner in learners):
         # one for all of them: the weights that they start from are the same
         block = block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu)
         frozen = LearningPass(
@@ -125,7 +125,8 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
         unlearned = frozen.meter.nats[1], frozen.unlearned_seconds
     for learner in learners:
         _charge(learner)
-        learner.compare(*unlearned)
+        if "unlearned" not in learner.loop.seconds:
+            learner.compare(*unlearned)
         learner.add_to(sliding.meter, sliding.along)
         if per_token:
             collected.append(learner.nll)

@@ -140,8 +140,8 @@ def _learned(learner: LearningPass) -> dict[str, Any]:
     loop, unlearned = learner.loop, learner.meter.score(0)
     score = learner.meter.score(1)
     return {
-        "forward": "stream",
-        "sinks": loop.sinks,
+        "forward": "windows" if loop.row.apart else "stream",
+        "sinks": None if loop.row.apart else loop.sinks,
         "unlearned": {"bpb": unlearned.bpb, "gain_bpb": score.gain_bpb, "gain_se": score.gain_se},
         "cost": {
             "forwards": round(loop.forwards, 3),

@@ -5,14 +5,15 @@
 - scope: `stream`, it goes on to the end; `document`, it starts afresh at each BOS, also with documents side by side in
   slots.
 - optimiser: SGD with momentum or AdamW, with weight decay and a bound on the gradient's norm.
-- keys: `stale`: those of earlier chunks stay as the weights of their time made them; `refresh`, `recompute`: the window
-  is forwarded again, every few chunks or for each.
+- keys: `stale`: those of earlier chunks stay as the weights of their time made them; `recompute`: the window is
+  forwarded again for each.
 - order: that of the stream, or the longest document first.
 
 Whether a row is causal follows from these choices, and the auditor measures it.
 """
 
-from .api import Learned, learn
+from .api import Learned, learn, make_loop
+from .documents import DocumentLoop
 from .layers import PROJECTIONS
 from .loop import Charged, FrozenLoop, LearningLoop
 from .lora import Lora
@@ -23,11 +24,13 @@ __all__ = [
     "LEARNING",
     "PROJECTIONS",
     "Charged",
+    "DocumentLoop",
     "FrozenLoop",
     "Learned",
     "Learning",
     "LearningLoop",
     "Lora",
     "learn",
+    "make_loop",
     "parse_row",
 ]

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..foreign.models import language_model
+from ..foreign.models import LanguageModel, language_model
+from ..model import GPT
+from .documents import DocumentLoop
 from .loop import FrozenLoop, LearningLoop
 from .presets import parse_row
 from .row import Learning
@@ -62,10 +64,32 @@ def learn(
         raise InputError(f"preset {parsed.name!r} learns nothing: slotfast.adapt runs it")
     known, length = language_model(model)
     where = (window or length, sinks)
-    loop = LearningLoop(known, parsed, *where, bos_id, dtype)
+    loop, ids, charged, plain = make_loop(known, parsed, *where, bos_id, dtype), tokens.cpu().numpy(), [], []
+    loop.run(lambda start, stop: ids[start:stop], len(ids) - 1, charged.append)
+    charged.sort(key=lambda part: part.start)
+    nll, seconds = torch.cat([part.nll for part in charged]), loop.seconds
+    if charged[0].unlearned is not None:
+        return Learned(nll, torch.cat([part.unlearned for part in charged]), loop.forwards, seconds)
     frozen = FrozenLoop(known, *where, dtype, parsed.chunk)
-    ids, charged, plain = tokens.cpu().numpy(), [], []
-    for each, parts in ((frozen, plain), (loop, charged)):
-        each.run(lambda start, stop: ids[start:stop], len(ids) - 1, parts.append)
-    nll, unlearned = (torch.cat([part.nll for part in parts]) for parts in (charged, plain))
-    return Learned(nll, unlearned, loop.forwards, loop.seconds | frozen.seconds)
+    frozen.run(lambda start, stop: ids[start:stop], len(ids) - 1, plain.append)
+    return Learned(nll, torch.cat([part.nll for part in plain]), loop.forwards, seconds | frozen.seconds)
+
+
+def make_loop(
+    model: GPT | LanguageModel,
+    row: Learning,
+    window: int,
+    sinks: int = 0,
+    bos_id: int | None = None,
+    dtype: torch.dtype | None = None,
+    keep_logprobs: bool = False,
+    unlearned: bool = True,
+) -> LearningLoop | DocumentLoop:
+    """The loop that a row asks for; see there. Documents with windows of their own have no sinks.
+
+    Args:
+        unlearned: of documents with windows of their own, run the same forwards without learning too.
+    """
+    if row.apart:
+        return DocumentLoop(model, row, window, bos_id, dtype, keep_logprobs, unlearned)
+    return LearningLoop(model, row, window, sinks, bos_id, dtype, keep_logprobs)

@@ -206,8 +206,6 @@ def check(row: Learning, model: nn.Module, window: int, bos_id: int | None) -> N
     where = f"preset {row.name!r}: "
     if any(isinstance(module, PackedLinear) for module in model.modules()):
         raise InputError(f"{where}packed weights pass no gradients on; leave out --weights int6")
-    if row.apart:
-        raise InputError(f"{where}keys {row.keys!r} and slots are not built")
     if row.chunk > window:
         raise InputError(f"{where}chunk={row.chunk} is longer than the window of {window} tokens")
     if row.scope == "document" and bos_id is None:

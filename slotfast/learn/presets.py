@@ -11,9 +11,42 @@ from ..words import nearest
 from .row import Learning
 
 _OFF = {"clip": None, "alpha": None, "slots": None, "phase_clip": None, "short": ()}  # what `none` says
+_DOCUMENTS = {"scope": "document", "keys": "recompute", "eps": 1e-10, "lr": 1e-4, "decay": 0.5, "slots": 64}
+_ALL = ("q", "k", "v", "attn", "mlp", "head")  # attn: what the published code calls O, beside the whole attention
+_1855 = {"projections": _ALL, "rank": 80, "alpha": 144, "betas": (0.0, 0.99), "chunk": 48}
+_PHASED = {"order": "longest", "start": "warm"}
 
 LEARNING: dict[str, Learning] = {
-    "learn": Learning(name="learn", about="score a chunk, then learn from it: LoRA beside all linear layers"),
+    name: Learning(name=name, about=about, **choices)
+    for name, about, choices in (
+        ("learn", "score a chunk, then learn from it: LoRA beside all linear layers", {}),
+        (
+            "lora-doc",
+            "#1855's LoRA for each document, made honest: as they come, and each for itself",
+            _DOCUMENTS | _1855,
+        ),
+        (
+            "lora-1530",
+            "PR #1530: LoRA of rank 96 for each document, chunks of 32, longest first",
+            _DOCUMENTS
+            | {"projections": _ALL, "rank": 96, "betas": (0.0, 0.999), "chunk": 32}
+            | {"start": "fresh", "order": "longest"},
+        ),
+        (
+            "lora-1855",
+            "PR #1855: rank 80, A kept from document to document, three phases of SGD on all weights",
+            _DOCUMENTS | _1855 | _PHASED | {"phases": 3},
+        ),
+        (
+            "lora-2014",
+            "PR #2014, its learning: no Q and V, shorter chunks for short documents, one phase",
+            _DOCUMENTS
+            | _1855
+            | _PHASED
+            | {"projections": ("k", "attn", "mlp", "head"), "lr": 7.5e-5, "slots": 24, "phases": 1}
+            | {"short": ((2000, 24), (256, 8))},
+        ),
+    )
 }
 
 

@@ -8,6 +8,6 @@ the hidden state go through `head` alone.
 
 from .config import GPTConfig
 from .gpt import GPT
-from .layers import Attend, Linear, PackedLinear, rotary_table, rotate
+from .layers import Attend, Linear, PackedLinear, WindowAttention, rotary_table, rotate
 
-__all__ = ["GPT", "Attend", "GPTConfig", "Linear", "PackedLinear", "rotary_table", "rotate"]
+__all__ = ["GPT", "Attend", "GPTConfig", "Linear", "PackedLinear", "WindowAttention", "rotary_table", "rotate"]

@@ -1,0 +1,352 @@
+"""The loop over documents side by side, each with a window and LoRA factors of its own.
+
+A document is walked in chunks. For each, its window of the last tokens is forwarded with its factors as they stand,
+the chunk's tokens are charged, and the same forward's gradient of their mean loss takes one step; a document's last
+chunk teaches nobody. Only the chunk's rows go through the head, and through the last layer's queries, attention
+output and MLP. A slot whose document has ended takes the next one. In the stream's order charges are handed out in
+that order: those of a document that ends before an earlier one does wait for it.
+
+Source: PR #1530 and its successors; theirs computes the whole window's losses, and finished documents with the rest.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..errors import InputError
+from ..model import GPT, WindowAttention
+from ..timing import Stopwatch
+from .loop import Charged, check
+from .phases import train_phase
+from .row import Learning
+from .schedule import Document, Read, boundaries, chunk_of, documents, rounds
+from .slots import SlotLora
+
+_ALIKE = 128  # tokens that windows of one batch differ by in length, at most
+_FETCHED = 4096  # charges of one document that are brought to the host together
+_WAITING = 1 << 22  # charges that wait for an earlier document: beyond, that one alone goes on
+
+
+@dataclass
+class _Slot:
+    """A document under way.
+
+    Args:
+        chunk: tokens of its chunks.
+        early: whether the last window begins earlier where the document ends before its last chunk is full.
+        done: of its targets that are charged.
+        charges: those not handed out yet: the first prediction, and losses learned and unlearned [2, n], log-probs.
+    """
+
+    document: Document
+    chunk: int
+    early: bool
+    done: int = 0
+    charges: list[tuple[int, Tensor, Tensor | None]] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """Targets charged after the next chunk."""
+        return min(self.done + self.chunk, self.document.targets)
+
+    def begin(self, window: int) -> int:
+        """The next window's first token, counted from the document's.
+
+        As published, windows end where their chunk does, so that how long a document is moves its last one. Ours end
+        where a whole chunk would.
+        """
+        return max(0, (self.end if self.early else self.done + self.chunk) - window)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another chunk follows the next one, and so anything is learned from that."""
+        return self.end < self.document.targets
+
+
+class _Batch:
+    """The windows of some documents' next chunks, left-aligned: what stands behind a shorter one is seen by nobody.
+
+    Attributes:
+        inputs: int64 [B, T].
+        first: of the T positions, the first whose state is wanted.
+        rows: int64 [B, C, 1], the chunks' positions counted from there.
+        targets: int64 [B, C]; 0 where a chunk is shorter.
+    """
+
+    def __init__(self, under_way: Sequence[_Slot], read: Read, window: int, device: torch.device):
+        spans = [(at.begin(window), at.done, at.end) for at in under_way]
+        length = max(end - begin for begin, _, end in spans)
+        count = max(end - done for _, done, end in spans)
+        self.first = min(done - begin for begin, done, _ in spans)
+        inputs, targets = np.zeros((len(spans), length), np.int64), np.zeros((len(spans), count), np.int64)
+        rows = np.zeros((len(spans), count, 1), np.int64)
+        for number, (at, (begin, done, end)) in enumerate(zip(under_way, spans, strict=True)):
+            tokens = read(at.document.start + begin, at.document.start + end + 1)
+            inputs[number, : end - begin] = tokens[:-1]
+            targets[number, : end - done] = tokens[1 + done - begin :]
+            rows[number, :, 0] = np.minimum(np.arange(count) + done - begin, length - 1) - self.first
+        arrays = (torch.from_numpy(array).to(device) for array in (inputs, rows, targets))
+        self.inputs, self.rows, self.targets = arrays
+        self.window = window
+
+    def attend(self, model: GPT) -> WindowAttention:
+        """Every position sees those before it in its window."""
+        return WindowAttention(self.inputs.size(1), model.config, self.inputs.device, self.window)
+
+
+class DocumentLoop:
+    """Charges documents chunk by chunk, and learns from each chunk once it is charged; runs once.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        row: how to learn; `row.apart`.
+        window: tokens that one attends to, >= 1.
+        bos_id: the token that starts a document.
+        dtype: of the forward; the embedding's where None.
+        keep_logprobs: give the distributions too.
+        unlearned: also run the same forwards without learning.
+
+    Attributes:
+        seconds: of forwarding and learning, and of the same forwards without learning.
+        ledger: what was computed: tokens of windows, and rows of the head and the last layer.
+
+    Raises:
+        InputError: a chunk longer than the window, documents that nothing starts, weights that cannot learn.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        row: Learning,
+        window: int,
+        bos_id: int | None = None,
+        dtype: torch.dtype | None = None,
+        keep_logprobs: bool = False,
+        unlearned: bool = True,
+    ):
+        check(row, model, window, bos_id)
+        if not isinstance(model, GPT):
+            raise InputError(f"preset {row.name!r}: slots and keys {row.keys!r} are for models of this package")
+        self.model, self.row, self.window, self.keep_logprobs = model, row, window, keep_logprobs
+        self.unlearned, self.dtype = unlearned, dtype or model.tok_emb.weight.dtype
+        self.bos_id = bos_id if row.scope == "document" else None
+        self.lora = SlotLora(model, row, row.slots or 1)
+        self.ledger = dict.fromkeys(("forward", "backward", "rows", "phases", "charged"), 0)
+        self._base = model  # what phases have trained, where there are any
+        self._slots: list[_Slot | None] = [None] * (row.slots or 1)
+        self._cold = self.lora.draw(0)
+        self._watch = Stopwatch(model.tok_emb.weight.device)
+        self._front, self._waiting = 0, defaultdict(list)  # the document whose charges are handed out, and later ones'
+        self._held = 0
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return dict.fromkeys(("learned", *(["unlearned"] if self.unlearned else [])), 0.0) | self._watch.seconds
+
+    @property
+    def forwards(self) -> float:
+        """Passes through the model for each token: forward, back, and 3 for each token that a phase trains on."""
+        work = self.ledger["forward"] + self.ledger["backward"] + 3 * self.ledger["phases"]
+        return work / max(1, self.ledger["charged"])
+
+    def run(self, read: Read, predictions: int, on_charged: Callable[[Charged], None]) -> None:
+        """Charge and learn.
+
+        Args:
+            read: tokens [start, stop) of the stream, integers.
+            predictions: tokens of the stream but the first.
+            on_charged: called with each chunk; in the order of the stream, or as they are charged where the row has
+                another.
+
+        Raises:
+            InputError: losses that are no numbers.
+        """
+        self._read, self._on_charged = read, on_charged
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.model.requires_grad_(False)
+        if self.row.phases:
+            self._base = copy.deepcopy(self.model)
+        try:
+            with self.lora.hooked(self._base):
+                self._run(predictions)
+        finally:
+            self._base = self.model
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def _run(self, predictions: int) -> None:
+        borders, charged, phase, redraw = boundaries(self.row), [], 0, True
+        for group in rounds(self.row, documents(self._read, predictions, self.bos_id)):
+            chunk, places = self.row.chunk, len(self._slots)
+            if self.row.order == "longest":
+                group = list(group)
+                chunk, places = chunk_of(self.row, group[-1].targets + 1), len(group)
+            if self.row.start == "warm" and (redraw or places < len(self._slots)):
+                self._draw_anew(phase, places)
+            redraw = places < len(self._slots)  # its factors were its own
+            taken = self._run_round(iter(group), chunk)
+            if self.row.order == "longest" and self.row.start == "warm":
+                self._shrink_to_the_end(taken, chunk)
+            if phase < len(borders):
+                charged += taken
+                if len(charged) >= borders[phase]:
+                    self._train(charged, borders[phase])
+                    phase, redraw = phase + 1, True
+
+    def _draw_anew(self, phase: int, places: int) -> None:
+        """Factors that no document has moved yet; a group with fewer documents than slots has some of its own."""
+        slots = len(self._slots)
+        for slot in range(places):
+            self.lora.put(slot, self.lora.draw(1 + slot + (2 * phase + (places < slots)) * slots))
+
+    def _shrink_to_the_end(self, group: Sequence[Document], chunk: int) -> None:
+        """As published, weight decay goes on where a document has ended, until the longest of its group has."""
+        counts = [-(-document.targets // chunk) for document in group]
+        for slot, count in enumerate(counts):
+            self.lora.shrink(slot, self.row.steps * (max(counts) - count))
+
+    def _train(self, charged: list[Document], border: int) -> None:
+        first = charged[:border]
+        if self.row.order == "longest":  # of the documents charged, the shorter ones
+            first = sorted(charged, key=lambda document: document.targets)[:border]
+        pieces = [self._read(document.start, document.start + document.targets + 1) for document in first]
+        tokens = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
+        with self._watch("learned"), torch.enable_grad():
+            self.ledger["phases"] += train_phase(self._base, self.row, tokens, self.window, self.bos_id, self.dtype)
+
+    # -- a round
+
+    def _run_round(self, queue, chunk: int) -> list[Document]:
+        """Charge documents, each in the first slot that is free; those that a phase may need."""
+        taken, left = [], True
+        while True:
+            for slot, under_way in enumerate(self._slots):
+                if under_way is not None or not left or self._held >= _WAITING:
+                    continue
+                document = next(queue, None)
+                if document is None:
+                    left = False
+                    break
+                self._begin(slot, document, chunk)
+                if self.row.phases or self.row.order == "longest":
+                    taken.append(document)
+            live = [slot for slot, under_way in enumerate(self._slots) if under_way is not None]
+            if not live:
+                return taken
+            if self._held >= _WAITING:
+                live = [slot for slot in live if self._slots[slot].document.number == self._front]
+            for slots in self._alike(live):
+                self._step(slots)
+
+    def _begin(self, slot: int, document: Document, chunk: int) -> None:
+        if self.row.start == "cold":
+            self.lora.put(slot, self._cold)
+        elif self.row.start == "fresh":
+            self.lora.put(slot, self.lora.draw(1 + document.number))
+        self.lora.begin(slot)
+        self._slots[slot] = _Slot(document, chunk, self.row.order == "longest")
+
+    def _alike(self, live: Sequence[int]) -> list[list[int]]:
+        """Slots whose windows are of about one length, those that learn and those that do not."""
+        batches = defaultdict(list)
+        for slot in live:
+            at = self._slots[slot]
+            batches[at.goes_on, -(-(at.end - at.begin(self.window)) // _ALIKE)].append(slot)
+        return list(batches.values())
+
+    def _step(self, slots: Sequence[int]) -> None:
+        """The next chunk of some documents: charged, and learned from where another one follows."""
+        batch = _Batch([self._slots[slot] for slot in slots], self._read, self.window, self.model.tok_emb.weight.device)
+        learns = self._slots[slots[0]].goes_on
+        with self._watch("learned"), torch.set_grad_enabled(learns), self.lora.using(slots, self.dtype) as leaf:
+            nll, logits = self._losses(self._base, batch, True)
+        if self.unlearned:
+            with self._watch("unlearned"), torch.no_grad():
+                unlearned = self._losses(self.model, batch, False)[0]
+        else:
+            unlearned = nll.detach()
+        rows = torch.log_softmax(logits.detach(), -1) if self.keep_logprobs else [None] * len(slots)
+        losses = torch.stack([nll.detach(), unlearned], 1)
+        for slot, own, logprobs in zip(slots, losses, rows, strict=True):
+            self._charge(slot, own, logprobs)
+        if learns:
+            with self._watch("learned"):
+                self._learn(slots, batch, leaf, nll)
+
+    def _learn(self, slots: Sequence[int], batch: "_Batch", leaf: Tensor, nll: Tensor) -> None:
+        for step in range(self.row.steps):
+            if step:
+                with torch.enable_grad(), self.lora.using(slots, self.dtype) as leaf:
+                    nll = self._losses(self._base, batch, True)[0]
+            # A document's own mean; their sum has the gradient of each
+            (gradient,) = torch.autograd.grad(nll.mean(1).sum(), leaf)
+            self.ledger["backward"] += batch.inputs.numel()
+            self.lora.step(slots, gradient)
+
+    def _losses(self, model: GPT, batch: "_Batch", learned: bool) -> tuple[Tensor, Tensor]:
+        """Losses [B, C] and logits [B, C, V] of the chunks' rows."""
+        states = model.states(batch.inputs, batch.attend(model), self.dtype, first=batch.first)
+        rows = torch.take_along_dim(states, batch.rows, 1)
+        logits = self.lora.head(model, rows)
+        if learned:
+            self.ledger["forward"] += batch.inputs.numel()
+            self.ledger["rows"] += states.size(0) * states.size(1)
+        return ops.cross_entropy(logits, batch.targets), logits
+
+    # -- charges on their way out
+
+    def _charge(self, slot: int, losses: Tensor, logprobs: Tensor | None) -> None:
+        at = self._slots[slot]
+        count = at.end - at.done
+        at.charges.append(
+            (at.document.start + at.done, losses[:, :count], None if logprobs is None else logprobs[:count])
+        )
+        self.ledger["charged"] += count
+        at.done = at.end
+        ended = at.done == at.document.targets
+        if ended or len(at.charges) * at.chunk >= _FETCHED:
+            self._hand_out(at, ended)
+        if ended:
+            self._slots[slot] = None
+
+    def _hand_out(self, at: _Slot, ended: bool) -> None:
+        """A document's charges to whoever takes them, or to where they wait for those of an earlier one."""
+        losses = torch.cat([own for _, own, _ in at.charges], 1).cpu()  # the one time that the host waits
+        self._check(at, losses[0])
+        parts = losses.split([own.size(1) for _, own, _ in at.charges], 1)
+        number = at.document.number
+        for (start, _, logprobs), (nll, unlearned) in zip(at.charges, parts, strict=True):
+            self._waiting[number].append(Charged(start, nll, unlearned if self.unlearned else None, logprobs))
+            self._held += len(nll)
+        at.charges.clear()
+        if self.row.order == "longest":
+            self._deliver(number)
+            return
+        if ended:
+            self._waiting[number].append(None)
+        while self._front in self._waiting:
+            ended = self._waiting[self._front][-1] is None
+            self._deliver(self._front)
+            if not ended:
+                return
+            self._front += 1
+
+    def _deliver(self, number: int) -> None:
+        for charged in filter(None, self._waiting.pop(number)):
+            self._held -= len(charged.nll)
+            self._on_charged(charged)
+
+    def _check(self, at: _Slot, nll: Tensor) -> None:
+        broken = (~nll.isfinite()).nonzero()
+        if len(broken):
+            first = int(broken[0])
+            raise InputError(
+                f"preset {self.row.name!r}: a loss of {float(nll[first])} for the token at position "
+                f"{at.charges[0][0] + first + 1}: broken weights, or lr={self.row.lr:g} is too high for them"
+            )

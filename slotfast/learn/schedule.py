@@ -1,0 +1,75 @@
+"""Which documents are side by side: those of a stream as they come, or in groups of about one length, longest first."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from .row import Learning
+
+_BLOCK = 1 << 16  # tokens that are looked through at a time
+Read = Callable[[int, int], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Tokens that are predicted from one start.
+
+    Args:
+        number: among those that have a prediction, in the order of the stream.
+        start: position of its first token, which is not charged.
+        targets: tokens charged, >= 1; the last is the BOS of the next document, or the stream's last token.
+    """
+
+    number: int
+    start: int
+    targets: int
+
+
+def documents(read: Read, predictions: int, bos_id: int | None) -> Iterator[Document]:
+    """Documents in the order of the stream; one BOS behind the other, or at the very end, has nothing to predict.
+
+    Args:
+        read: tokens [start, stop) of the stream, integers.
+        predictions: tokens of the stream but the first.
+        bos_id: the token that starts a document; None: the stream is one.
+    """
+    number, start = 0, 0
+    for begin in range(1, predictions + 1, _BLOCK):
+        tokens = read(begin, min(begin + _BLOCK, predictions + 1))
+        for end in (np.flatnonzero(tokens == bos_id) + begin).tolist() if bos_id is not None else ():
+            yield Document(number, start, end - start)
+            number, start = number + 1, end
+    if start < predictions:
+        yield Document(number, start, predictions - start)
+
+
+def boundaries(row: Learning) -> list[int]:
+    """How many documents are charged when each phase begins."""
+    return [row.prefix * (phase + 1) // row.phases for phase in range(row.phases)]
+
+
+def rounds(row: Learning, found: Iterator[Document]) -> Iterator[Iterator[Document]]:
+    """Documents that are all charged before the next ones begin.
+
+    In the stream's order, what lies between two phases, and slots take one document after the other. Longest first, a
+    group with a document for each slot, the shortest in the first one: documents sorted by length, cut into groups from
+    the shortest on, and the last group, which may be short of documents, is the first to be charged.
+    """
+    if row.order == "longest":
+        ordered = sorted(found, key=lambda document: document.targets)
+        for first in reversed(range(0, len(ordered), row.slots)):
+            yield iter(ordered[first : first + row.slots])
+        return
+    done = 0
+    for boundary in boundaries(row):
+        yield islice(found, boundary - done)
+        done = boundary
+    yield found
+
+
+def chunk_of(row: Learning, tokens: int) -> int:
+    """Tokens of a chunk where the longest document of the group has so many tokens, its start and end included."""
+    fitting = [(most, chunk) for most, chunk in row.short if tokens <= most]
+    return min(fitting)[1] if fitting else row.chunk

@@ -1,0 +1,76 @@
+"""Rows of documents in slots under the auditor: measured as computed, and the ways in which such loops cheat."""
+
+import json
+from importlib import resources
+
+import numpy as np
+import pytest
+
+from slotfast.audit import Hints, audit_rows
+from slotfast.audit.own import OwnLoop
+from slotfast.audit.streams import Stream, synthetic
+from slotfast.data import ByteTable
+from slotfast.errors import InputError
+from slotfast.eval.__main__ import main
+from slotfast.learn import LEARNING, parse_row
+from slotfast.slot import Calibration
+from tests.json_schema import faults
+from tests.models import write_tiny
+
+SMALL = "rank=2,slots=3,lr=0.01,chunk=8"
+ROWS = {
+    "lora-doc": f"lora-doc:{SMALL}",
+    "lora-1530": f"lora-1530:{SMALL}",
+    "lora-1855": f"lora-1855:{SMALL},prefix=3,piece=16",
+    "lora-2014": f"lora-2014:{SMALL},prefix=3,piece=16,short=20+4/9+2",
+}
+
+
+def _audit(tiny_model, rows, reruns=2):
+    table = ByteTable(np.arange(64) % 5, np.arange(64) % 3 == 0, np.arange(64) < 4)
+    loop = OwnLoop(tiny_model, rows, Calibration(), table, 1, Hints(32, 8, 4, 1))
+    tokens = synthetic(120, 64, 1, np.random.default_rng(0))
+    tokens[[17, 28, 60, 100]] = 1
+    stream = Stream(tokens, 64, 1)
+    return audit_rows(loop, list(rows), stream, byte_rule=loop.byte_rule, hints=loop.hints, seeds=[0], reruns=reruns)
+
+
+def test_every_row_is_there():
+    assert {name for name, row in LEARNING.items() if row.slots} == set(ROWS)
+
+
+def test_every_row_is_measured_as_it_is_computed(tiny_model):
+    rows = {name: parse_row(text).model_copy(update={"name": name}) for name, text in ROWS.items()}
+    for report in _audit(tiny_model, rows):
+        computed = rows[report.name].compliance
+        assert report.clean == computed.causal, str(report)
+        if not computed.causal:
+            assert "C4" in report.failed and "documents in another order" in str(report)
+
+
+def test_a_run_scores_documents_in_slots_beside_its_other_rows(tmp_path, capsys):
+    write_tiny(tmp_path / "m")
+    lines = [json.dumps({"text": "The quick brown fox — jumps.\n" * (3 + number % 4)}) for number in range(5)]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    args = ["--artifact", str(tmp_path / "m"), "--text", str(tmp_path / "t.jsonl"), "--stride", "16"]
+    rows = ("lora-doc:chunk=16,lr=0.01", "lora-1530:chunk=16,lr=0.01,start=cold,slots=2")
+    with pytest.raises(InputError, match=r"is not causal: documents in another order, .*--allow-noncausal"):
+        main([*args, "--preset", rows[1]])
+    out = tmp_path / "rows.npz"
+    main([*args, "--json", "-", "--preset", *rows, "--allow-noncausal", "--per-token", str(out)])
+    found = json.loads(capsys.readouterr().out)
+    assert faults(found, json.loads((resources.files("slotfast.eval") / "result.schema.json").read_text())) == []
+    none, honest, longest = found["presets"]
+    assert honest["causal"] and not longest["causal"] and honest["forward"] == "windows"
+    assert honest["unlearned"]["gain_bpb"] > 0.01 and honest["cost"]["forwards"] > 3
+    losses, nll = np.load(out), []
+    for row in (honest, longest):
+        nll.append(losses["adapted_nll" if row is honest else f"adapted_nll:{row['preset']}"])
+        assert nll[-1].sum(dtype=np.float64) == pytest.approx(row["adapted"]["nats"])
+        assert row["adapted"]["gain_bpb"] == pytest.approx(none["adapted"]["bpb"] - row["adapted"]["bpb"])
+        assert row["adapted"]["gain_se"] > 0
+    assert np.array_equal(nll[0][:16], nll[1][:16])  # of the first document's first chunk, wherever it was charged
+    main(["--list-presets"])
+    assert "lora-1855" in (shown := capsys.readouterr().out) and "lora-2014" in shown
+    main(["--show-preset", "lora-2014:chunk=32"])
+    assert "NOT causal (fails C1, C2, C3, C4): documents in another order" in capsys.readouterr().out

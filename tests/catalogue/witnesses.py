@@ -231,6 +231,16 @@ WITNESSES = {
     "oracle over two runs, each document": tuple(Moves(range(k, k + 24), range(k - 12, k)) for k in range(20, 230, 15)),
     "oracle over two runs, whole stream": tuple(Moves(range(k, 256), range(1, k)) for k in (3, 20, 60)),
     "the better of two, paid for": tuple(Moves(range(k, k + 24), range(k - 12, k)) for k in range(20, 230, 15)),
+    # second halves of chunks are tokens 49..64, 81..96 and so on
+    "a chunk's second half by weights that learned it": Moves(62, 52, size=1e-4),
+    "an adapter that says it starts afresh": Moves(range(150, 256), range(1, 150)),
+    "global steps on documents not charged yet": tuple(
+        Moves(k, range(k - 12, k), size=1e-4) for k in range(70, 250, 10)
+    ),
+    "chunks by the longest of a group": tuple(Moves(k, range(max(1, k - 60), k), to=BOS) for k in range(40, 250, 5)),
+    "a last window that ends with its document": tuple(
+        Moves(k, range(k - 6, k), to=BOS, size=1e-4) for k in range(40, 60)
+    ),
     "tail truncated": Charged(lambda tokens, nll: dict.fromkeys(range(241, 256), 0)),
     "tail scored twice": Charged(lambda tokens, nll: {240: 2} | dict.fromkeys(range(241, 256), 3)),
     "every third document skipped": Charged(

@@ -58,6 +58,7 @@ setup(
             "transformers>=5.0",
             "accelerate>=1.0",
             "lm_eval>=0.4.10",
+            "kernels>=0.17",
         ],
     },
 )

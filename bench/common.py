@@ -70,7 +70,7 @@ def _command() -> str:
 
 def provenance(device: torch.device | str, command: str | None = None) -> dict:
     """What a figure is worth nothing without."""
-    names = ("torch", "triton", "numpy", "pytest-benchmark", "liger-kernel", "flash-attn")
+    names = ("torch", "triton", "numpy", "pytest-benchmark", "liger-kernel", "flash-attn", "transformers")
     versions = {"python": platform.python_version(), "cuda": torch.version.cuda, "hip": torch.version.hip}
     for name in names:
         try:

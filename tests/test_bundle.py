@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -339,6 +340,12 @@ assert hasattr(kernels, "__version__") and not hasattr(kernels, "specs"), kernel
 whole, part = (get_local_kernel(Path(name)) for name in ("whole", "part"))
 assert part.__all__ and set(part.__all__) < set(whole.__all__) and "int6_matmul" not in part.__all__
 assert whole.slot_solve is not part.slot_solve and "slotfast" not in sys.modules
+assert get_local_kernel(Path("whole"), backend="cpu") is whole
+# where no GPU is, a variant for one is loaded by its own folder
+cuda = get_local_kernel(Path("whole") / "build" / "torch-cuda")
+assert cuda.__all__ == whole.__all__ and cuda is not whole
+found = {Path(each.module.__file__).parent.name: each.metadata for each in kernels.get_loaded_kernels()}
+assert {str(each.backend.backend_type) for each in found.values()} == {"cpu", "cuda"}, found
 ran = set()
 for module in (whole, part):
     for spec in module.specs():
@@ -356,7 +363,10 @@ def test_the_public_kernels_library_loads_the_hub_folder(tmp_path):
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the public kernels library is not installed")
     pytest.importorskip("triton", reason="interpreter launches need triton")
-    write_hub(tmp_path / "whole", "slotfast-kernels")
+    written = write_hub(tmp_path / "whole", "slotfast-kernels")
+    assert [path.relative_to(tmp_path).as_posix() for path in written] == [
+        f"whole/build/torch-{b}" for b in ("cuda", "cpu")
+    ]
     write_hub(tmp_path / "part", "slotfast-slot-solve", ["solver"])
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
@@ -372,5 +382,19 @@ def test_the_public_kernels_library_loads_the_hub_folder(tmp_path):
 
 def test_a_hub_folder_is_not_written_twice(tmp_path):
     write_hub(tmp_path, "slotfast-kernels")
-    with pytest.raises(InputError, match="torch-universal: is there already"):
+    with pytest.raises(InputError, match="torch-cuda: is there already"):
         write_hub(tmp_path, "slotfast-kernels")
+    shutil.rmtree(tmp_path / "build" / "torch-cuda")
+    with pytest.raises(InputError, match="torch-cpu: is there already"):
+        write_hub(tmp_path, "slotfast-kernels")
+    assert not (tmp_path / "build" / "torch-cuda").exists()
+
+
+def test_variants_have_the_same_code_and_metadata_of_their_own(tmp_path):
+    folders = write_hub(tmp_path, "slotfast-kernels", ["solver"])
+    metadata = [json.loads((folder / "metadata.json").read_text()) for folder in folders]
+    assert [each.pop("backend") for each in metadata] == [{"type": "cuda"}, {"type": "cpu"}]
+    cuda, cpu = (each.pop("id") for each in metadata)
+    assert cuda.replace("_cuda_", "_cpu_") == cpu != cuda and metadata[0] == metadata[1]
+    code = [{path.relative_to(f): path.read_bytes() for path in f.rglob("*.py")} for f in folders]
+    assert code[0] == code[1] and len(code[0]) > 3

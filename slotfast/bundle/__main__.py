@@ -30,9 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings.hub is not None:
         from .hub import write_hub  # imports torch
 
-        variant = write_hub(Path(settings.hub), settings.name, settings.kernels)
-        files = sum(1 for _ in variant.rglob("*.py"))
-        print(f"{variant}: {counted(files, 'file')}, loaded by get_local_kernel(Path({settings.hub!r}))")
+        variants = write_hub(Path(settings.hub), settings.name, settings.kernels)
+        for variant in variants:
+            print(f"{variant}: {counted(sum(1 for _ in variant.rglob('*.py')), 'file')}")
+        print(f"loaded by get_local_kernel(Path({settings.hub!r}))")
     return None
 
 

@@ -1,8 +1,8 @@
-"""The folder layout that the public `kernels` library loads: build/torch-universal, with metadata beside the code.
+"""The folder layout that the public `kernels` library loads: a variant for each backend, with metadata beside the code.
 
-Made for version 0.17 of that library, and loaded by 0.12 and 0.13 too. It tells kernels of one process apart by the
-`id` in their metadata: here the hash of the code. Metadata must name one backend; the code itself runs wherever Triton
-does, and its references on CPUs.
+Made for version 0.17 of that library. A variant's metadata names its one backend, and tells the kernels of one process
+apart by their `id`: the hash of the code. The code is the same in all: it runs wherever Triton does, and its references
+on CPUs.
 """
 
 import hashlib
@@ -14,10 +14,10 @@ from pathlib import Path
 from ..errors import InputError
 from .source import Folder
 
-VARIANT = Path("build") / "torch-universal"
+BACKENDS = ("cuda", "cpu")
 
 
-def write_hub(target: Path, name: str, kernels: Sequence[str] = (), folder: Folder | None = None) -> Path:
+def write_hub(target: Path, name: str, kernels: Sequence[str] = (), folder: Folder | None = None) -> list[Path]:
     """Write kernels, with their references, specs and cases, as a repository of the kernel hub.
 
     Args:
@@ -27,7 +27,7 @@ def write_hub(target: Path, name: str, kernels: Sequence[str] = (), folder: Fold
         folder: the kernels folder.
 
     Returns:
-        The folder that holds the code.
+        The folders that hold the code, one for each of `BACKENDS`.
 
     Raises:
         InputError: unknown kernel, or a folder that is there already.
@@ -36,30 +36,39 @@ def write_hub(target: Path, name: str, kernels: Sequence[str] = (), folder: Fold
     wanted = {public: folder.public[public] for kernel in kernels for public in folder.exported(kernel)}
     wanted = wanted or folder.public
     modules = folder.modules(sorted({target.module.partition(".")[0] for target in wanted.values()}))
-    variant = target / VARIANT
-    if variant.exists():
-        raise InputError(f"{variant}: is there already")
+    variants = {backend: target / "build" / f"torch-{backend}" for backend in BACKENDS}
+    if there := [variant for variant in variants.values() if variant.exists()]:
+        raise InputError(f"{there[0]}: is there already")
     try:
-        for module in modules:
-            place = variant / folder.files[module].relative_to(folder.root)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder.files[module], place)
-        (variant / "__init__.py").write_text(_init(modules, folder), "utf-8")
-        digest = hashlib.sha256()
-        for path in sorted(variant.rglob("*.py")):
-            digest.update(path.relative_to(variant).as_posix().encode() + b"\0" + path.read_bytes())
-        metadata = {
-            "name": name,
-            "id": f"_{name.replace('-', '_')}_{digest.hexdigest()[:7]}",
-            "version": 1,
-            "license": "mit",
-            "python-depends": [],
-            "backend": {"type": "cuda"},
-        }
-        (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
+        for backend, variant in variants.items():
+            _write_code(variant, modules, folder)
+            _write_metadata(variant, name, backend)
     except OSError as error:
-        raise InputError(f"{variant}: cannot be written: {error.strerror}") from None
-    return variant
+        raise InputError(f"{target}: cannot be written: {error.strerror}") from None
+    return list(variants.values())
+
+
+def _write_code(variant: Path, modules: Sequence[str], folder: Folder) -> None:
+    for module in modules:
+        place = variant / folder.files[module].relative_to(folder.root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder.files[module], place)
+    (variant / "__init__.py").write_text(_init(modules, folder), "utf-8")
+
+
+def _write_metadata(variant: Path, name: str, backend: str) -> None:
+    digest = hashlib.sha256()
+    for path in sorted(variant.rglob("*.py")):
+        digest.update(path.relative_to(variant).as_posix().encode() + b"\0" + path.read_bytes())
+    metadata = {
+        "name": name,
+        "id": f"_{name.replace('-', '_')}_{backend}_{digest.hexdigest()[:7]}",
+        "version": 1,
+        "license": "mit",
+        "python-depends": [],
+        "backend": {"type": backend},
+    }
+    (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
 
 
 def _init(modules: Sequence[str], folder: Folder) -> str:

@@ -62,6 +62,19 @@ class Adapters:
         return (x @ self.a[place].mT) @ self.b[place].mT * self.scale
 
 
+def drawing(model: GPT, row: Learning) -> Callable[[int], Tensor]:
+    """What draws A's numbers of one document for a seed, as the rows do: of every run of a layer, then of the head."""
+    places = len(model.order) * len([name for name in row.projections if name != "head"]) + ("head" in row.projections)
+    width, dtype = model.config.width, model.tok_emb.weight.dtype
+
+    def draw(seed: int) -> Tensor:
+        source = torch.Generator().manual_seed(seed)
+        drawn = torch.empty(places * row.rank * width).uniform_(-1, 1, generator=source)
+        return (drawn.to(dtype) / math.sqrt(width)).to(model.tok_emb.weight.device)
+
+    return draw
+
+
 def nothing(place: tuple[int, str], x: Tensor) -> float:
     """A model without adapters."""
     return 0.0

@@ -1,7 +1,6 @@
 """Documents in slots: the published loops number by number, and what no document may know."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -43,23 +42,12 @@ def looped():
     return random_model(layers=2, value_layers=(1,), bos_id=BOS, loops=1, loop_start=0, loop_end=1)
 
 
-def _draw(model, row):
-    """A's numbers for a seed: of every run of a layer, then of the head."""
-
-    def draw(seed):
-        places = len(model.order) * (len(row.projections) - 1) + 1
-        source, width = torch.Generator().manual_seed(seed), model.config.width
-        return torch.empty(places * row.rank * width).uniform_(-1, 1, generator=source).double() / math.sqrt(width)
-
-    return draw
-
-
 @pytest.mark.parametrize("text", REPLICAS)
 def test_replicas_give_the_published_loops_numbers(looped, text):
     model = looped
     row, tokens = parse_row(text), _tokens(LENGTHS)
     found = learn(model, tokens, row, window=WINDOW, bos_id=BOS)
-    expected = published_lora.run(model, tokens, row, WINDOW, BOS, _draw(model, row))
+    expected = published_lora.run(model, tokens, row, WINDOW, BOS, published_lora.drawing(model, row))
     torch.testing.assert_close(found.nll, expected, rtol=0, atol=1e-9)
     assert float((found.nll - found.unlearned).abs().max()) > 0.1
 
@@ -70,7 +58,7 @@ def test_each_document_by_itself_gives_the_honest_rows_numbers(model):
         (16, 5, 40, 1, 9, 24, 2)
     )  # behind the window, whole chunks: the published ones' last windows begin early
     alone = parse_row("lora-1530:chunk=4,rank=2,slots=1,lr=0.02,alpha=144,betas=0+0.99,start=cold")
-    found, draw = learn(model, tokens, row, window=WINDOW, bos_id=BOS).nll, _draw(model, row)
+    found, draw = learn(model, tokens, row, window=WINDOW, bos_id=BOS).nll, published_lora.drawing(model, row)
     for start, targets in published_lora.cut(tokens, BOS):
         own = published_lora.run(model, tokens[start : start + targets + 1], alone, WINDOW, BOS, draw)
         torch.testing.assert_close(found[start : start + targets], own, rtol=0, atol=1e-9)

@@ -1,12 +1,14 @@
 """Installation: `pip install .`, or `pip install -e .[dev]` to work on it."""
 
 import re
+import tempfile
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"', (HERE / "slotfast/__init__.py").read_text("utf-8"), re.M).group(1)
+BUILD = tempfile.TemporaryDirectory()
 
 setup(
     name="slotfast",
@@ -20,6 +22,8 @@ setup(
     # Makes an editable install a path on sys.path. The finder that setuptools writes otherwise comes after all paths,
     # where a checkout named slotfast, in the folder around it, has been taken for a package without __init__.py.
     package_dir={"": "."},
+    # What an earlier build has left in ./build, modules that are gone among it, would be packed along.
+    options={"build": {"build_base": BUILD.name}},
     package_data={
         "slotfast": ["demo/*", "py.typed", "*.json"],
         "slotfast.eval": ["*.json"],

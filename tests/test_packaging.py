@@ -4,6 +4,7 @@ import importlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -31,6 +32,45 @@ def wheel(tmp_path_factory):
     subprocess.run(command, check=True)
     (path,) = folder.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory):
+    """What a source distribution unpacks to: of a copy, as building it writes into the checkout."""
+    folder = tmp_path_factory.mktemp("sdist")
+    left = shutil.ignore_patterns(".git", "results", "build", "dist", "*.egg-info", ".*_cache", "__pycache__")
+    shutil.copytree(ROOT, folder / "checkout", symlinks=True, ignore=left)
+    code = "from setuptools import build_meta; import sys; build_meta.build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(folder)]
+    subprocess.run(command, cwd=folder / "checkout", check=True, capture_output=True)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def test_a_source_distribution_holds_what_makes_the_wheel_and_nothing_else(sdist):
+    files = {path.relative_to(sdist).as_posix() for path in sdist.rglob("*") if path.is_file()}
+    others = {name for name in files if not name.startswith(("slotfast/", "slotfast.egg-info/"))}
+    assert others == set("LICENSE MANIFEST.in PKG-INFO README.md pyproject.toml setup.cfg setup.py".split())
+    assert not any(path.is_symlink() for path in sdist.rglob("*"))  # other systems have none
+
+
+def test_a_source_distribution_makes_the_same_wheel(sdist, wheel, tmp_path):
+    """Whatever an earlier build has left there."""
+    (sdist / "build" / "lib" / "slotfast").mkdir(parents=True)
+    (sdist / "build" / "lib" / "slotfast" / "gone.py").touch()
+    code = "from setuptools import build_meta; import sys; build_meta.build_wheel(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=sdist, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.whl")
+    mine, theirs = (
+        {name: archive.read(name) for name in archive.namelist() if not name.endswith("/RECORD")}
+        for archive in (zipfile.ZipFile(path), zipfile.ZipFile(wheel))
+    )
+    assert mine.keys() == theirs.keys()
+    assert mine == theirs
+    (license,) = (name for name in mine if name.endswith("/LICENSE"))
+    assert mine[license] == (ROOT / "LICENSE").read_bytes()
 
 
 def test_the_wheel_holds_kernels_under_our_name_and_the_demo(wheel):

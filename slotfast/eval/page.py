@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..command import page
-from ..command.page import INK, MARKERS, SERIES, Html
+from ..command.page import INK, MARKERS, PAPER, SERIES, Html
 from ..contest import CONDITIONS, LEGEND
 from ..data import Tokenizer, TokenStream
 from ..score import Meter
@@ -94,7 +94,7 @@ def _gains(rows: Sequence[Mapping[str, Any]]) -> Html:
             axes.errorbar(
                 adapted["gain_bpb"],
                 place,
-                xerr=2 * (adapted["gain_se"] or 0.0),
+                xerr=_two_errors(adapted),
                 fmt=_marker(number),
                 color=colour,
                 ecolor=colour,
@@ -106,6 +106,7 @@ def _gains(rows: Sequence[Mapping[str, Any]]) -> Html:
             )
             said = f"{adapted['gain_bpb']:+.4f}" + ("" if row["causal"] else "  NOT causal")
             above = {"textcoords": "offset points", "xytext": (0, 9), "ha": "center", "fontsize": 9}
+            above["bbox"] = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5}
             axes.annotate(said, (adapted["gain_bpb"], place), **above)
         axes.set_yticks(range(len(shown)), [_short(row["preset"]) for _, row in shown])
         axes.set_ylim(len(shown) - 0.5, -0.65)
@@ -130,7 +131,8 @@ def _along(along: Meter) -> Html:
     def draw(axes: Any) -> None:
         for row, name in enumerate(along.rows):
             bpb = nats[row] / math.log(2) / size
-            axes.stairs(bpb, edges, color=_colour(row), label=_short(name), baseline=None, linewidth=1.5)
+            how = {"color": _colour(row), "label": _short(name), "linestyle": _dash(row)}
+            axes.stairs(bpb, edges, baseline=None, linewidth=1.5, **how)
         axes.set_xlim(0, edges[-1])
         axes.set_xlabel("tokens of the stream")
         axes.set_ylabel("bits per byte")
@@ -156,8 +158,8 @@ def _documents(meter: Meter, opening: Opening) -> list[Html]:
             ordered = np.sort(values)[::-1]
             kept = np.unique(np.linspace(0, len(known) - 1, _MOST_POINTS).round().astype(int))
             marker = _marker(number) if dots else ""
-            how = {"color": _colour(number), "label": _short(meter.rows[number]), "linewidth": 1.4, "marker": marker}
-            axes.plot(share[kept], ordered[kept], markersize=4.5, **how)
+            how = {"color": _colour(number), "label": _short(meter.rows[number]), "linestyle": _dash(number)}
+            axes.plot(share[kept], ordered[kept], marker=marker, markersize=4.5, linewidth=1.4, **how)
         axes.set_xlabel(f"percent of {counted(len(known), 'document')}, those that gain most first")
         axes.set_ylabel("gain, bits per byte")
         axes.set_xlim(-1, 101)
@@ -205,7 +207,7 @@ def _costs(found: Mapping[str, Any]) -> Html:
             axes.errorbar(
                 x,
                 adapted["gain_bpb"],
-                yerr=2 * (adapted["gain_se"] or 0.0),
+                yerr=_two_errors(adapted),
                 fmt=_marker(number),
                 color=colour,
                 markersize=8,
@@ -278,6 +280,15 @@ def _colour(row: int) -> str:
 
 def _marker(row: int) -> str:
     return MARKERS[row % len(MARKERS)]
+
+
+def _dash(row: int) -> str:
+    """Of a line: colours come again behind the seventh row."""
+    return "-" if row < len(SERIES) else "--"
+
+
+def _two_errors(adapted: Mapping[str, Any]) -> float | None:
+    return None if adapted["gain_se"] is None else 2 * adapted["gain_se"]
 
 
 def _short(name: str) -> str:

@@ -54,7 +54,8 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; vertical-align: top; padding: 0.3rem 0.8rem 0.3rem 0; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; } td.number, th.number { text-align: right; white-space: nowrap; }
 figure { margin: 1rem 0; overflow-x: auto; } figcaption { color: var(--faint); font-size: 0.9rem; }
-svg { width: 100%; min-width: 36rem; height: auto; } svg text { font-family: system-ui, "DejaVu Sans", sans-serif !important; }
+svg { width: 100%; min-width: 36rem; height: auto; }
+svg text { font-family: system-ui, "DejaVu Sans", sans-serif !important; }
 pre, code { font: 0.85rem/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
 pre { background: var(--panel); padding: 0.7rem 1rem; overflow-x: auto; }
 pre.line { white-space: pre-wrap; }

@@ -160,7 +160,7 @@ def test_it_learns_what_repeats_and_leaves_the_model_as_it_was(model):
         ("learn:what=norms,rank=4", "'rank' does nothing here"),
         ("learn:momentum=0.5", "'momentum' does nothing here"),
         ("learn:betas=0.9", "betas=0.9:"),
-        ("learn:betas=a+b", "betas=a+b:"),
+        ("learn:betas=1+2", "betas (1.0, 2.0): expected"),
         ("learn:chunk=8,scope=document", "expected a token that starts one"),
         ("causal", "learns nothing"),
     ],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data import ByteTable, Text, TokenStream
 from ..eval import Scored, SlidingPass, Streaming
-from ..learn import Charged, Learning, make_loop
+from ..learn import Charged, Learning, OnTop, make_loop
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..windows import Plan
@@ -81,7 +81,10 @@ class OwnLoop:
         def report(charged: Charged) -> None:
             position = charged.start + 1 + np.arange(len(charged.nll))
             tokens = text.stream.read(charged.start, charged.start + len(position) + 1)
-            log.score(position, charged.nll, text.bytes_of(tokens), charged.logprobs)
+            nll, logprobs = charged.nll, charged.logprobs
+            if on_top:
+                (nll,), (logprobs,) = charged.on_top, charged.on_top_logprobs
+            log.score(position, nll, text.bytes_of(tokens), logprobs)
             log.update(position)
 
         model = self.model
@@ -89,7 +92,9 @@ class OwnLoop:
             # Of documents side by side the lengths of others set how sums round, and AdamW makes a step of the least
             # bit of a gradient: in float64 what is left of that is nothing that an audit sees
             model = copy.deepcopy(model).double()
-        loop = make_loop(model, row, self.hints.seq_len, sinks, self.bos_id, keep_logprobs=True, unlearned=False)
+        on_top = OnTop.of([row], self.hints.seq_len, self.calibration, self.bos_id)
+        how = {"keep_logprobs": True, "unlearned": False, "on_top": on_top}
+        loop = make_loop(model, row, self.hints.seq_len, sinks, self.bos_id, **how)
         loop.run(text.stream.read, len(text.stream) - 1, report)
 
     def byte_rule(self, tokens: np.ndarray) -> np.ndarray:

@@ -163,6 +163,8 @@ def choose_rows(presets: Sequence[str], allow_noncausal: bool = False) -> list[A
         row = parse_row(text)
         if isinstance(row, Adaptation):
             row = from_environment(row, text)
+        elif row.top is not None:
+            row = row.model_copy(update={"top": from_environment(row.top, text.rpartition("+")[2])})
         if row.optimizer == "none":
             continue
         row = row.model_copy(update={"name": text})

@@ -13,13 +13,13 @@ from ..command.files import json_text, write_json
 from ..command.progress import Progress
 from ..command.ranks import join_ranks
 from ..command.run import deliver, no_exit
-from ..learn import FrozenLoop, Learning, make_loop
+from ..learn import FrozenLoop, Learning, OnTop, make_loop
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..words import counted
 from .forward import block_that_fits
 from .inputs import Inputs, choose_rows
-from .learning import LearningPass
+from .learning import UNLEARNED, LearningPass, grouped
 from .loop import SlidingPass
 from .page import write_page
 from .plot import draw
@@ -99,8 +99,11 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
         worker=worker,
     )
     sinks = setup.learning_sinks
-    loops = [make_loop(model, row, plan.seq_len, sinks, bos_id, worker.dtype) for row in setup.learning]
-    learners = [LearningPass(loop, loop.row.name, inputs.text, keep_nll=per_token) for loop in loops]
+    learners = []
+    for same in grouped(setup.learning, calibration):
+        on_top = OnTop.of(same, plan.seq_len, calibration, bos_id)
+        loop = make_loop(model, same[0], plan.seq_len, sinks, bos_id, worker.dtype, on_top=on_top)
+        learners.append(LearningPass(loop, same, inputs.text, keep_nll=per_token))
     saver = Saver(saved, describe(inputs, setup, model, per_token), sliding, collected) if saved else None
     loaded = time.perf_counter()
     with Progress(len(plan.owned(rank, world)), sliding.windows, "windows", silent=rank > 0) as progress:
@@ -118,9 +121,7 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
     elif any("unlearned" not in learner.loop.seconds for learner in learners):
         # one for all of them: the weights that they start from are the same
         block = block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu)
-        frozen = LearningPass(
-            FrozenLoop(model, plan.seq_len, sinks, worker.dtype, block), "the stream unlearned", inputs.text
-        )
+        frozen = LearningPass(FrozenLoop(model, plan.seq_len, sinks, worker.dtype, block), [UNLEARNED], inputs.text)
         _charge(frozen)
         unlearned = frozen.meter.nats[1], frozen.unlearned_seconds
     for learner in learners:
@@ -129,7 +130,8 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
             learner.compare(*unlearned)
         learner.add_to(sliding.meter, sliding.along)
         if per_token:
-            collected.append(learner.nll)
+            for nll in learner.nll:
+                collected.append(nll)
     work, peak = [adapter.work() for adapter in adapters], peak_memory_bytes(worker.device)
     if world > 1:
         gathered: list | None = [None] * world if rank == 0 else None
@@ -147,7 +149,8 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
 
 
 def _charge(learner: LearningPass) -> None:
-    with Progress(len(learner.text.stream) - 1, 0, f"tokens of {learner.name}") as progress:
+    names = ", ".join(row.name for row in learner.rows)
+    with Progress(len(learner.text.stream) - 1, 0, f"tokens of {names}") as progress:
         learner.run(progress)
 
 

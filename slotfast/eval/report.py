@@ -73,8 +73,9 @@ def report(inputs: Inputs, setup: Setup, outcome: Outcome, config: Mapping[str, 
         histograms = {name: dict(sorted(counter.items())) for name, counter in counters.items()}
         own = ran | {"seconds": round(spent, 3)}
         presets.append(_preset(adapter.row, score) | own | ({"work": histograms} if histograms else {}))
-    for number, learner in enumerate(outcome.learners, len(presets)):
-        presets.append(_preset(learner.loop.row, meter.score(number)) | _learned(learner))
+    for learner in outcome.learners:
+        for number, row in enumerate(learner.rows, 1):
+            presets.append(_preset(row, meter.score(len(presets))) | _learned(learner, number))
     first = presets[min(1, len(presets) - 1)]
     passed = sum(sliding.seconds.values())
     speed = len(plan) / passed if passed else None
@@ -135,18 +136,19 @@ def merge_work(ranks: Sequence[dict[str, Counter]]) -> dict[str, Counter]:
     return {name: sum((counters.get(name, Counter()) for counters in ranks), Counter()) for name in names}
 
 
-def _learned(learner: LearningPass) -> dict[str, Any]:
+def _learned(learner: LearningPass, number: int) -> dict[str, Any]:
     """What else is said of a row that learns: its gain over the same forward unlearned, and what it costs."""
-    loop, unlearned = learner.loop, learner.meter.score(0)
-    score = learner.meter.score(1)
+    seconds, unlearned, score = learner.loop.seconds, learner.meter.score(0), learner.meter.score(number)
+    on_top = {} if learner.rows[number - 1].top is None else {"on_top_seconds": round(seconds["on top"], 3)}
     return {
-        "forward": "windows" if loop.row.apart else "stream",
-        "sinks": None if loop.row.apart else loop.sinks,
+        "forward": "windows" if learner.loop.row.apart else "stream",
+        "sinks": None if learner.loop.row.apart else learner.loop.sinks,
         "unlearned": {"bpb": unlearned.bpb, "gain_bpb": score.gain_bpb, "gain_se": score.gain_se},
         "cost": {
-            "forwards": round(loop.forwards, 3),
-            "seconds": round(loop.seconds["learned"], 3),
+            "forwards": round(learner.loop.forwards, 3),
+            "seconds": round(seconds["learned"], 3),
             "unlearned_seconds": round(learner.unlearned_seconds, 3),
+            **on_top,
         },
     }
 
@@ -201,7 +203,8 @@ def table(found: dict[str, Any]) -> str:
     if len(found["presets"]) > 1:
         lines.append("gain: bits per byte less than none, the model unadapted, token by token; s.e. by document")
     lines += [_cost_line(row) for row in found["presets"] if "cost" in row]
-    rates = [row["resolved_preset"] for row in found["presets"] if row["resolved_preset"]["optimizer"] == "rates"]
+    rows = [row["resolved_preset"].get("top", row["resolved_preset"]) for row in found["presets"]]
+    rates = [row for row in rows if row["optimizer"] == "rates"]
     if not found["calibrated"] and rates:
         scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(row["scale"] for row in rates))
         k = "from its token frequencies" if found["frequencies"] else "= 2"
@@ -221,7 +224,8 @@ def _cost_line(row: Mapping[str, Any]) -> str:
     error = "" if own["gain_se"] is None else f" ± {own['gain_se']:.4f}"
     return (
         f"{row['preset']}: {own['gain_bpb']:+.4f}{error} over its own forward unlearned, {own['bpb']:.4f}; "
-        f"{cost['forwards']:.1f} forwards a token, {cost['seconds']:.1f} s instead of {cost['unlearned_seconds']:.1f}"
+        f"{cost['forwards']:.1f} forwards a token, {cost['seconds'] + cost.get('on_top_seconds', 0):.1f} s instead of "
+        f"{cost['unlearned_seconds']:.1f}"
     )
 
 

@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..eval import Scored, SlidingPass
 from ..eval.inputs import Inputs, Sources, choose_rows, read_model
 from ..eval.setup import choose_batch, choose_streaming, choose_worker
-from ..learn import Charged, Learning, LearningLoop
+from ..learn import Charged, Learning, OnTop, make_loop
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..windows import Plan, Window
@@ -165,10 +165,16 @@ class SlotfastLM(TemplateLM):
         parts: list[Scored] | list[Charged] = []
         if isinstance(self.row, Learning):
             sinks = streaming.sinks if streaming else (inputs.stored_forward or {}).get("sinks", 0)
-            where = (sinks, inputs.tokenizer.bos_id, self._worker.dtype, keep_logprobs)
-            LearningLoop(self._model, self.row, self._length, *where).run(stream.read, len(tokens) - 1, parts.append)
-            nll = torch.cat([part.nll for part in parts]).cpu().numpy()
-            logprobs = torch.cat([part.logprobs for part in parts]) if keep_logprobs else None
+            calibration = Calibration.stored(inputs.artifact.unigram, inputs.artifact.metadata)
+            on_top = OnTop.of([self.row], self._length, calibration, inputs.tokenizer.bos_id)
+            how = {"keep_logprobs": keep_logprobs, "unlearned": False, "on_top": on_top}
+            where = (sinks, inputs.tokenizer.bos_id, self._worker.dtype)
+            loop = make_loop(self._model, self.row, self._length, *where, **how)
+            loop.run(stream.read, len(tokens) - 1, parts.append)
+            parts.sort(key=lambda part: part.start)
+            nll = torch.cat([part.on_top[0] if on_top else part.nll for part in parts]).cpu().numpy()
+            rows = [part.on_top_logprobs[0] if on_top else part.logprobs for part in parts] if keep_logprobs else None
+            logprobs = rows and torch.cat(rows)
         else:
             plan = plan if streaming or self.joined else TailPlan(plan.predictions, plan.seq_len, plan.stride)
             batch, together = choose_batch(self.settings, rows, plan, inputs.artifact.config.vocab_size, self._worker)

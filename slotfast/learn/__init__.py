@@ -19,6 +19,7 @@ from .loop import Charged, FrozenLoop, LearningLoop
 from .lora import Lora
 from .presets import LEARNING, parse_row
 from .row import Learning
+from .top import OnTop
 
 __all__ = [
     "LEARNING",
@@ -30,6 +31,7 @@ __all__ = [
     "Learning",
     "LearningLoop",
     "Lora",
+    "OnTop",
     "learn",
     "make_loop",
     "parse_row",

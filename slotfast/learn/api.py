@@ -12,6 +12,7 @@ from .documents import DocumentLoop
 from .loop import FrozenLoop, LearningLoop
 from .presets import parse_row
 from .row import Learning
+from .top import OnTop
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def learn(
             apart, and `stream(tokens, state) -> (states, state)`; without that, each chunk has all of its window
             forwarded again, keys are those of the newest weights, and gradients reach them.
         tokens: int [N], N >= 2.
-        row: how to learn, NAME, NAME:key=value or a row.
+        row: how to learn, NAME, NAME:key=value or a row; learn+causal counts on top, uncalibrated.
         window: tokens that one attends to; the model's training length where None.
         sinks: first tokens of the stream that stay visible, >= 0.
         bos_id: the token that starts a document, for scope=document.
@@ -64,10 +65,12 @@ def learn(
         raise InputError(f"preset {parsed.name!r} learns nothing: slotfast.adapt runs it")
     known, length = language_model(model)
     where = (window or length, sinks)
-    loop, ids, charged, plain = make_loop(known, parsed, *where, bos_id, dtype), tokens.cpu().numpy(), [], []
+    on_top = OnTop.of([parsed], where[0], bos_id=bos_id)
+    loop, ids = make_loop(known, parsed, *where, bos_id, dtype, on_top=on_top), tokens.cpu().numpy()
+    charged, plain = [], []
     loop.run(lambda start, stop: ids[start:stop], len(ids) - 1, charged.append)
     charged.sort(key=lambda part: part.start)
-    nll, seconds = torch.cat([part.nll for part in charged]), loop.seconds
+    nll, seconds = torch.cat([part.on_top[0] if on_top else part.nll for part in charged]), loop.seconds
     if charged[0].unlearned is not None:
         return Learned(nll, torch.cat([part.unlearned for part in charged]), loop.forwards, seconds)
     frozen = FrozenLoop(known, *where, dtype, parsed.chunk)
@@ -84,6 +87,7 @@ def make_loop(
     dtype: torch.dtype | None = None,
     keep_logprobs: bool = False,
     unlearned: bool = True,
+    on_top: OnTop | None = None,
 ) -> LearningLoop | DocumentLoop:
     """The loop that a row asks for; see there. Documents with windows of their own have no sinks.
 
@@ -91,5 +95,5 @@ def make_loop(
         unlearned: of documents with windows of their own, run the same forwards without learning too.
     """
     if row.apart:
-        return DocumentLoop(model, row, window, bos_id, dtype, keep_logprobs, unlearned)
-    return LearningLoop(model, row, window, sinks, bos_id, dtype, keep_logprobs)
+        return DocumentLoop(model, row, window, bos_id, dtype, keep_logprobs, unlearned, on_top)
+    return LearningLoop(model, row, window, sinks, bos_id, dtype, keep_logprobs, on_top)

@@ -27,6 +27,7 @@ from .phases import train_phase
 from .row import Learning
 from .schedule import Document, Read, boundaries, chunk_of, documents, rounds
 from .slots import SlotLora
+from .top import OnTop
 
 _ALIKE = 128  # tokens that windows of one batch differ by in length, at most
 _FETCHED = 4096  # charges of one document that are brought to the host together
@@ -41,14 +42,17 @@ class _Slot:
         chunk: tokens of its chunks.
         early: whether the last window begins earlier where the document ends before its last chunk is full.
         done: of its targets that are charged.
-        charges: those not handed out yet: the first prediction, and losses learned and unlearned [2, n], log-probs.
+        top: rows on top, or None.
+        charges: those not handed out yet: the first prediction; losses learned, unlearned and of the rows on top, [2 +
+            rows, n]; log-probabilities of all but the unlearned, or none.
     """
 
     document: Document
     chunk: int
     early: bool
+    top: OnTop | None = None
     done: int = 0
-    charges: list[tuple[int, Tensor, Tensor | None]] = field(default_factory=list)
+    charges: list[tuple[int, Tensor, Sequence[Tensor]]] = field(default_factory=list)
 
     @property
     def end(self) -> int:
@@ -111,9 +115,10 @@ class DocumentLoop:
         dtype: of the forward; the embedding's where None.
         keep_logprobs: give the distributions too.
         unlearned: also run the same forwards without learning.
+        on_top: rows that adapt what the chunks are charged with; each document has its own.
 
     Attributes:
-        seconds: of forwarding and learning, and of the same forwards without learning.
+        seconds: of forwarding and learning, of the same forwards without learning, and of the rows on top.
         ledger: what was computed: tokens of windows, and rows of the head and the last layer.
 
     Raises:
@@ -129,12 +134,14 @@ class DocumentLoop:
         dtype: torch.dtype | None = None,
         keep_logprobs: bool = False,
         unlearned: bool = True,
+        on_top: OnTop | None = None,
     ):
         check(row, model, window, bos_id)
         if not isinstance(model, GPT):
             raise InputError(f"preset {row.name!r}: slots and keys {row.keys!r} are for models of this package")
         self.model, self.row, self.window, self.keep_logprobs = model, row, window, keep_logprobs
         self.unlearned, self.dtype = unlearned, dtype or model.tok_emb.weight.dtype
+        self.on_top = on_top
         self.bos_id = bos_id if row.scope == "document" else None
         self.lora = SlotLora(model, row, row.slots or 1)
         self.ledger = dict.fromkeys(("forward", "backward", "rows", "phases", "charged"), 0)
@@ -147,7 +154,8 @@ class DocumentLoop:
 
     @property
     def seconds(self) -> dict[str, float]:
-        return dict.fromkeys(("learned", *(["unlearned"] if self.unlearned else [])), 0.0) | self._watch.seconds
+        phases = ("learned", *(["unlearned"] if self.unlearned else []), *(["on top"] if self.on_top else []))
+        return dict.fromkeys(phases, 0.0) | self._watch.seconds
 
     @property
     def forwards(self) -> float:
@@ -250,7 +258,8 @@ class DocumentLoop:
         elif self.row.start == "fresh":
             self.lora.put(slot, self.lora.draw(1 + document.number))
         self.lora.begin(slot)
-        self._slots[slot] = _Slot(document, chunk, self.row.order == "longest")
+        top = self.on_top and self.on_top.fresh()
+        self._slots[slot] = _Slot(document, chunk, self.row.order == "longest", top)
 
     def _alike(self, live: Sequence[int]) -> list[list[int]]:
         """Slots whose windows are of about one length, those that learn and those that do not."""
@@ -271,10 +280,9 @@ class DocumentLoop:
                 unlearned = self._losses(self.model, batch, False)[0]
         else:
             unlearned = nll.detach()
-        rows = torch.log_softmax(logits.detach(), -1) if self.keep_logprobs else [None] * len(slots)
         losses = torch.stack([nll.detach(), unlearned], 1)
-        for slot, own, logprobs in zip(slots, losses, rows, strict=True):
-            self._charge(slot, own, logprobs)
+        for slot, own, rows, targets in zip(slots, losses, logits.detach(), batch.targets, strict=True):
+            self._charge(slot, own, rows, targets)
         if learns:
             with self._watch("learned"):
                 self._learn(slots, batch, leaf, nll)
@@ -301,12 +309,16 @@ class DocumentLoop:
 
     # -- charges on their way out
 
-    def _charge(self, slot: int, losses: Tensor, logprobs: Tensor | None) -> None:
+    def _charge(self, slot: int, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
         at = self._slots[slot]
         count = at.end - at.done
-        at.charges.append(
-            (at.document.start + at.done, losses[:, :count], None if logprobs is None else logprobs[:count])
-        )
+        losses, logits = losses[:, :count], logits[:count]
+        logprobs = [torch.log_softmax(logits, -1)] if self.keep_logprobs else []
+        if at.top:
+            with self._watch("on top"):
+                top, rows = at.top.charge(logits, targets[:count], self.keep_logprobs)
+            losses, logprobs = torch.cat([losses, top]), logprobs + rows
+        at.charges.append((at.document.start + at.done, losses, logprobs))
         self.ledger["charged"] += count
         at.done = at.end
         ended = at.done == at.document.targets
@@ -321,8 +333,11 @@ class DocumentLoop:
         self._check(at, losses[0])
         parts = losses.split([own.size(1) for _, own, _ in at.charges], 1)
         number = at.document.number
-        for (start, _, logprobs), (nll, unlearned) in zip(at.charges, parts, strict=True):
-            self._waiting[number].append(Charged(start, nll, unlearned if self.unlearned else None, logprobs))
+        for (start, _, logprobs), (nll, unlearned, *top) in zip(at.charges, parts, strict=True):
+            own, *others = logprobs or [None]
+            on_top = torch.stack(top) if top else None
+            charged = Charged(start, nll, unlearned if self.unlearned else None, own, on_top, others)
+            self._waiting[number].append(charged)
             self._held += len(nll)
         at.charges.clear()
         if self.row.order == "longest":

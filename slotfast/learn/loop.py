@@ -5,7 +5,7 @@ since. No gradient reaches them.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from ..foreign.models import LanguageModel, cached_forward
 from ..model import GPT, PackedLinear
 from .lora import Learner, Lora, Weights
 from .row import Learning
+from .top import OnTop
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,16 @@ class Charged:
         nll: float32 (float64 for float64) [n], nats.
         unlearned: the same without what has been learned, where the loop's forward is no other loop's; else None.
         logprobs: float [n, V], the distributions that nll was taken from; None unless asked for.
+        on_top: like nll [rows, n], of the rows on top; None where there are none.
+        on_top_logprobs: like logprobs, of each of these rows; empty unless asked for.
     """
 
     start: int
     nll: Tensor
     unlearned: Tensor | None = None
     logprobs: Tensor | None = None
+    on_top: Tensor | None = None
+    on_top_logprobs: Sequence[Tensor] = ()
 
 
 class FrozenLoop:
@@ -79,9 +84,10 @@ class LearningLoop:
         bos_id: the token that starts a document.
         dtype: of the forward; the embedding's where None.
         keep_logprobs: give the distributions too.
+        on_top: rows that adapt what the chunks are charged with, fresh; they begin anew where learning does.
 
     Attributes:
-        seconds: of forwarding and learning.
+        seconds: of forwarding and learning, and of the rows on top.
 
     Raises:
         InputError: a chunk longer than the window, documents that nothing starts, weights that cannot learn.
@@ -96,10 +102,12 @@ class LearningLoop:
         bos_id: int | None = None,
         dtype: torch.dtype | None = None,
         keep_logprobs: bool = False,
+        on_top: OnTop | None = None,
     ):
         check(row, model, window, bos_id)
         self.model, self.row, self.sinks, self.bos_id, self.keep_logprobs = model, row, sinks, bos_id, keep_logprobs
-        self.seconds = {"learned": 0.0}
+        self.on_top = on_top
+        self.seconds = {"learned": 0.0, "on top": 0.0}
         try:
             self._cached = cached_forward(model, window, sinks, dtype)
             self._learner = _learner(row, model)
@@ -145,6 +153,8 @@ class LearningLoop:
             if borders[:1] == [0]:
                 self._learner.reset()
                 self._optimizer.state.clear()
+                if self.on_top:
+                    self.on_top.reset()
             count = next((border for border in borders if border), count)
         ends = count < len(tokens) - 1 or start + count == predictions  # nothing that is learned here is used
         before = self._cached.state_dict() if ends or self.row.steps > 1 else None
@@ -155,7 +165,13 @@ class LearningLoop:
             self._check(start, nll)
             rows = torch.log_softmax(logits.detach()[:count], -1) if self.keep_logprobs else None
             self.seconds["learned"] += clock.lap()
-            on_charged(Charged(start, nll, logprobs=rows))
+            top, top_rows = None, []
+            if self.on_top:
+                # All of the chunk, for the same reason as below: what it takes in behind a BOS is forgotten there.
+                top, top_rows = self.on_top.charge(logits.detach(), tokens[1:], self.keep_logprobs)
+                top, top_rows = top[:, :count], [part[:count] for part in top_rows]
+            self.seconds["on top"] += clock.lap()
+            on_charged(Charged(start, nll, None, rows, top, top_rows))
             clock.lap()
             if not ends:
                 self._learn(losses, tokens, before)

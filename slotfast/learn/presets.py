@@ -1,5 +1,6 @@
 """The rows that learn, published ones and ours, and the way from text to a row."""
 
+import re
 from typing import Any
 
 import pydantic
@@ -9,6 +10,7 @@ from ..slot import PRESETS, Adaptation, parse_preset
 from ..slot.presets import check_acting, read_changes
 from ..words import nearest
 from .row import Learning
+from .top import check_top
 
 _OFF = {"clip": None, "alpha": None, "slots": None, "phase_clip": None, "short": ()}  # what `none` says
 _DOCUMENTS = {"scope": "document", "keys": "recompute", "eps": 1e-10, "lr": 1e-4, "decay": 0.5, "slots": 64}
@@ -51,19 +53,39 @@ LEARNING: dict[str, Learning] = {
 
 
 def parse_row(text: str) -> Adaptation | Learning:
-    """A row of either kind from NAME or NAME:key=value,key=value.
+    """A row of either kind from NAME or NAME:key=value,key=value; one on top of another as ROW+ROW, the first learns.
 
     Raises:
-        InputError: unknown name or key (with the nearest right one), or a value that does not fit.
+        InputError: unknown name or key (with the nearest right one), a value that does not fit, or a row that does not
+            go on top.
     """
-    name, _, options = text.partition(":")
+    first, joined, second = _split(text)
+    name, _, options = first.partition(":")
+    where = f"preset {text!r}"
     if name in LEARNING:
-        return _changed(LEARNING[name], options, f"preset {text!r}")
+        row = _changed(LEARNING[name], options, where)
+        if not joined:
+            return row
+        top = parse_row(second)
+        if not isinstance(top, Adaptation):
+            raise InputError(f"{where}: {second!r} on top learns too: expected a row that shares a forward")
+        check_top(top, where)
+        return row.model_copy(update={"top": top})
+    if joined:
+        raise InputError(f"{where}: in ROW+ROW the first learns: expected one of {', '.join(LEARNING)}")
     if name not in PRESETS:
         raise InputError(
             f"preset {name!r}: no such preset{nearest(name, [*PRESETS, *LEARNING])}; --list-presets shows them"
         )
     return parse_preset(text)
+
+
+def _split(text: str) -> tuple[str, str, str]:
+    """ROW+ROW at the first plus in front of a letter; within the values of a row that learns a number follows it."""
+    learns = re.split(r"[:+]", text, maxsplit=1)[0] in LEARNING
+    named = re.match(r"[\w-]+\+(?=[A-Za-z])", text)
+    match = re.search(r"\+(?=[A-Za-z])", text) if learns or named else None
+    return (text[: match.start()], "+", text[match.end() :]) if match else (text, "", "")
 
 
 def _changed(row: Learning, options: str, where: str) -> Learning:

@@ -1,10 +1,11 @@
 """A learning system as a row of choices, and the verdict that follows from them."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from ..slot import Compliance
+from ..slot import Adaptation, Compliance
 from .layers import PROJECTIONS
 
 _PHASES = ("prefix", "phase_lr", "phase_momentum", "phase_epochs", "phase_clip", "piece")
@@ -21,6 +22,7 @@ class Learning(BaseModel):
 
     name: str
     about: str = ""
+    top: Adaptation | None = Field(None, description="adapts the logits that are learned, as each chunk is charged")
     what: Literal["all", "lora", "norms"] = Field("lora", description="what learns")
     rank: int = Field(16, ge=1, le=1024, description="of LoRA's factors")
     alpha: float | None = Field(None, gt=0, le=1e6, description="LoRA's product counts alpha / rank times; none: once")
@@ -134,8 +136,24 @@ class Learning(BaseModel):
         )
 
     @property
+    def alone(self) -> "Learning":
+        """What learns, under whatever name, with nothing on top: rows that agree in it share a pass."""
+        return self.model_copy(update={"name": "", "about": "", "top": None})
+
+    @property
     def compliance(self) -> Compliance:
-        """The contest's four conditions, computed from the choices."""
+        """The contest's four conditions, computed from the choices, and from those of what is on top."""
+        learned = self._compliance
+        if self.top is None:
+            return learned
+        top = self.top.compliance
+        holds = {name: getattr(learned, name) and getattr(top, name) for name in ("c1", "c2", "c3", "c4")}
+        fresh = ", from BOS on" if self.scope == "document" else ""
+        why = f"{learned.why}; on top, {self.top.name}: {top.why}{fresh}"
+        return replace(learned, **holds, why=why if top.causal or not learned.causal else f"{top.why} (on top)")
+
+    @property
+    def _compliance(self) -> Compliance:
         charged = f"each chunk of {self.chunk} tokens is charged before anything learns from it"
         if self.order == "longest":
             # As published, a document's last window ends with it, and so begins where its length says
@@ -154,4 +172,5 @@ class Learning(BaseModel):
 
     def summary(self) -> dict[str, Any]:
         """The choices, and the numbers that act."""
-        return {"name": self.name} | {key: getattr(self, key) for key in self.options}
+        chosen = {"name": self.name} | {key: getattr(self, key) for key in self.options}
+        return chosen if self.top is None else chosen | {"top": self.top.summary()}

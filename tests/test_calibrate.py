@@ -1,6 +1,7 @@
 """Calibration: what it stores is used, what does not gain is off, what cannot work is refused."""
 
 import json
+import re
 from importlib import resources
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from slotfast.artifact import Artifact, read_artifact, write_artifact
 from slotfast.calibrate import CLOSED_GATES, calibrate, main
+from slotfast.command import progress
 from slotfast.data import ByteTable, Text, Tokenizer, TokenStream
 from slotfast.errors import InputError
 from slotfast.model import GPT, GPTConfig
@@ -85,11 +87,22 @@ def _arguments(files, **changes):
     return [part for name, value in given.items() for part in (f"--{name}", str(files / value))]
 
 
-def test_the_command_writes_the_same_model_calibrated(files, capsys):
+def test_the_command_writes_the_same_model_calibrated(files, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "_SECONDS", 0.0)
     main(_arguments(files))
     before, after = read_artifact(files / "m"), read_artifact(files / "c")
     assert after.metadata["calibration"]["tokens"] > 1000 and before.metadata["calibration"] is None
-    assert "calibrated on" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "calibrated on" in said.out
+    assert "t.jsonl, on cpu: windows and streams, then rates and repeats\n" in said.err
+    for unit in (
+        "windows",
+        "windows as a stream with 0 sinks",
+        "windows as a stream with 4 sinks",
+        "windows with rates",
+    ):
+        assert re.search(rf"^\d+ of \d+ {unit}, about \d+ s left$", said.err, re.M), unit
     for name, tensor in before.model().state_dict().items():
         assert torch.equal(tensor, after.model().state_dict()[name])
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ..artifact import Artifact
+from ..command.progress import Progress
 from ..data import Text, TokenStream
 from ..errors import InputError
 from ..eval.forward import Streaming, block_that_fits, streams, windows_that_fit
@@ -39,6 +40,7 @@ def calibrate(
     batch_windows: int = 16,
     forward: Literal["auto", "windows", "stream"] = "auto",
     worker: Worker = ALONE,
+    shown: bool = False,
 ) -> dict[str, Any]:
     """Strength and decay of the rates from a grid, then the gates of repeats by L-BFGS; any of them may end as off.
 
@@ -49,6 +51,7 @@ def calibrate(
         seq_len: of the pass; the model's own where None and it says so.
         stride, batch_windows, worker: of the pass.
         forward: windows, or a stream without sinks; auto: what `compare_forwards` finds.
+        shown: say on standard error how far it is, pass by pass.
 
     Returns:
         forward, see `compare_forwards`, or None where they were not compared; scale, decay, gates; the number of
@@ -59,17 +62,16 @@ def calibrate(
     for decay in DECAYS:
         rows += [parse_preset(f"causal-unigram:scale={scale},decay={decay ** (1 / 64)!r}") for scale in SCALES[1:]]
     adapters = [Adapter(row, Calibration(frequency), text.bos_id) for row in rows]
-    parts: list[Scored] = []
     length = min(seq_len or model.config.seq_len, max(len(text.stream) - 1, 1))
     plan = Plan(len(text.stream) - 1, length, min(stride, length))
     vocab_size = len(text.byte_table.base)
     batch_windows = max(1, min(batch_windows, windows_that_fit(length, vocab_size)))
-    options: dict[str, Any] = {"batch_windows": batch_windows, "worker": worker}
+    options: dict[str, Any] = {"batch_windows": batch_windows, "worker": worker, "shown": shown}
     compared = compare_forwards(model, text, plan, **options) if forward == "auto" else None
     chosen = compared or {"forward": forward, "sinks": 0}
     if chosen["forward"] == "stream":
         options["streaming"] = _streaming(chosen["sinks"], text, worker)
-    SlidingPass(model, text, plan, adapters, **options).run(on_scored=parts.append)
+    parts = _scored(model, text, plan, adapters, "windows with rates", **options)
     nll = np.concatenate([part.nll for part in parts], 1)[1:].astype(np.float64)
     tokens = np.concatenate([part.token for part in parts])
     n_bytes = np.concatenate([part.n_bytes for part in parts])
@@ -112,11 +114,13 @@ def compare_forwards(
     *,
     batch_windows: int,
     worker: Worker = ALONE,
+    shown: bool = False,
 ) -> dict[str, Any]:
     """Windows, or a stream with no sinks or with four: the better stream, unless it is clearly worse than windows.
 
     Args:
         model, text, plan, batch_windows, worker: of the passes.
+        shown: as in `calibrate`.
 
     Returns:
         forward, "stream" or "windows"; sinks; difference_bpb, of the better stream less windows, and difference_se, its
@@ -126,11 +130,11 @@ def compare_forwards(
     if not streams(model):
         return {"forward": "windows", "sinks": 0, "difference_bpb": None, "difference_se": None}
     ways = [None, *(_streaming(sinks, text, worker) for sinks in SINKS)]
-    runs: list[list[Scored]] = []
+    options: dict[str, Any] = {"batch_windows": batch_windows, "worker": worker, "shown": shown}
+    runs = []
     for way in ways:
-        runs.append([])
-        passed = SlidingPass(model, text, plan, [], batch_windows=batch_windows, streaming=way, worker=worker)
-        passed.run(on_scored=runs[-1].append)
+        unit = "windows" if way is None else f"windows as a stream with {counted(way.sinks, 'sink')}"
+        runs.append(_scored(model, text, plan, [], unit, streaming=way, **options))
     token, n_bytes = (np.concatenate([getattr(part, name) for part in runs[0]]) for name in ("token", "n_bytes"))
     nll = np.stack([np.concatenate([part.nll[0] for part in parts]) for parts in runs])
     _, document = np.unique(np.cumsum(token == text.bos_id), return_inverse=True)
@@ -141,6 +145,23 @@ def compare_forwards(
     holds = best.gain_se is not None and -best.gain_bpb <= TOLERANCE_BPB + 2 * best.gain_se
     found = {"difference_bpb": -best.gain_bpb, "difference_se": best.gain_se}
     return {"forward": "stream" if holds else "windows", "sinks": sinks if holds else 0, **found}
+
+
+def _scored(
+    model: GPT | LanguageModel,
+    text: Text,
+    plan: Plan,
+    adapters: Sequence[Adapter],
+    unit: str,
+    *,
+    shown: bool,
+    **options: Any,
+) -> list[Scored]:
+    """All that one pass scores."""
+    parts: list[Scored] = []
+    with Progress(len(plan), 0, unit, silent=not shown) as progress:
+        SlidingPass(model, text, plan, adapters, **options).run(on_scored=parts.append, on_windows=progress)
+    return parts
 
 
 def _streaming(sinks: int, text: Text, worker: Worker) -> Streaming:

@@ -14,6 +14,7 @@ from ..command.ranks import join_ranks
 from ..command.run import no_exit
 from ..data import Text, Tokenizer, TokenStream, read_documents
 from ..errors import InputError
+from ..eval.forward import streams
 from ..eval.inputs import check_tokenizer
 from ..foreign import ForeignModel, StoredCalibration, read_foreign
 from ..foreign.calibration import Counts, Found
@@ -120,7 +121,10 @@ def _fit(
         model: nn.Module = stored.model().to(worker.device)
         length, stride = settings.seq_len or stored.config.seq_len, settings.stride or 64
         how: dict[str, Any] = {"seq_len": length, "stride": min(stride, length), "forward": settings.forward}
-        found = calibrate(model, text, frequency, **how, worker=worker)
+        said = f"calibrating on {counted(len(text.stream), 'token')} of {settings.text}, on {worker.device_name}: "
+        compared = "windows and streams, then " * (settings.forward == "auto" and streams(model))
+        print(f"{said}{compared}rates and repeats", file=sys.stderr, flush=True)
+        found = calibrate(model, text, frequency, **how, worker=worker, shown=True)
     if settings.seq_len not in (None, stored.config.seq_len):
         found["forward"] = None  # what was found at another length says nothing of the model's own
     print(summary(found), flush=True)

@@ -37,6 +37,8 @@ def fused_banded_attention(
     keys, values = (_overlapping(x, blocks, rows, before + rows) for x in (k, v))
     queries = _blocks(q, kv_heads, blocks, rows)
     if sinks is not None:
+        if position is None:
+            raise ValueError("position: expected one where there are sinks, got None")
         queries, keys, values = _with_sinks(queries, keys, values, *sinks)
         left = position[:, None, None, None] + query - window >= torch.arange(sinks[1].size(1))  # is out of the band
         visible = torch.cat([visible.expand(*left.shape[:3], -1), left], -1)  # (B, blocks, rows, keys + S)

@@ -6,7 +6,6 @@ training text that shares eight words in a row with any page is dropped.
 """
 
 import ast
-import inspect
 import io
 import platform
 import sysconfig
@@ -89,11 +88,11 @@ def _prose(path: Path) -> list[str]:
     try:
         source = path.read_text(encoding="utf-8")
         tree = ast.parse(source)
-        found = [
-            (node.body[0].lineno, inspect.cleandoc(node.body[0].value.value))
+        found: list[tuple[int, list[str]]] = [
+            (node.body[0].lineno, [docstring])
             for node in ast.walk(tree)
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
-            and ast.get_docstring(node, clean=False) is not None
+            and (docstring := ast.get_docstring(node)) is not None
         ]
         block: list[str] = []
         last = -1
@@ -107,7 +106,7 @@ def _prose(path: Path) -> list[str]:
             last = token.start[0]
     except (SyntaxError, ValueError, OSError, tokenize.TokenError, RecursionError):
         return []
-    paragraphs = (text if isinstance(text, str) else "\n".join(text) for _, text in sorted(found, key=lambda f: f[0]))
+    paragraphs = ("\n".join(lines) for _, lines in sorted(found, key=lambda f: f[0]))
     return [text.strip() for text in paragraphs if _is_english(text)]
 
 

@@ -22,8 +22,9 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = None
     if n < length:  # torch's own causal mask is that of the first positions
         mask = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
-    options = {"attn_mask": mask, "is_causal": mask is None, "enable_gqa": group > 1}  # a plain bool, traced or not
-    return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
+    causal = mask is None  # a plain bool, traced or not
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=group > 1)
+    return y.transpose(1, 2)
 
 
 # By type of device. A dictionary, not a cache decorator: a compiler that traces a call reads it, whereas it would look

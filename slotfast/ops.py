@@ -288,7 +288,7 @@ def _banded(
     exclude_own: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The attention, and what the backward pass of the device needs."""
-    sinks = None if q_sink is None else (q_sink, k_sink, v_sink)
+    sinks = None if q_sink is None or k_sink is None or v_sink is None else (q_sink, k_sink, v_sink)
     out = banded_attention_ref(q, k, v, window, position, sinks, exclude_own)
     return out, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
 
@@ -329,7 +329,7 @@ def _banded_backward(
         return banded_attention_ref(q, k, v, window, position, sinks or None, exclude_own)
 
     sinks = () if q_sink is None else (q_sink, k_sink, v_sink)
-    _, pull_back = torch.func.vjp(forward, q, k, v, *sinks)
+    pull_back = torch.func.vjp(forward, q, k, v, *sinks)[1]
     return [gradient.contiguous() for gradient in pull_back(dout)]
 
 

@@ -107,16 +107,18 @@ class _StreamAttention:
         first = k.size(1) - q.size(1)
         k = rotate(k, *self.rope)
         memory = self.stream._memory[run]
-        keys, values, *sinks = memory.take(k, v, self.stream.position)
+        keys, values, *first_ones = memory.take(k, v, self.stream.position)
         turned = rotate(q, *(table[first:] for table in self.rope))
-        q_sink = rotate(q, *(table[first:] for table in self.sink_rope)) if self.sinks else None
+        sinks = None
+        if self.sinks:
+            sinks = (rotate(q, *(table[first:] for table in self.sink_rope)), first_ones[0], first_ones[1])
         return ops.banded_attention(
             turned,
             keys,
             values,
             self.stream.window,
             self.position + first,
-            (q_sink, *sinks) if self.sinks else None,
+            sinks,
             exclude_own,
         )
 
@@ -138,11 +140,10 @@ class _Memory:
         """
         first = (k[:, :0], v[:, :0]) if self.first is None else self.first
         if position < self.sinks:
-            first = tuple(
-                torch.cat([old, new[:, : self.sinks - position]], 1) for old, new in zip(first, (k, v), strict=True)
-            )
-            self.first = tuple(x.detach().clone() for x in first)
-        return *(recent.extend(new) for recent, new in zip(self.recent, (k, v), strict=True)), *first
+            missing = self.sinks - position
+            first = torch.cat([first[0], k[:, :missing]], 1), torch.cat([first[1], v[:, :missing]], 1)
+            self.first = first[0].detach().clone(), first[1].detach().clone()
+        return self.recent[0].extend(k), self.recent[1].extend(v), *first
 
     def forget(self) -> None:
         self.recent = _Recent(self.keep), _Recent(self.keep)

@@ -13,6 +13,7 @@ from torch import nn
 
 from . import ops
 from .data import TokenStream
+from .model import CausalModel
 from .windows import Plan
 from .worker import ALONE, Worker
 
@@ -62,24 +63,24 @@ class ScoreFirst:
                 last = chunk
         return [range(a, b) for a, b in zip(borders, [*borders[1:], len(plan)], strict=True)]
 
-    def state_dict(self, model: nn.Module) -> dict[str, Any]:
+    def state_dict(self, model: CausalModel) -> dict[str, Any]:
         """The model as it is trained so far, and the optimiser's memory."""
         return {"model": model.state_dict(), "optimizer": self._optimizer and self._optimizer.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], model: CausalModel) -> None:
         """Go on from what `state_dict` gave."""
         model.load_state_dict(state["model"])
         if state["optimizer"] is not None:
-            self._begin(model)
-            self._optimizer.load_state_dict(state["optimizer"])
+            self._begin(model).load_state_dict(state["optimizer"])
 
-    def _begin(self, model: nn.Module) -> None:
+    def _begin(self, model: CausalModel) -> torch.optim.SGD:
         model.requires_grad_(True)
         self._optimizer = torch.optim.SGD(model.parameters(), self.lr, self.momentum)
+        return self._optimizer
 
     def train(
         self,
-        model: nn.Module,
+        model: CausalModel,
         stream: TokenStream,
         plan: Plan,
         chunk: int,
@@ -92,10 +93,9 @@ class ScoreFirst:
         chunks = self.chunks(plan)
         if chunk == len(chunks) - 1:
             return
-        if self._optimizer is None:
-            self._begin(model)
+        optimizer = self._optimizer or self._begin(model)
         rate = self.lr * (1 + math.cos(math.pi * chunk / max(1, len(chunks) - 1))) / 2
-        self._optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = rate
         first, end = (plan[chunks[number].start] for number in (chunk, chunk + 1))
         begin, stop = first.start + first.context_end, end.start + end.context_end  # scored, and not one more
         starts = range(begin, stop, plan.seq_len)
@@ -117,6 +117,6 @@ class ScoreFirst:
                     for parameter in parameters:
                         dist.all_reduce(parameter.grad)
                 nn.utils.clip_grad_norm_(parameters, self.clip)
-                self._optimizer.step()
+                optimizer.step()
         for parameter in parameters:
             parameter.grad = None

@@ -57,10 +57,10 @@ def audit(
         InputError: the loop failed, or reported what cannot be read.
     """
     stream = Stream.checked(tokens, vocab_size, bos_id)
-    name = name or getattr(score, "__name__", "loop")
+    called = name or str(getattr(score, "__name__", "loop"))
     report = audit_rows(
-        lambda tokens, names: {name: run_loop(score, tokens, vocab_size)},
-        [name],
+        lambda tokens, names: {called: run_loop(score, tokens, vocab_size)},
+        [called],
         stream,
         byte_rule=_byte_rule(byte_counts),
         hints=hints,
@@ -104,10 +104,5 @@ def audit_rows(
     auditor = Auditor(run, names, stream, hints=hints, byte_rule=byte_rule, budget=budget)
     with kept_generators():
         found = auditor.audit(seeds)
-    facts = {
-        "seeds": list(map(int, seeds)),
-        "runs": auditor.runs,
-        "seconds": time.perf_counter() - begin,
-        "ranks": auditor.hints.ranks,
-    }
-    return [judge(each, **facts) for each in found]
+    spent, numbers = time.perf_counter() - begin, list(map(int, seeds))
+    return [judge(each, seeds=numbers, runs=auditor.runs, seconds=spent, ranks=auditor.hints.ranks) for each in found]

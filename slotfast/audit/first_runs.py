@@ -7,6 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from .checks import Test
+from .checks.base import verdict_of
 from .log import Record, kept_generators
 from .moves import Noise, moved_before
 from .report import MEMORY, Report
@@ -39,7 +40,7 @@ def with_first_runs(
         moved = moved_before(reference, record, probe.at, Noise(noise, noise), probe.same_shape)
         if moved and not detail:
             detail = f"other tokens from {probe.at} on move the score of token {moved.score} by {moved.by:.3g} nats"
-    test = Test(name, "FAIL" if detail else "PASS", ("C1",), f"{len(probes)} altered streams", detail)
+    test = Test(name, verdict_of(detail), ("C1",), f"{len(probes)} altered streams", detail)
     looks_like = "a memory of what was said before each token, which repeats itself wherever a stream begins alike"
     if report.conditions["C1"] == "FAIL":
         looks_like = (

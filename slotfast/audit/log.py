@@ -163,14 +163,14 @@ def read_log(log: Log, tokens: Tensor, vocab_size: int, returned: Any = None) ->
             expected = [sizes[call], vocab_size]
             raise InputError(f"log.score, call {call}: logprobs of shape {list(rows.shape)}, expected {expected}")
     position = _positions([call[1] for call in scores], length, "log.score")
-    nll = torch.cat([call[2] for call in scores]).double().numpy()
+    losses = torch.cat([call[2] for call in scores]).double().numpy()
     # A loss of NaN or -inf is no charge. A loss of inf is one: the loop held its token for impossible.
-    real = nll > -np.inf
+    real = losses > -np.inf
     first = int((~real).argmax()) if not real.all() else None
     event = np.repeat(np.arange(len(scores)), sizes)
     record = Record(
         tokens.numpy(),
-        nll=_first(position, np.where(real, nll, np.nan), np.full(length, np.nan)),
+        nll=_first(position, np.where(real, losses, np.nan), np.full(length, np.nan)),
         charges=np.bincount(position[real], minlength=length),
         event=_first(position, event, np.full(length, -1)),
         bytes=np.full(length, np.nan),
@@ -178,7 +178,7 @@ def read_log(log: Log, tokens: Tensor, vocab_size: int, returned: Any = None) ->
         mismatch=np.full(length, np.nan),
         ordered=bool(log.scores),
         misordered=_misordered(position, sizes),
-        endless=None if first is None else f"token {position[first]} is charged {nll[first]} nats",
+        endless=None if first is None else f"token {position[first]} is charged {losses[first]} nats",
         updates=len(log.updates),
         nll_precision=_precision(call[2] for call in scores),
     )
@@ -190,8 +190,8 @@ def read_log(log: Log, tokens: Tensor, vocab_size: int, returned: Any = None) ->
     _read_rows(record, scores, vocab_size)
     charged_at = np.array([call[0] for call in scores])[record.event]
     for call, (time, used) in enumerate(log.updates):
-        used = _positions([used], length, f"log.update, call {call}")
-        early = used[(used > 0) & ((record.event[used] < 0) | (charged_at[used] > time))]
+        learned = _positions([used], length, f"log.update, call {call}")
+        early = learned[(learned > 0) & ((record.event[learned] < 0) | (charged_at[learned] > time))]
         if early.size and record.early is None:
             record.early = f"update {call} uses token {early[0]} before it is charged"
     return record
@@ -210,8 +210,8 @@ def _read_rows(record: Record, scores: Sequence[tuple], vocab_size: int) -> None
     position, nll, rows = (torch.cat(part) for part in zip(*given, strict=True))
     position = position.long()
     record.row_precision = _precision(call[2] for call in given)
-    if keep:
-        record.rows = np.full((len(record.nll), vocab_size), np.nan, np.float32)
+    kept = np.full((len(record.nll), vocab_size), np.nan, np.float32) if keep else None
+    record.rows = kept
     tokens = torch.from_numpy(record.tokens)
     step = max(1, _CHUNK_VALUES // vocab_size)
     for part in (slice(start, start + step) for start in range(0, len(position), step)):
@@ -219,8 +219,8 @@ def _read_rows(record: Record, scores: Sequence[tuple], vocab_size: int) -> None
         fair = -values.gather(1, tokens[position[part]][:, None])[:, 0]
         record.total[index] = values.exp().sum(1).numpy()
         record.mismatch[index] = torch.where(charge == fair, 0.0, charge - fair).numpy()  # both may be infinite
-        if keep:
-            record.rows[index] = values.float().numpy()
+        if kept is not None:
+            kept[index] = values.float().numpy()
 
 
 def _misordered(position: np.ndarray, sizes: Sequence[int]) -> str | None:
@@ -228,7 +228,7 @@ def _misordered(position: np.ndarray, sizes: Sequence[int]) -> str | None:
     if not len(position):
         return None
     nonempty = np.flatnonzero(sizes)
-    starts = (np.cumsum(sizes) - sizes)[nonempty]
+    starts = (np.cumsum(sizes, dtype=np.int64) - np.asarray(sizes, np.int64))[nonempty]
     lowest, highest = np.minimum.reduceat(position, starts), np.maximum.reduceat(position, starts)
     reached = np.maximum.accumulate(highest)
     wrong = np.flatnonzero(lowest[1:] <= reached[:-1])

@@ -89,8 +89,8 @@ def _moved_rows(reference: Record, other: Record, where: slice, noise: Noise, sa
     if not rows.size:
         return None
     first, entry = rows[0], int(np.where(wrong[rows[0]], gap[rows[0]], -1).argmax())
-    values = (float(array[first, entry]) for array in (gap, before, after))
-    return Moved(int(where.start + first), *values, len(rows), float(gap[wrong].max()))
+    values = [float(array[first, entry]) for array in (gap, before, after)]
+    return Moved(int(where.start + first), values[0], values[1], values[2], len(rows), float(gap[wrong].max()))
 
 
 def noise_between(a: Record, b: Record) -> Noise:

@@ -162,13 +162,22 @@ class Probe:
     same_shape: bool
 
     @classmethod
-    def of(cls, kind: str, change: str, old: Tensor, new: Tensor, bos_id: int | None, drawn: tuple | None = None):
+    def of(
+        cls,
+        kind: str,
+        change: str,
+        old: Tensor,
+        new: Tensor,
+        bos_id: int | None,
+        drawn: tuple[int, np.ndarray] | None = None,
+    ):
         """A probe from the stream before and after; `drawn` is the first drawn position and its log-probabilities."""
         common = min(len(old), len(new))
         differing = (old[:common] != new[:common]).nonzero()
         at = int(differing[0]) if len(differing) else common
         same = len(old) == len(new) and (bos_id is None or bool(((old == bos_id) == (new == bos_id)).all()))
-        return cls(kind, change, at, new, *(drawn or (len(new), np.empty(0))), same)
+        drawn_from, log_chance = drawn or (len(new), np.empty(0))
+        return cls(kind, change, at, new, drawn_from, log_chance, same)
 
 
 def alter(source: Source, tokens: Tensor, kind: str, change: str, at: int) -> Probe:
@@ -189,8 +198,8 @@ def alter(source: Source, tokens: Tensor, kind: str, change: str, at: int) -> Pr
         more = 1 + int(source.rng.integers(max(1, length // 8))) if change == "extend" else 0
         start = length if change == "extend" else at
         fresh, chance = source.draw(tokens[:start], length + more - start, tokens[start:], change == "scramble")
-        copied = change == "scramble" or (change == "resample" and source.rng.random() < 0.5)
-        if copied and tokens[at] != tokens[at - 1]:
+        repeats = change == "scramble" or (change == "resample" and source.rng.random() < 0.5)
+        if repeats and tokens[at] != tokens[at - 1]:
             fresh[0] = tokens[at - 1]  # a look ahead raises its chance, and the charge of the one before is watched
             start, chance = start + 1, chance[1:]
         new, drawn = torch.cat([tokens[:at] if change != "extend" else tokens, fresh]), (start, chance)

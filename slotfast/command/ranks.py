@@ -25,10 +25,8 @@ def join_ranks(name: str) -> Iterator[Worker]:
     if device.type == "cuda" and (device.index or 0) >= found:
         raise InputError(f"--device {name}: torch sees {found} GPUs here")
     variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world == "1":
-        rank, local, world = 0, device.index or 0, 1
-    else:
+    rank, local, world = 0, device.index or 0, 1
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         values = {variable: os.environ.get(variable, "") for variable in variables}
         numbers = [values[variable] for variable in variables if variable != "MASTER_ADDR"]
         if not all(values.values()) or not all(number.isdecimal() for number in numbers):

@@ -55,15 +55,15 @@ def _run_in_child(main: Callable[[], None], foreign: str) -> None:
         os.close(done)
         os.close(parent_end)
         threading.Thread(target=lambda: (os.read(parent, 1), os._exit(1)), daemon=True).start()
-        said = 1  # an exception's
+        code = 1  # an exception's
         try:
             _run(main)
-            said = 0
+            code = 0
         except SystemExit as error:
-            said = error.code or 0
+            code = error.code if isinstance(error.code, int) else int(error.code is not None)
             raise
         finally:  # by an exception too: only the end of the process itself leaves nothing there
-            os.write(done_end, bytes([said]))
+            os.write(done_end, bytes([code]))
         return
     os.close(done_end)
     os.close(parent)
@@ -85,9 +85,10 @@ def deliver(text: str, *files: tuple[str | None, Callable[[str], object]]) -> No
         files: where each goes, and what writes it; nothing is written to None and to `-`.
     """
     errors: list[OSError | InputError] = []
-    for path, write in (("standard output", lambda _: text and _print(text)), *files):
+    printing = [("standard output", lambda _: _print(text))] if text else []
+    for path, write in (*printing, *files):
         try:
-            if path not in (None, "-"):
+            if path is not None and path != "-":
                 write(path)
         except (OSError, InputError) as error:
             errors.append(error)

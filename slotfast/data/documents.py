@@ -8,7 +8,7 @@ import lzma
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,7 +83,7 @@ def read_documents(path: str | os.PathLike) -> Iterator[str]:
     except (ValueError, RecursionError):
         raise InputError(f"{where}: not JSON that can be read: numbers too long or nesting too deep") from None
     except (EOFError, lzma.LZMAError, zlib.error, zstandard.ZstdError, OSError) as error:
-        if getattr(error, "errno", None):
+        if isinstance(error, OSError) and error.errno:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from None
         raise InputError(f"{where}: cannot be read, truncated or corrupt: {error}") from None
 
@@ -129,7 +129,8 @@ def _json(data: bytes) -> Any:
 def _open_binary(path: Path) -> BinaryIO:
     if path.suffix == ".zst":
         return io.BufferedReader(_Zstd(path))
-    return {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}.get(path.suffix, open)(path, "rb")
+    openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+    return openers.get(path.suffix, open)(path, "rb")
 
 
 class _Zstd(io.RawIOBase):
@@ -137,7 +138,8 @@ class _Zstd(io.RawIOBase):
 
     def __init__(self, path: Path):
         self._file = path.open("rb")
-        self._frame, self._ready = None, memoryview(b"")
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._ready = memoryview(b"")
 
     def readable(self) -> bool:
         return True

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..data import TokenStream
 from ..foreign.models import cached_forward
-from ..model import GPT
+from ..model import GPT, CausalModel
 from ..slot import Adapter, WindowBatch, first_position
 from ..windows import Plan, Window
 from ..worker import Worker
@@ -64,7 +64,7 @@ class WindowForward:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CausalModel,
         stream: TokenStream,
         plan: Plan,
         adapters: Sequence[Adapter],
@@ -86,13 +86,16 @@ class WindowForward:
             hidden = self.model.hidden(tokens[:, :-1].to(device), self.worker.dtype, cut, self.plan.seq_len)
             ends = _ends(windows, cut)
             ends = torch.cat([ends, ends.new_zeros(self.batch_windows - len(ends), 2)])
-            kept = (hidden,) if self.keep_hidden else ()
-            parts.append((self.model.head(hidden), *(t.to(device) for t in (tokens[:, 1 + cut :], ends)), *kept))
+            states = (hidden,) if self.keep_hidden else ()
+            parts.append((self.model.head(hidden), *(t.to(device) for t in (tokens[:, 1 + cut :], ends)), *states))
             if on_windows:
                 on_windows(len(windows))
         columns = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
-        logits, targets, ends, *hidden = columns
-        return WindowBatch(logits, targets, ends[:, 0], ends[:, 1], self.worker.backend, *hidden, head=self.model.head)
+        logits, targets, ends, *kept = columns
+        needed = next(iter(kept), None)
+        return WindowBatch(
+            logits, targets, ends[:, 0], ends[:, 1], self.worker.backend, hidden=needed, head=self.model.head
+        )
 
     def end_at(self, predictions: int) -> None:
         """Nothing is forwarded ahead."""
@@ -126,7 +129,7 @@ class StreamForward:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CausalModel,
         stream: TokenStream,
         plan: Plan,
         adapters: Sequence[Adapter],
@@ -159,11 +162,13 @@ class StreamForward:
         known = self.stream.read(begin + 1, end + 1)
         tokens[: len(known)] = known
         targets = overlapping(torch.from_numpy(tokens).to(self.worker.device), self.plan.stride, len(windows), length)
-        hidden = (self.hidden.windows(**options),) if self.keep_hidden else ()
+        hidden = self.hidden.windows(**options) if self.keep_hidden else None
         ends = _ends(windows, cut).to(self.worker.device)
         if on_windows:
             on_windows(len(windows))
-        return WindowBatch(logits, targets, ends[:, 0], ends[:, 1], self.worker.backend, *hidden, head=self.model.head)
+        return WindowBatch(
+            logits, targets, ends[:, 0], ends[:, 1], self.worker.backend, hidden=hidden, head=self.model.head
+        )
 
     def _start(self, begin: int) -> None:
         """Bring the cache to where prediction `begin` has all that it depends on."""
@@ -205,6 +210,9 @@ class RollingTape:
     """Rows of consecutive predictions, in a buffer that what is no longer needed drops out of."""
 
     def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self.buffer: Tensor | None = None
         self.origin = 0  # prediction of the buffer's first row
         self.begin = self.end = 0  # predictions that are kept
@@ -228,23 +236,28 @@ class RollingTape:
         missing = begin + (count - 1) * step + length - self.end
         if missing > 0:
             end = self.end
-            self._room(missing, self.buffer).zero_()
+            self._room(missing, self._kept()).zero_()
             self.end = end  # rows that are still to come replace them
-        return overlapping(self.buffer[begin - self.origin :], step, count, length)
+        return overlapping(self._kept()[begin - self.origin :], step, count, length)
+
+    def _kept(self) -> Tensor:
+        if self.buffer is None:
+            raise ValueError("nothing was appended")
+        return self.buffer
 
     def _room(self, count: int, like: Tensor) -> Tensor:
-        kept = self.end - self.begin
-        if self.buffer is None or self.end - self.origin + count > len(self.buffer):
-            old, first = self.buffer, self.begin - self.origin
-            if old is None or 2 * (kept + count) > len(old):
-                self.buffer = like.new_empty(2 * (kept + count), *like.shape[1:])
+        kept, buffer = self.end - self.begin, self.buffer
+        if buffer is None or self.end - self.origin + count > len(buffer):
+            old, first = buffer, self.begin - self.origin
+            if buffer is None or 2 * (kept + count) > len(buffer):
+                buffer = like.new_empty(2 * (kept + count), *like.shape[1:])
             if old is not None:
                 # within one buffer the two do not overlap: it is twice as long as what is kept
-                self.buffer[:kept] = old[first : first + kept]
-            self.origin = self.begin
+                buffer[:kept] = old[first : first + kept]
+            self.buffer, self.origin = buffer, self.begin
         begin = self.end - self.origin
         self.end += count
-        return self.buffer[begin : begin + count]
+        return buffer[begin : begin + count]
 
     def state_dict(self) -> dict[str, Any]:
         """The rows that are kept."""
@@ -253,7 +266,7 @@ class RollingTape:
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
         """Go on from what `state_dict` gave."""
-        self.__init__()
+        self._clear()
         if state["rows"] is not None:
             self.append(state["begin"], state["rows"].to(device))
 

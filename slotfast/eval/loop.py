@@ -7,10 +7,10 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..data import Text
 from ..errors import InputError
+from ..model import CausalModel
 from ..score import Meter
 from ..slot import Adapter, Adjusted
 from ..ttt import ScoreFirst
@@ -66,7 +66,7 @@ class SlidingPass:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CausalModel,
         text: Text,
         plan: Plan,
         adapters: Sequence[Adapter],

@@ -8,8 +8,7 @@ matrix x column does not, nor a longer reduction over rows. On AMD processors th
 equally aligned: so rows are padded to whole cache lines. tests/test_lbfgs.py holds the forms used here to it.
 """
 
-from dataclasses import fields
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -81,8 +80,8 @@ def choose(mask: np.ndarray, new: Tensor, old: Tensor) -> Tensor:
     """Rows of `new` where mask holds, else of `old`; they are written into `new`, which is returned."""
     others = (~mask).nonzero()[0]
     if len(others):
-        others = index_of(others, new)
-        new[others] = old[others]
+        index = index_of(others, new)
+        new[index] = old[index]
     return new
 
 
@@ -102,6 +101,8 @@ def to_host(*tensors: Tensor) -> np.ndarray:
 class Columns:
     """A dataclass whose fields are arrays and tensors with one row a problem."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     def take(self, index: np.ndarray) -> Self:
-        columns = [getattr(self, field.name) for field in fields(self)]
+        columns = [getattr(self, name) for name in self.__dataclass_fields__]
         return type(self)(*(a[index] if isinstance(a, np.ndarray) else a[index_of(index, a)] for a in columns))

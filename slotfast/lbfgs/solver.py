@@ -84,8 +84,9 @@ def minimize(
         raise ValueError(f"phases: expected (iterations >= 0, history >= 1) at least once, got {phases!r}")
     if not lr > 0 or not tolerance_change >= 0:
         raise ValueError(f"lr, tolerance_change: expected > 0 and >= 0, got {lr!r} and {tolerance_change!r}")
-    x, losses = start, None if trace is None else [[] for _ in start]
-    iterations = evaluations = 0
+    x = start
+    losses: list[list[float]] | None = None if trace is None else [[] for _ in start]
+    iterations, evaluations = np.zeros((2, len(start)), np.int64)
     with np.errstate(all="ignore"), torch.no_grad():
         for most_iterations, history in phases:
             limits = _Limits(
@@ -100,7 +101,7 @@ def minimize(
             phase = _Phase(objective, x, memory.empty(x, history), limits, losses)
             x, loss, status = phase.solve()
             iterations, evaluations = iterations + phase.iterations, evaluations + phase.evaluations
-    if losses is not None:
+    if trace is not None and losses is not None:
         trace += losses
     return Solution(x, *(torch.from_numpy(a).to(x.device) for a in (loss, iterations, evaluations, status)))
 

@@ -6,8 +6,19 @@ off by default. `hidden` and `head` are apart: an evaluation needs the logits of
 the hidden state go through `head` alone.
 """
 
+from .causal import CausalModel
 from .config import GPTConfig
 from .gpt import GPT
 from .layers import Attend, Linear, PackedLinear, WindowAttention, rotary_table, rotate
 
-__all__ = ["GPT", "Attend", "GPTConfig", "Linear", "PackedLinear", "WindowAttention", "rotary_table", "rotate"]
+__all__ = [
+    "GPT",
+    "Attend",
+    "CausalModel",
+    "GPTConfig",
+    "Linear",
+    "PackedLinear",
+    "WindowAttention",
+    "rotary_table",
+    "rotate",
+]

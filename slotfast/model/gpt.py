@@ -85,7 +85,8 @@ class GPT(nn.Module):
         if self.smear is not None:
             x = self.smear(x, tokens)
         x, tokens = x[:, before:], tokens[:, before:]
-        x0, skips = x, []
+        x0 = x
+        skips: list[Tensor] = []
         value = self.ve_shared(tokens, dtype) if self.ve_shared is not None else None
         order = self.order
         half = len(order) // 2

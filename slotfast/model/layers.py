@@ -53,6 +53,10 @@ class PackedLinear(nn.Module):
         backend: triton, torch or auto.
     """
 
+    low: Tensor
+    high: Tensor
+    scale: Tensor
+
     def __init__(self, weight: PackedInt6, backend: ops.Backend = "auto"):
         super().__init__()
         self.shape, self.backend = weight.shape, backend

@@ -106,7 +106,7 @@ def adapt(
         hidden = _tensor("hidden", hidden)
         if hidden.shape[:2] != logits.shape[:2]:
             raise InputError(f"hidden {tuple(hidden.shape)}: expected {[windows, length]} in front of the width")
-    batch = WindowBatch(logits, targets.masked_fill(behind, 0), *ends, hidden=hidden, head=head)
+    batch = WindowBatch(logits, targets.masked_fill(behind, 0), ends[0], ends[1], hidden=hidden, head=head)
     if row.carries:
         state.past, state.opening = _follow(state.past, state.opening, batch)
 

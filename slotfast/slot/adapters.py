@@ -53,11 +53,10 @@ class Adapter:
 
     def burn_in(self, stride: int) -> int:
         """Windows to replay before the first one that counts, so that what was cut off weighs less than 1e-12."""
-        if self.row.scope != "prefix":
+        decay = self.row.decay
+        if self.row.scope != "prefix" or decay is None:
             return 0
-        if self.row.decay == 1:
-            return 1 << 62
-        return math.ceil(math.log(1e-12) / (stride * math.log(self.row.decay)))
+        return 1 << 62 if decay == 1 else math.ceil(math.log(1e-12) / (stride * math.log(decay)))
 
     def step(self, batch: WindowBatch, all_rows: bool = False) -> Adjusted:
         """Adapt to each window's past: the distributions that its scored tokens are charged by. Advances the state.
@@ -71,23 +70,24 @@ class Adapter:
         self.vocabulary = batch.logits.size(-1)
         if self.row.optimizer != "rates":
             return self._fit(batch)
-        if self._rates is None:
-            self._begin(batch.logits.size(-1), batch.logits.device)
+        rates = self._rates or self._begin(batch.logits.size(-1), batch.logits.device)
         if self.row.scope == "window":
-            return Adjusted(batch, self._rates.windows(batch))
+            return Adjusted(batch, rates.windows(batch))
         if self._bigram:
             return self._bigram.adjust(batch)
-        bias, followers = self._rates.stream(batch), None
+        bias, followers = rates.stream(batch), None
         if self._repeats:
             followers = self._repeats.take(batch.targets[batch.scored], all_rows)
         return Adjusted(batch, bias, followers=followers, gates=self.row.gates)
 
-    def _begin(self, vocab_size: int, device: torch.device | str) -> None:
-        self._rates = Rates(self.row, self.calibration.pseudo_counts(self.row, vocab_size).to(device), self.bos_id)
-        self._bigram = BigramRates(self._rates) if self.row.parameter == "bigram" else None
+    def _begin(self, vocab_size: int, device: torch.device | str) -> Rates:
+        rates = Rates(self.row, self.calibration.pseudo_counts(self.row, vocab_size).to(device), self.bos_id)
+        self._rates = rates
+        self._bigram = BigramRates(rates) if self.row.parameter == "bigram" else None
         if self.row.parameter == "bias+repeats":
-            sorts = torch.device(device).type == "cuda" and SortedRepeats.suits(self.row.decay)
-            self._repeats = (SortedRepeats if sorts else Repeats)(self.row.decay, self.row.document_decay, self.bos_id)
+            sorts = torch.device(device).type == "cuda" and SortedRepeats.suits(rates.decay)
+            self._repeats = (SortedRepeats if sorts else Repeats)(rates.decay, self.row.document_decay, self.bos_id)
+        return rates
 
     def state_dict(self) -> dict[str, Any]:
         """What is carried from batch to batch, but for repeats, which the tokens give back."""
@@ -103,8 +103,7 @@ class Adapter:
         """
         self._fit.load_state_dict(state["fit"], device)
         if "rates" in state:
-            self._begin(len(state["rates"]["counts"]), device)
-            self._rates.load_state_dict(state["rates"])
+            self._begin(len(state["rates"]["counts"]), device).load_state_dict(state["rates"])
         if self._bigram:
             self._bigram.load_state_dict(state["bigram"])
         if self._repeats:

@@ -185,7 +185,9 @@ class Adjusted:
     def nll(self) -> Tensor:
         """Negative log-likelihoods of the scored tokens in order: float32 (float64 for float64) [n], nats."""
         nll = self._nll()
-        return nll if self.followers is None else -mix((-nll.double()).exp(), *self._mixed(nll)).log().to(nll)
+        if self.followers is None:
+            return nll
+        return -mix((-nll.double()).exp(), self.followers, self._gates_like(nll)).log().to(nll)
 
     def _nll(self) -> Tensor:
         batch = self.batch
@@ -209,7 +211,9 @@ class Adjusted:
             if self.bias is not None:
                 logits = logits + self.bias[self.batch.scored.nonzero()[:, 0]]
         rows = torch.log_softmax(logits, -1, torch.promote_types(logits.dtype, torch.float32))
-        return rows if self.followers is None else mix_rows(rows.double().exp(), *self._mixed(rows)).log().to(rows)
+        if self.followers is None:
+            return rows
+        return mix_rows(rows.double().exp(), self.followers, self._gates_like(rows)).log().to(rows)
 
-    def _mixed(self, like: Tensor) -> tuple[Followers, Tensor]:
-        return self.followers, torch.tensor(self.gates, dtype=torch.float64, device=like.device)
+    def _gates_like(self, values: Tensor) -> Tensor:
+        return torch.tensor(self.gates, dtype=torch.float64, device=values.device)

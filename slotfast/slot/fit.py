@@ -60,7 +60,8 @@ class Fit:
             count = 1 if row.scope == "batch" else group.stop - first
             start = self._start(layout, count)
             if visible:
-                solution = self._solve_bias(*(tensor[group] for tensor in visible), start, batch.backend)
+                logits, targets, weights = visible
+                solution = self._solve_bias(logits[group], targets[group], weights[group], start, batch.backend)
             else:
                 solution = self._solve_any(batch, range(windows)[group], start)
             solution = layout.clamp(solution, row.clamp)
@@ -89,20 +90,27 @@ class Fit:
             return self._adamw(BiasObjective(logits, targets, weights, ridge=row.ridge), start, problems)
         if row.optimizer == "mm":
             solve = ops.choose(backend, logits.device, slot_solve_mm, slot_solve_mm_ref)
-            options = {"ridge": row.ridge, "clamp": row.clamp, "iterations": row.steps}
-            x, _, *work = solve(logits, targets, weights, start, **options)
+            x, _, *work = solve(logits, targets, weights, start, ridge=row.ridge, clamp=row.clamp, iterations=row.steps)
         elif row.scope != "batch" and ops.solves_in_one_launch(backend, logits, row.phases):
-            options = {"ridge": row.ridge, "clamp": row.clamp, "phases": row.phases, "tolerance_change": row.tolerance}
-            x, _, *work = slot_solve(logits, targets, weights, start, **options)
+            x, _, *work = slot_solve(
+                logits,
+                targets,
+                weights,
+                start,
+                ridge=row.ridge,
+                clamp=row.clamp,
+                phases=row.phases,
+                tolerance_change=row.tolerance,
+            )
         else:
+            objective: SharedBias | BiasObjective
             if row.scope == "batch" and ops.launches_lbfgs(backend, start) and logits.dtype != torch.float64:
                 # one problem of many rows: a program a window, where a single one would leave a GPU idle
                 objective = SharedBias(*windows, ridge=row.ridge)
             else:
                 objective = BiasObjective(logits, targets, weights, ridge=row.ridge)
-            options = {"phases": row.phases, "tolerance_change": row.tolerance, "backend": backend}
-            solution = minimize(objective, start, **options)
-            x, work = solution.x, (solution.iterations, solution.evaluations, solution.status)
+            solution = minimize(objective, start, phases=row.phases, tolerance_change=row.tolerance, backend=backend)
+            x, work = solution.x, [solution.iterations, solution.evaluations, solution.status]
         self._count(problems, *work)
         return x
 
@@ -113,8 +121,7 @@ class Fit:
         if row.optimizer == "adamw":
             return self._adamw(objective, start, problems)
         x = start.reshape(len(problems), -1)
-        options = {"phases": row.phases, "tolerance_change": row.tolerance, "backend": batch.backend}
-        solution = minimize(objective, x, **options)
+        solution = minimize(objective, x, phases=row.phases, tolerance_change=row.tolerance, backend=batch.backend)
         self._count(problems, solution.iterations, solution.evaluations, solution.status)
         return solution.x.view_as(start)
 
@@ -206,7 +213,7 @@ class Layout:
         """Logits [n, V] of some positions (bool [T]) of a window under parameter x [P]."""
         parts = self.parts(x)
         bias, temperature = parts.get("bias"), parts.get("log_temperature")
-        if not self.through_head:
+        if batch.hidden is None or batch.head is None or not self.through_head:
             logits = batch.logits[window][positions]
         else:
             hidden, before = batch.hidden[window][positions], None
@@ -266,7 +273,7 @@ class HeadObjective:
             if not self.weight[index] > 0:
                 continue
             parameters = x[index].view(-1, sum(self.layout.sizes.values()))
-            total, gradient = 0.0, torch.zeros_like(parameters)
+            total, gradient = self.weight.new_zeros(()), torch.zeros_like(parameters)
             for place, window in enumerate(problem):
                 if not bool(self.focus[window].any()):
                     continue
@@ -275,7 +282,7 @@ class HeadObjective:
                     mine = parameters[place].detach().requires_grad_()
                     loss = self.losses[window](mine)
                 gradient[place] += torch.autograd.grad(loss, mine)[0]
-                total += loss.detach()
+                total = total + loss.detach()
             if self.row.ridge:
                 total = total + self.row.ridge / 2 * parameters.double().square().sum()
                 gradient += self.row.ridge * parameters

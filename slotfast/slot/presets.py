@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import pydantic
 
@@ -168,7 +169,9 @@ def from_environment(row: Adaptation, text: str) -> Adaptation:
 
 
 def _changed(row: Adaptation, changes: Mapping[str, str], where: str) -> Adaptation:
-    values = {key: None if value == "none" and key in _OPTIONAL else value for key, value in changes.items()}
+    values: dict[str, Any] = {
+        key: None if value == "none" and key in _OPTIONAL else value for key, value in changes.items()
+    }
     try:
         if "steps" in values and values.get("optimizer", row.optimizer) == "lbfgs":
             values["phases"] = ((int(values.pop("steps")), row.phases[-1][1]),)

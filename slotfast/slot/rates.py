@@ -51,7 +51,7 @@ class Calibration:
         """The row with the numbers that it will use."""
         if row.optimizer != "rates":
             return row
-        found = {}
+        found: dict[str, Any] = {}
         if row.scale is None:
             # 0.7 is what strong models, which gain less, were found to want
             default = 0.7 if self.frequency is None else 1.0
@@ -79,7 +79,10 @@ class Rates:
     """
 
     def __init__(self, row: Adaptation, pseudo_counts: Tensor, bos_id: int | None):
+        if row.scale is None or row.decay is None:
+            raise ValueError(f"row: expected one that `Calibration.resolve` gave, with scale and decay, got {row}")
         self.row, self.k, self.bos_id = row, pseudo_counts, bos_id
+        self.scale, self.decay = row.scale, row.decay
         self.counts, self.expected = torch.zeros_like(pseudo_counts), torch.zeros_like(pseudo_counts)
 
     def state_dict(self) -> dict[str, Any]:
@@ -105,11 +108,11 @@ class Rates:
 
     def _bias(self, ratio: Tensor) -> Tensor:
         bound = self.row.clamp or math.inf
-        return (self.row.scale * ratio).clamp(-bound, bound)
+        return (self.scale * ratio).clamp(-bound, bound)
 
     def weights(self, targets: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
         """What tokens [W, n], where taken, leave of an earlier state, [W], and what each weighs after them, [W, n]."""
-        keep = torch.ones(targets.shape, dtype=torch.float64, device=targets.device).masked_fill(taken, self.row.decay)
+        keep = torch.ones(targets.shape, dtype=torch.float64, device=targets.device).masked_fill(taken, self.decay)
         if self.bos_id is not None:
             keep = torch.where(taken & (targets == self.bos_id), keep * self.row.document_decay, keep)
         after = keep.flip(1).cumprod(1).flip(1)  # what each token, with all that follow it, leaves of the state
@@ -143,7 +146,8 @@ class BigramRates:
                 f"a vocabulary of {vocabulary} needs {8 * vocabulary**2:,} bytes of bigram tables, "
                 f"more than {_LARGEST_TABLES:,}"
             )
-        self.rates, self.previous = rates, None
+        self.rates = rates
+        self.previous: Tensor | None = None
         self.counts, self.expected = (torch.zeros(vocabulary, vocabulary, device=rates.k.device) for _ in range(2))
         self.unit = 1.0  # what a table's entry is worth, so that a decay touches nothing
 
@@ -158,19 +162,19 @@ class BigramRates:
 
     def adjust(self, batch: WindowBatch) -> Adjusted:
         """Score each window with what came before it; takes the windows' scored tokens in."""
-        row, adjusted = self.rates.row, []
+        row, scale, adjusted = self.rates.row, self.rates.scale, []
         unigram = self.rates.stream(batch)
         wide = torch.promote_types(batch.logits.dtype, torch.float32)
         for window in batch.charges.taken.any(1).nonzero()[:, 0].tolist():
             logits, targets = batch.charges.of(window)
-            ratio = (unigram[window] / row.scale).exp() if row.scale else torch.ones_like(self.rates.k)
+            ratio = (unigram[window] / scale).exp() if scale else torch.ones_like(self.rates.k)
             # the stream's very first token has no predecessor that was charged: it stands for itself
             before = targets[:1] if self.previous is None else self.previous
             previous = torch.cat([before, targets[:-1]])
             counts, expected = self.unit * self.counts[previous], self.unit * self.expected[previous]
             bias = ((counts + row.k2 * ratio.float()) / (expected + row.k2)).log()
             bound = row.clamp or math.inf
-            adjusted.append(logits.to(wide) + (row.scale * bias).clamp(-bound, bound).to(wide))
+            adjusted.append(logits.to(wide) + (scale * bias).clamp(-bound, bound).to(wide))
             self._take(logits, targets, previous)
         empty = batch.logits.new_zeros(0, batch.logits.size(-1), dtype=wide)
         return Adjusted(batch, logits=torch.cat(adjusted) if adjusted else empty)

@@ -30,6 +30,10 @@ _LEAST_TOTAL = 1e-6  # less is what a rank that started later may have forgotten
 LARGEST_UNIT = 1e12  # what weighs less than 1 / this is forgotten, which bounds the tables
 
 
+# Index of the token, context, follower and weight, [m] each.
+Columns = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class Followers:
     """What the contexts of n tokens were followed by.
@@ -42,12 +46,12 @@ class Followers:
 
     total: Tensor
     hits: Tensor
-    rows: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    rows: Columns | None
 
     def of(self, chosen: np.ndarray) -> Self:
         """Those of some of the tokens, bool [n]; without rows."""
-        chosen = torch.from_numpy(chosen)
-        return type(self)(self.total[chosen], self.hits[chosen], None)
+        index = torch.from_numpy(chosen)
+        return type(self)(self.total[index], self.hits[index], None)
 
 
 class Repeats:
@@ -73,11 +77,10 @@ class Repeats:
             tokens: int64 [n], the next of the stream.
             all_rows: also give the counts of every other token.
         """
-        tokens, device = tokens.tolist(), tokens.device
         total, hits = np.zeros((2, len(tokens), len(CONTEXTS)))
         rows: list[tuple[int, int, int, float]] = []
-        row = (*self.recent, *tokens)
-        for index, token in enumerate(tokens):
+        row = (*self.recent, *tokens.tolist())
+        for index, token in enumerate(row[len(self.recent) :]):
             end, unit = len(self.recent) + index, self.unit
             for j, (length, table) in enumerate(zip(CONTEXTS, self.tables, strict=True)):
                 if length > end:
@@ -94,8 +97,9 @@ class Repeats:
             if self.unit > LARGEST_UNIT:
                 self._forget()
         self.recent = row[-CONTEXTS[-1] :]
-        total, hits = (torch.from_numpy(values).to(device) for values in (total, hits))
-        return Followers(total, hits, _columns(rows, device) if all_rows else None)
+        device = tokens.device
+        columns = _columns(rows, device) if all_rows else None
+        return Followers(torch.from_numpy(total).to(device), torch.from_numpy(hits).to(device), columns)
 
     def _forget(self) -> None:
         """Bring the unit back to 1 and drop contexts, and followers of others, that no longer weigh anything."""
@@ -108,10 +112,10 @@ class Repeats:
         self.unit = 1.0
 
 
-def _columns(rows: list[tuple[int, int, int, float]], device: torch.device) -> tuple[Tensor, ...]:
-    *index, weight = zip(*rows, strict=True) if rows else ((),) * 4
-    index = (torch.tensor(column, dtype=torch.int64, device=device) for column in index)
-    return *index, torch.tensor(weight, dtype=torch.float64, device=device)
+def _columns(rows: list[tuple[int, int, int, float]], device: torch.device) -> Columns:
+    *index, weight = zip(*rows, strict=True) if rows else ((), (), (), ())
+    token, context, follower = (torch.tensor(column, dtype=torch.int64, device=device) for column in index)
+    return token, context, follower, torch.tensor(weight, dtype=torch.float64, device=device)
 
 
 def gated(total: Tensor, gates: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .repeats import CONTEXTS, LARGEST_UNIT, Followers
+from .repeats import CONTEXTS, LARGEST_UNIT, Columns, Followers
 
 _CHUNK = 1 << 16  # tokens that are sorted at once, besides those behind them
 _LONGEST = 1 << 18  # tokens behind them, at most
@@ -57,8 +57,10 @@ class SortedRepeats:
         total, hits = (torch.cat([getattr(part, name) for part in found]) for name in ("total", "hits"))
         if not all_rows:
             return Followers(total, hits, None)
-        rows = [(index + first * _CHUNK, *rest) for first, part in enumerate(found) for index, *rest in [part.rows]]
-        return Followers(total, hits, tuple(map(torch.cat, zip(*rows, strict=True))))
+        rows = [part.rows for part in found if part.rows is not None]
+        token = torch.cat([piece + number * _CHUNK for number, (piece, *_) in enumerate(rows)])
+        context, follower, weight = (torch.cat(column) for column in list(zip(*rows, strict=True))[1:])
+        return Followers(total, hits, (token, context, follower, weight))
 
     def _take(self, tokens: Tensor, all_rows: bool) -> Followers:
         row = tokens if self.recent is None else torch.cat([self.recent, tokens])
@@ -79,7 +81,7 @@ class SortedRepeats:
         tokens, documents = (place - earlier).double(), (started[place] - started[earlier]).double()
         return (-self.token_age * tokens - self.document_age * documents).exp()
 
-    def _rows(self, row: Tensor, places: Tensor, first: Tensor, started: Tensor, begin: int) -> tuple[Tensor, ...]:
+    def _rows(self, row: Tensor, places: Tensor, first: Tensor, started: Tensor, begin: int) -> Columns:
         """Every (token, context, follower, weight): each place of a context with all places where it came before."""
         parts = []
         for j, length in enumerate(CONTEXTS):
@@ -92,7 +94,8 @@ class SortedRepeats:
             last, other = place[one], place[group[one] + since]
             weight = self._weight(last, other, started)
             parts.append((last + 1 - begin, torch.full_like(last, j), row[other + 1], weight))
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
+        token, context, follower, weight = (torch.cat(column) for column in zip(*parts, strict=True))
+        return token, context, follower, weight
 
 
 def _places(row: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,8 +118,7 @@ def _places(row: Tensor) -> tuple[Tensor, Tensor]:
         found.append((pad(order + skip, behind, value=length), pad(new, behind, value=True)))
         if not len(key):
             number = key.new_zeros(1)  # one to leave out: longer runs have no place either
-    places, new = zip(*found, strict=True)
-    return torch.stack(places), torch.stack(new)
+    return torch.stack([places for places, _ in found]), torch.stack([new for _, new in found])
 
 
 def _scan(left: Tensor) -> Tensor:

@@ -18,6 +18,11 @@ Verdict = Literal["PASS", "FAIL", "UNTESTED"]
 ByteRule = Callable[[np.ndarray], np.ndarray]
 
 
+def verdict_of(problem: object) -> Verdict:
+    """FAIL where there is a problem."""
+    return "FAIL" if problem else "PASS"
+
+
 @dataclass(frozen=True)
 class Test:
     """One line of the report.

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..log import Record
-from .base import Check, Findings, Test
+from .base import Check, Findings, Test, verdict_of
 
 _LOOKS_LIKE = "a leading space counted twice (#1719), byte pieces counted as 3 (#1143), a constant (#897, #2071)"
 
@@ -39,7 +39,7 @@ class Bytes(Check):
 
     def tests(self) -> list[Test]:
         if self.checked:
-            verdict, about = "FAIL" if self.problem else "PASS", f"{self.checked:,} tokens"
+            verdict, about = verdict_of(self.problem), f"{self.checked:,} tokens"
             return [Test("bytes", verdict, ("bytes",), about, self.problem, self.checked, _LOOKS_LIKE)]
         told = not np.isnan(self.found.reference.bytes).all()
         why = "no byte rule: a tokenizer gives it" if told else "the loop counts no bytes"

@@ -37,10 +37,10 @@ class Future(Check):
 
     def _moves_again(self, pair: Pair) -> bool:
         """Whether a noisy loop's score moves a second time; if not, its noise is what was seen."""
-        again = [self.found.run(torch.from_numpy(record.tokens)) for record in (pair.base, pair.other)]
-        for first, second in zip((pair.base, pair.other), again, strict=True):
+        base, other = (self.found.run(torch.from_numpy(record.tokens)) for record in (pair.base, pair.other))
+        for first, second in ((pair.base, base), (pair.other, other)):
             self.found.differs(noise_between(first, second))
-        return moved_before(*again, pair.probe.at, self.found.noise, pair.probe.same_shape) is not None
+        return moved_before(base, other, pair.probe.at, self.found.noise, pair.probe.same_shape) is not None
 
     def tests(self) -> list[Test]:
         leak, own = self.found.leak, self.found.own

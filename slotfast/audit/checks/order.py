@@ -4,7 +4,7 @@ import numpy as np
 
 from ...words import counted
 from ..log import Record
-from .base import Check, Findings, Test
+from .base import Check, Findings, Test, Verdict, verdict_of
 
 _EARLY_LOOKS_LIKE = "an update before the score, as in pre-quantisation training (#1306)"
 _ORDER_LOOKS_LIKE = "documents in another order (#402, #1530), or a second pass (#846)"
@@ -38,22 +38,31 @@ class Order(Check):
 
     def tests(self) -> list[Test]:
         reference = self.found.reference
+        verdict: Verdict
         if reference.updates:
-            verdict, about = "FAIL" if self.early else "PASS", f"{reference.updates} updates"
+            verdict, about = verdict_of(self.early), f"{reference.updates} updates"
             tests = [Test("updates after charges", verdict, ("C3",), about, self.early, looks_like=_EARLY_LOOKS_LIKE)]
         else:
             tests = [Test("updates after charges", "UNTESTED", ("C3",), "", "the loop reports no updates")]
         if not reference.ordered:
             why = "the loop reports no events"
-            verdict, detail = "FAIL" if self.once else "UNTESTED", self.once or f"{why}: one loss for each token"
+            detail = self.once or f"{why}: one loss for each token"
+            verdict = "FAIL" if self.once else "UNTESTED"
             return [
                 *tests,
-                Test("every token once", verdict, ("C4",), "", detail, looks_like=self.once_looks_like),
+                Test(
+                    "every token once",
+                    "FAIL" if self.once else "UNTESTED",
+                    ("C4",),
+                    "",
+                    detail,
+                    looks_like=self.once_looks_like,
+                ),
                 Test("left to right", "UNTESTED", ("C4",), "", why),
             ]
-        verdict, about = "FAIL" if self.once else "PASS", f"{len(reference.nll) - 1:,} tokens"
+        verdict, about = verdict_of(self.once), f"{len(reference.nll) - 1:,} tokens"
         tests.append(Test("every token once", verdict, ("C4",), about, self.once, looks_like=self.once_looks_like))
-        verdict, about = "FAIL" if self.order else "PASS", counted(len(reference.starts), "event")
+        verdict, about = verdict_of(self.order), counted(len(reference.starts), "event")
         # tokens that are scored again stand behind later ones
         looks_like = _TAIL_LOOKS_LIKE if self.once_looks_like == _TAIL_LOOKS_LIKE else _ORDER_LOOKS_LIKE
         tests.append(Test("left to right", verdict, ("C4",), about, self.order, looks_like=looks_like))

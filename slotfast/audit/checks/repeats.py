@@ -2,7 +2,7 @@
 
 from ..log import Record
 from ..moves import MARGIN, noise_between
-from .base import Check, Findings, Test
+from .base import Check, Findings, Test, verdict_of
 
 _MEMORY = 1e-5  # nats: less is a rounding that happened to be the same before
 _LOOKS_LIKE = "several passes, or a cache that survives the call (#846, #991)"
@@ -28,5 +28,5 @@ class Repeats(Check):
             detail = (
                 f"after other streams the first one scores {self.remembers:.2g} nats apart: state is kept between calls"
             )
-        verdict = "FAIL" if detail else "PASS"
-        return [Test("repeats", verdict, (), "reruns at the start and at the end", detail, looks_like=_LOOKS_LIKE)]
+        covered = "reruns at the start and at the end"
+        return [Test("repeats", verdict_of(detail), (), covered, detail, looks_like=_LOOKS_LIKE)]

@@ -63,6 +63,14 @@ def test_links_lead_somewhere(page):
         assert (ROOT / name).exists(), name
 
 
+def test_the_small_rest_of_an_install_is_that_of_the_setup():
+    """What is to be installed by hand where torch comes from elsewhere and triton not at all."""
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    needed = re.findall(r'^ {8}"([a-z]+)[<>=]', setup.partition("install_requires=[")[2].partition("]")[0], re.M)
+    (line,) = re.findall(r"`pip install (numpy [^`]+)`", DOCS["commands"])
+    assert set(line.split()) == set(needed) - {"torch", "triton"}
+
+
 def test_every_kernel_has_a_picture():
     sections = re.findall(r"^## (.+)\n([^#]*)", DOCS["kernels"], re.M)
     for spec in specs():
@@ -89,7 +97,7 @@ def test_every_flag_and_preset_exists():
     }
     for module, settings in commands.items():
         flags = {"--" + name.strip("_").replace("_", "-") for name in settings.model_fields} | {"--help"}
-        for command in re.findall(rf"slotfast[. ]{module} (--[^#\n]*)", BOOK):
+        for command in re.findall(rf"slotfast[. ]{module} (--[^#\n`]*)", BOOK):
             assert set(re.findall(r"--[a-z0-9-]+", command)) <= flags, command
     for names in re.findall(r"slotfast[. ]eval .*?--preset ([^#\n]*)", BOOK):
         for name in names.split(" --")[0].split():

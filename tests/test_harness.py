@@ -22,6 +22,8 @@ pytest.importorskip("lm_eval", reason="the model of lm-evaluation-harness needs 
 from slotfast.harness import SlotfastLM, main
 from slotfast.harness.model import ARGUMENTS, TailPlan
 
+from .folders import V, write_folder
+
 LENGTH = 16  # positions of the tiny model, which the harness fills
 WORDS = "the quick brown fox jumps over the lazy dog and naïve people of 日本 watch".split()
 TASK = """
@@ -73,22 +75,9 @@ def folder(tmp_path_factory):
 def model(folder):
     """A Hugging Face folder: GPT-2, random, a token a byte."""
     transformers = pytest.importorskip("transformers", reason="Hugging Face models need transformers (the extra hf)")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    pieces = {piece: token for token, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(pieces, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    ends = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **ends).save_pretrained(folder / "model")
     torch.manual_seed(0)
-    sizes = {"vocab_size": 257, "n_positions": LENGTH, "n_embd": 16, "n_layer": 2, "n_head": 2}
-    found = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
-    with torch.no_grad():
-        for parameter in found.parameters():  # small random weights would hide who attends to what
-            parameter.mul_(6 if parameter.ndim > 1 else 1)
-    found.save_pretrained(folder / "model")
-    return str(folder / "model")
+    sizes = {"vocab_size": V, "n_positions": LENGTH, "n_embd": 16, "n_layer": 2, "n_head": 2}
+    return write_folder(folder / "model", transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)))
 
 
 def run(folder, name, lm, **options):

@@ -17,7 +17,7 @@ from ..learn import FrozenLoop, Learning, OnTop, make_loop
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..words import counted
-from .forward import block_that_fits
+from .forward import block_that_fits, streams
 from .inputs import Inputs, choose_rows
 from .learning import UNLEARNED, LearningPass, grouped
 from .loop import SlidingPass
@@ -120,7 +120,9 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
         unlearned = sliding.meter.nats[0], sliding.seconds["forward"]
     elif any("unlearned" not in learner.loop.seconds for learner in learners):
         # one for all of them: the weights that they start from are the same
-        block = block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu)
+        # a model that remembers nothing sees the more of its window, the less is asked at once
+        chunk = min(row.chunk for row in setup.learning)
+        block = block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu) if streams(model) else chunk
         frozen = LearningPass(FrozenLoop(model, plan.seq_len, sinks, worker.dtype, block), [UNLEARNED], inputs.text)
         _charge(frozen)
         unlearned = frozen.meter.nats[1], frozen.unlearned_seconds

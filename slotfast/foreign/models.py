@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -45,7 +46,8 @@ class LanguageModel(nn.Module):
     """A module of somebody else behind the two methods that the evaluation calls.
 
     Args:
-        module: maps tokens int64 [B, T] to logits [B, T, V], or to what has them as `logits` or as its first element.
+        module: maps tokens int64 [B, T] to logits [B, T, V], or to what has them as `logits` or as its first element;
+            where it gives the last position's alone and takes `targets`, it is called with the tokens as those.
         hidden, head: where they are apart, tokens -> hidden states [B, T, D], and hidden states -> logits.
         stream: window and sinks -> what reads a stream as `slotfast.stream.CachedForward` does; None: nothing does.
     """
@@ -59,6 +61,7 @@ class LanguageModel(nn.Module):
     ):
         super().__init__()
         self.module, self._hidden, self._head, self.stream = module, hidden, head, stream
+        self._needs_targets = False
 
     @property
     def head_apart(self) -> bool:
@@ -87,11 +90,17 @@ class LanguageModel(nn.Module):
         return _Autocast(self, read(window, sinks), dtype)
 
     def _states(self, tokens: Tensor) -> Tensor:
-        """What the module gives, out of whatever holds it."""
-        states = self.module(tokens)
-        if isinstance(states, tuple | list) and not hasattr(states, "logits"):
-            states = next(iter(states), states)  # nanoGPT's logits and loss
-        return getattr(states, "logits", states)
+        """What the module gives, out of whatever holds it.
+
+        A module of nanoGPT's kind gives the last position alone unless it has targets to compute its loss of.
+        """
+        if not self._needs_targets:
+            states = _first(self.module(tokens))
+            last_alone = isinstance(states, Tensor) and states.shape[1:2] == (1,) and tokens.size(1) > 1
+            if not last_alone or "targets" not in inspect.signature(self.module.forward).parameters:
+                return states
+            self._needs_targets = True
+        return _first(self.module(tokens, targets=tokens))
 
     def _as_hidden(self, states: Tensor, dtype: torch.dtype | None) -> Tensor:
         """States in a narrow `dtype`; of a model without a head apart they are logits, which are never narrow."""
@@ -107,6 +116,13 @@ class LanguageModel(nn.Module):
             with _autocast(hidden.device, hidden.dtype):
                 logits = _at_least_float32(self._head(hidden))
         return logits if bias is None else logits + bias
+
+
+def _first(states: Any) -> Any:
+    """Logits out of an object that has them, or out of what begins with them, as nanoGPT's logits and loss do."""
+    if isinstance(states, tuple | list) and not hasattr(states, "logits"):
+        states = next(iter(states), states)
+    return getattr(states, "logits", states)
 
 
 class _Autocast:
@@ -295,7 +311,7 @@ def cached_forward(
 def _declared_length(module: nn.Module) -> int | None:
     """Positions that a module, or its `config`, says it was made for."""
     for owner in (module, getattr(module, "config", None)):
-        for name in ("seq_len", "max_position_embeddings", "block_size"):
+        for name in ("seq_len", "max_position_embeddings", "block_size", "sequence_len"):
             if isinstance(length := getattr(owner, name, None), int) and length > 0:
                 return length
     return None

@@ -11,7 +11,7 @@ fast:  # under two minutes on two cores
 	pytest -q -n 2 -m 'not slow'
 
 lint:
-	ruff check . && ruff format --check .
+	ruff check . && ruff format --check . && mypy
 
 bench:
 	pytest bench --benchmark-autosave

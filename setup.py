@@ -57,6 +57,7 @@ setup(
             "pytest-benchmark>=5.0",
             "hypothesis>=6.100",
             "ruff>=0.6",
+            "mypy>=1.13",
             "matplotlib>=3.8",
             # what other projects' models and tasks are tested with
             "transformers>=5.0",

@@ -184,7 +184,7 @@ class SequentialLoader(Loader):
         self.shard, self.start = 0, 0
 
     def next_starts(self) -> list[tuple[int, int]]:
-        starts = []
+        starts: list[tuple[int, int]] = []
         while len(starts) < self.batch:
             if self.start + self.seq_len < len(self.shards[self.shard]):
                 starts.append((self.shard, self.start))

@@ -23,7 +23,7 @@ _CHUNK_VALUES = 1 << 22
 class Log:
     """Takes a loop's reports in the order in which they come, and copies them: later changes have no effect."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.scores: list[tuple[int, Tensor, Tensor, Tensor | None, Tensor | None]] = []
         self.updates: list[tuple[int, Tensor]] = []
 

@@ -78,7 +78,8 @@ def _parser(cls: Any, prog: str, description: str) -> "_Parser":
 
 def _groups(cls: Any) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """Titles and settings, in the order of the class, where a title stands by its first setting."""
-    title, members = "arguments", []
+    title = "arguments"
+    members: list[tuple[str, Any]] = []
     own = {name: field for name, field in cls.model_fields.items() if name not in (*_ABOUT_THE_COMMAND, "force")}
     for name, field in own.items():
         if name in cls.GROUPS and members:

@@ -52,7 +52,8 @@ def check_outputs(settings: Any, writes: Mapping[str, tuple[str, Kind]] | None =
         settings: of a command.
         writes: files that no setting names, by what to call them.
     """
-    seen, written = {}, dict(writes or {})
+    seen: dict[tuple[int, int] | str, str] = {}
+    written = dict(writes or {})
     for flag, field, value in settings.given():
         if files := field.json_schema_extra["reads"]:
             values = [value] if isinstance(value, str) else value

@@ -4,12 +4,11 @@ argparse reads the flags and pydantic validates the values. (pydantic-settings w
 commas that `--preset NAME:key=value,key=value` needs, and does not tell where a value came from.)
 """
 
-import dataclasses
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -40,7 +39,7 @@ def setting(
     A positional one is given without a flag, and has to be given; a list of them, as often as wanted. Where it names
     files, `reads` finds them, or `writes` is what will be there: `check_outputs` looks at both.
     """
-    extra = {"env": env, "positional": positional, "reads": reads, "writes": writes}
+    extra: Any = {"env": env, "positional": positional, "reads": reads, "writes": writes}
     return Field(default, description=help, json_schema_extra=extra, **options)
 
 
@@ -61,7 +60,11 @@ def report_setting() -> Any:
     )
 
 
-T = TypeVar("T")
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+T = TypeVar("T", bound=_Dataclass)
 
 
 class Settings(BaseModel):
@@ -93,7 +96,7 @@ class Settings(BaseModel):
 
     def pick(self, cls: type[T], **others: Any) -> T:
         """An object of a dataclass whose fields are settings of the same names; `others` are those that are not."""
-        names = (field.name for field in dataclasses.fields(cls) if field.name not in others)
+        names = (name for name in cls.__dataclass_fields__ if name not in others)
         return cls(
             **{name: getattr(self, name if name in type(self).model_fields else f"{name}_") for name in names}, **others
         )
@@ -109,7 +112,7 @@ def start(cls: type[S], prog: str, description: str, argv: Sequence[str] | None 
     """
     settings, sources = load(cls, prog, description, argv)
     warn_unread_variables()
-    if settings.show_config:
+    if getattr(settings, "show_config", False):
         print(show(settings, sources))
         return None
     return settings
@@ -137,7 +140,7 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
         found = variable(field)
         if found and name not in values and os.environ.get(found):
             values[name], sources[name] = os.environ[found], found
-    path = values.get("config_")
+    path = values.get("config_") or ""
     for name, value in read_config(cls, path).items() if path else ():
         if name not in values:
             values[name], sources[name] = value, path

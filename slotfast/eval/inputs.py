@@ -158,7 +158,7 @@ def choose_rows(presets: Sequence[str], allow_noncausal: bool = False) -> list[A
     Raises:
         InputError: unknown preset, one given twice, or one that leaks without --allow-noncausal.
     """
-    rows = []
+    rows: list[Adaptation | Learning] = []
     for text in presets if switch("SLOT_ENABLED", True) else []:
         row = parse_row(text)
         if isinstance(row, Adaptation):

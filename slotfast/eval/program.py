@@ -134,7 +134,7 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
         if per_token:
             for nll in learner.nll:
                 collected.append(nll)
-    work, peak = [adapter.work() for adapter in adapters], peak_memory_bytes(worker.device)
+    work, peak = [adapter.work() for adapter in adapters], peak_memory_bytes(worker)
     if world > 1:
         gathered: list | None = [None] * world if rank == 0 else None
         dist.gather_object((collected.parts, work, peak), gathered)

@@ -21,6 +21,7 @@ from ..overlap import seen
 from ..score import Score
 from ..slot import PRESETS, Adaptation, from_environment
 from ..words import counted
+from ..worker import Worker
 from .inputs import Inputs
 from .learning import LearningPass
 from .loop import Scored, SlidingPass
@@ -165,10 +166,10 @@ def _preset(row: Adaptation | Learning, score: Score) -> dict[str, Any]:
     }
 
 
-def peak_memory_bytes(device: str) -> int:
+def peak_memory_bytes(worker: Worker) -> int:
     """Most memory that this process held: of the GPU, or resident on a CPU."""
-    if device != "cpu":
-        return torch.cuda.max_memory_allocated(device)
+    if worker.on_gpu:
+        return torch.cuda.max_memory_allocated(worker.device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 

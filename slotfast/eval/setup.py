@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -46,7 +47,7 @@ class Setup:
     adapt_windows: int
     streaming: Streaming | None
     training: ScoreFirst | None
-    weights: str
+    weights: Literal["dequantized", "int6"]
     worker: Worker
     learning_sinks: int = 0
 
@@ -148,7 +149,7 @@ def choose_batch(
 
 
 def choose_streaming(
-    settings: EvalSettings, rows: Sequence[Adaptation], inputs: Inputs, plan: Plan, worker: Worker
+    settings: EvalSettings, rows: Sequence[Adaptation | Learning], inputs: Inputs, plan: Plan, worker: Worker
 ) -> Streaming | None:
     """How every token is forwarded once; None: windows.
 
@@ -159,10 +160,10 @@ def choose_streaming(
     chosen = settings.forward
     if chosen == "auto":
         # Published numbers are windows' numbers, and what was found at another length says nothing of this one
-        suits = stored is not None and plan.seq_len <= inputs.artifact.config.seq_len and not settings.ttt
+        suits = plan.seq_len <= inputs.artifact.config.seq_len and not settings.ttt
         trained_length = settings.seq_len in (None, inputs.artifact.config.seq_len)
         published = any(is_published(row) for row in rows if isinstance(row, Adaptation))
-        chosen = stored["forward"] if suits and trained_length and not published else "windows"
+        chosen = stored["forward"] if stored and suits and trained_length and not published else "windows"
     if chosen == "windows":
         for flag, value in (("--sinks", settings.sinks), ("--block-tokens", settings.block_tokens)):
             if value is not None and not (learns and flag == "--sinks"):

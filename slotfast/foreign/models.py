@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import shipped
 from ..data import Tokenizer
 from ..errors import InputError, first_line
-from ..model import GPT
+from ..model import GPT, CausalModel
 from ..stream import CachedForward
 from .library import transformers_library
 from .streams import OwnStream, WindowStream, transformers_stream
@@ -300,11 +300,13 @@ def language_model(module: nn.Module) -> tuple[GPT | LanguageModel, int]:
 
 
 def cached_forward(
-    model: GPT | LanguageModel, window: int, sinks: int, dtype: torch.dtype | None
+    model: CausalModel, window: int, sinks: int, dtype: torch.dtype | None
 ) -> "CachedForward | _Autocast":
     """What reads a stream block by block; a model of another project brings its own."""
     if isinstance(model, GPT):
         return CachedForward(model, window, sinks, dtype=dtype)
+    if not isinstance(model, LanguageModel):
+        raise TypeError(f"model: expected a GPT or a LanguageModel, got {type(model).__name__}")
     return model.cached_forward(window, sinks, dtype)
 
 

@@ -103,6 +103,8 @@ class GPT(nn.Module):
 
     def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
         """States x joined by those of the skip that step `index` of the second half takes; both [B, T, width]."""
+        if self.skip_weights is None:
+            raise ValueError("a model without U-Net skips has none to add")
         skip = self.skip_weights[index].to(x.dtype) * skip
         if self.skip_gates is None:
             return x + skip

@@ -103,6 +103,25 @@ def test_help_shows_every_flag_once_in_groups_of_few(cls, capsys):
         assert f"  {code:<4} {meaning}\n" in text
 
 
+def test_help_says_what_a_value_is(capsys):
+    shown = {cls: _help(cls, capsys) for cls in (config.EvalSettings, config.AuditSettings, config.TrainSettings)}
+    for cls, line in (
+        (config.EvalSettings, "--text FILE"),
+        (config.EvalSettings, "--data-path FOLDER"),
+        (config.EvalSettings, "--tokens GLOB"),
+        (config.EvalSettings, "--preset NAME [NAME ...]"),
+        (config.EvalSettings, "--forward auto/windows/stream"),
+        (config.EvalSettings, "--stride N"),
+        (config.EvalSettings, "--budget X"),
+        (config.EvalSettings, "--report FILE"),
+        (config.AuditSettings, "--score FUNCTION"),
+        (config.AuditSettings, "--seed N [N ...]"),
+        (config.AuditSettings, "--device DEVICE"),
+        (config.TrainSettings, "--out FILE"),
+    ):
+        assert f"\n  {line}" in shown[cls], line
+
+
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 def test_the_examples_of_a_help_can_be_given(cls):
     assert len(cls.EXAMPLES) == 3

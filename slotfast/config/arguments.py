@@ -15,6 +15,9 @@ from .outputs import file_or_folder, matching_files, results, shards
 # They change the rows of presets, not settings.
 ADAPTATION_VARIABLES = ("SLOT_ENABLED", *VARIABLES)
 _PLACES = {shards: "FOLDER", file_or_folder: "PATH", results: "RESULT", matching_files: "GLOB"}
+# What a value is, where neither the setting's type nor its files say so.
+_VALUES = {"score": "FUNCTION", "byte_rule": "FUNCTION", "device": "DEVICE"}
+_VALUES |= dict.fromkeys(("preset", "show_preset", "kernels", "name"), "NAME")
 _WIDTH = 110
 _ABOUT_THE_COMMAND = ("config_", "show_config")
 
@@ -103,25 +106,24 @@ def _add(group: Any, name: str, field: Any) -> None:
         group.add_argument(text, dest=name, action="store_true", help=help)
     else:
         how = {"nargs": "+", "action": "extend"} if many else {"action": _Once}
-        group.add_argument(text, dest=name, metavar=_metavar(field), help=help, **how)
+        group.add_argument(text, dest=name, metavar=_metavar(name, field), help=help, **how)
 
 
 def _words(default: Any) -> str:
     return " ".join(map(str, default)) if isinstance(default, list) else f"{default}"
 
 
-def _metavar(field: Any) -> str:
+def _metavar(name: str, field: Any) -> str:
     """What kind of value a flag takes."""
-    kinds = {field.annotation, *get_args(field.annotation)}
+    inner = get_args(field.annotation)
+    kinds = {field.annotation, *inner, *(kind for each in inner for kind in get_args(each))}
     if get_origin(field.annotation) is Literal:
         return "/".join(get_args(field.annotation))
     if reads := field.json_schema_extra["reads"]:
         return _PLACES.get(reads, "FILE")
     if writes := field.json_schema_extra["writes"]:
         return "FOLDER" if writes.folder else "FILE"
-    if get_args(field.annotation) == (str,):
-        return "NAME"
-    return "N" if int in kinds or "NonNegative" in str(kinds) else "X" if float in kinds else "TEXT"
+    return _VALUES.get(name) or ("N" if int in kinds else "X" if float in kinds else "TEXT")
 
 
 def _epilog(cls: Any, prog: str) -> str:

@@ -51,16 +51,16 @@ TINY |= {"loops": 1, "loop_start": 1, "loop_end": 1, "seq_len": 256}
 class WholeLastLayer(DocumentLoop):
     """Ours, with the last layer for every position of the window."""
 
-    def _losses(self, model, batch, learned):
+    def _losses(self, model, batch, *options, **more):
         batch.rows, batch.first = batch.rows + batch.first, 0
-        return super()._losses(model, batch, learned)
+        return super()._losses(model, batch, *options, **more)
 
 
 class WholeHead(DocumentLoop):
     """Ours, with the last layer, the head and the loss for every position of the window."""
 
-    def _losses(self, model, batch, learned):
-        states = model.states(batch.inputs, batch.attend(model), self.dtype)
+    def _losses(self, model, batch, slots, learned, keep=True):
+        states = model.states(batch.inputs, batch.attend(model, slots, None, False), self.dtype)
         logits = self.lora.head(model, states)
         rows = batch.rows + batch.first
         targets = batch.inputs.roll(-1, 1).scatter(1, rows[..., 0], batch.targets)

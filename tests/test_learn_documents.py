@@ -234,6 +234,46 @@ def test_a_stream_may_be_one_document(model):
     torch.testing.assert_close(found.nll, learn(model, tokens, own, window=WINDOW, bos_id=BOS).nll, rtol=0, atol=1e-12)
 
 
+HOW = "chunk=4,lr=0.02,rank=2"
+
+
+@pytest.mark.parametrize("how", ["", ",steps=2", ",projections=k/o/head,optimizer=sgd,momentum=0.5,clip=1"])
+def test_old_keys_in_slots_are_those_of_the_stream(how):
+    """One document, by the loop that keeps a stream's keys; no layer repeats, as each run has its own factors here."""
+    model, tokens = random_model(layers=2, value_layers=(1,), bos_id=BOS), _tokens((50,))
+    own = learn(model, tokens, f"learn:{HOW}{how}", window=WINDOW)
+    for row in (f"learn:{HOW}{how},scope=document,slots=2", f"learn:{HOW}{how},keys=refresh,every=50"):
+        found = learn(model, tokens, row, window=WINDOW, bos_id=BOS)
+        torch.testing.assert_close(found.nll, own.nll, rtol=0, atol=1e-5)  # A's draws round otherwise
+        torch.testing.assert_close(found.unlearned, own.unlearned, rtol=0, atol=1e-12)
+        assert found.forwards == pytest.approx(own.forwards)
+
+
+def test_keys_refreshed_each_time_are_recomputed(looped):
+    tokens = _tokens(LENGTHS)
+    rows = [f"{DOC},keys={keys}" for keys in ("recompute", "refresh,every=1", "refresh,every=3", "stale")]
+    every, once, third, stale = (learn(looped, tokens, row, window=WINDOW, bos_id=BOS) for row in rows)
+    torch.testing.assert_close(once.nll, every.nll, rtol=0, atol=1e-9)
+    start = sum(LENGTHS[:2])  # the longest document; three of its chunks fit into a window
+    assert torch.equal(third.nll[start : start + 12], stale.nll[start : start + 12])
+    assert float((third.nll - stale.nll)[start + 12 : start + 40].abs().min()) > 1e-6
+    assert every.forwards > third.forwards > stale.forwards and stale.forwards < 2.2
+
+
+@pytest.mark.parametrize("keys", ["stale", "refresh,every=2"])
+def test_old_keys_know_no_later_token_and_no_other_document(model, keys):
+    row, tokens = f"{DOC},keys={keys}", _tokens(LENGTHS)
+    before, start = learn(model, tokens, row, window=WINDOW, bos_id=BOS).nll, sum(LENGTHS[:2])
+    for flipped in (start + 5, start + 22, start + 39, 17):
+        other = tokens.clone()
+        other[flipped] = BOS if flipped == start + 22 else 6 + (int(tokens[flipped]) + 1) % (V - 6)
+        after = learn(model, other, row, window=WINDOW, bos_id=BOS).nll
+        torch.testing.assert_close(before[: flipped - 1], after[: flipped - 1], rtol=0, atol=1e-8)
+        assert float((before - after)[flipped - 1].abs()) > 1e-9
+    own = learn(model, tokens[start : start + 41], row, window=WINDOW, bos_id=BOS).nll
+    torch.testing.assert_close(own, before[start : start + 40], rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [

@@ -5,8 +5,8 @@
 - scope: `stream`, it goes on to the end; `document`, it starts afresh at each BOS, also with documents side by side in
   slots.
 - optimiser: SGD with momentum or AdamW, with weight decay and a bound on the gradient's norm.
-- keys: `stale`: those of earlier chunks stay as the weights of their time made them; `recompute`: the window is
-  forwarded again for each.
+- keys: `stale`: those of earlier chunks stay as the weights of their time made them; `refresh`, `recompute`: the
+  window is forwarded again, every few chunks or for each.
 - order: that of the stream, or the longest document first.
 
 Whether a row is causal follows from these choices, and the auditor measures it.

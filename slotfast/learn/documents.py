@@ -12,7 +12,6 @@ Source: PR #1530 and its successors; theirs computes the whole window's losses, 
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -20,8 +19,10 @@ from torch import Tensor
 
 from .. import ops
 from ..errors import InputError
-from ..model import GPT, WindowAttention
+from ..model import GPT
 from ..timing import Stopwatch
+from .batch import Batch, Slot
+from .keys import LOOK_BACK, SlotKeys
 from .loop import Charged, check
 from .phases import train_phase
 from .row import Learning
@@ -32,76 +33,6 @@ from .top import OnTop
 _ALIKE = 128  # tokens that windows of one batch differ by in length, at most
 _FETCHED = 4096  # charges of one document that are brought to the host together
 _WAITING = 1 << 22  # charges that wait for an earlier document: beyond, that one alone goes on
-
-
-@dataclass
-class _Slot:
-    """A document under way.
-
-    Args:
-        chunk: tokens of its chunks.
-        early: whether the last window begins earlier where the document ends before its last chunk is full.
-        done: of its targets that are charged.
-        top: rows on top, or None.
-        charges: those not handed out yet: the first prediction; losses learned, unlearned and of the rows on top, [2 +
-            rows, n]; log-probabilities of all but the unlearned, or none.
-    """
-
-    document: Document
-    chunk: int
-    early: bool
-    top: OnTop | None = None
-    done: int = 0
-    charges: list[tuple[int, Tensor, Sequence[Tensor]]] = field(default_factory=list)
-
-    @property
-    def end(self) -> int:
-        """Targets charged after the next chunk."""
-        return min(self.done + self.chunk, self.document.targets)
-
-    def begin(self, window: int) -> int:
-        """The next window's first token, counted from the document's.
-
-        As published, windows end where their chunk does, so that how long a document is moves its last one. Ours end
-        where a whole chunk would.
-        """
-        return max(0, (self.end if self.early else self.done + self.chunk) - window)
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether another chunk follows the next one, and so anything is learned from that."""
-        return self.end < self.document.targets
-
-
-class _Batch:
-    """The windows of some documents' next chunks, left-aligned: what stands behind a shorter one is seen by nobody.
-
-    Attributes:
-        inputs: int64 [B, T].
-        first: of the T positions, the first whose state is wanted.
-        rows: int64 [B, C, 1], the chunks' positions counted from there.
-        targets: int64 [B, C]; 0 where a chunk is shorter.
-    """
-
-    def __init__(self, under_way: Sequence[_Slot], read: Read, window: int, device: torch.device):
-        spans = [(at.begin(window), at.done, at.end) for at in under_way]
-        length = max(end - begin for begin, _, end in spans)
-        count = max(end - done for _, done, end in spans)
-        self.first = min(done - begin for begin, done, _ in spans)
-        inputs, targets = np.zeros((len(spans), length), np.int64), np.zeros((len(spans), count), np.int64)
-        rows = np.zeros((len(spans), count, 1), np.int64)
-        for number, (at, (begin, done, end)) in enumerate(zip(under_way, spans, strict=True)):
-            tokens = read(at.document.start + begin, at.document.start + end + 1)
-            inputs[number, : end - begin] = tokens[:-1]
-            targets[number, : end - done] = tokens[1 + done - begin :]
-            rows[number, :, 0] = np.minimum(np.arange(count) + done - begin, length - 1) - self.first
-        arrays = (torch.from_numpy(array).to(device) for array in (inputs, rows, targets))
-        self.inputs, self.rows, self.targets = arrays
-        self.window = window
-
-    def attend(self, model: GPT) -> WindowAttention:
-        """Every position sees those before it in its window."""
-        return WindowAttention(self.inputs.size(1), model.config, self.inputs.device, self.window)
 
 
 class DocumentLoop:
@@ -146,8 +77,11 @@ class DocumentLoop:
         self.lora = SlotLora(model, row, row.slots or 1)
         self.ledger = dict.fromkeys(("forward", "backward", "rows", "phases", "charged"), 0)
         self._base = model  # what phases have trained, where there are any
-        self._slots: list[_Slot | None] = [None] * (row.slots or 1)
+        self._slots: list[Slot | None] = [None] * (row.slots or 1)
         self._cold = self.lora.draw(0)
+        # By whether they are learned: what is compared with remembers keys of its own
+        kept = () if row.keys == "recompute" else (True, False) if self.unlearned else (True,)
+        self._keys = {learned: SlotKeys(model, row.slots or 1, window, row.chunk) for learned in kept}
         self._watch = Stopwatch(model.tok_emb.weight.device)
         self._front, self._waiting = 0, defaultdict(list)  # the document whose charges are handed out, and later ones'
         self._held = 0
@@ -259,25 +193,34 @@ class DocumentLoop:
             self.lora.put(slot, self.lora.draw(1 + document.number))
         self.lora.begin(slot)
         top = self.on_top and self.on_top.fresh()
-        self._slots[slot] = _Slot(document, chunk, self.row.order == "longest", top)
+        self._slots[slot] = Slot(document, chunk, self.row.order == "longest", top)
 
     def _alike(self, live: Sequence[int]) -> list[list[int]]:
         """Slots whose windows are of about one length, those that learn and those that do not."""
         batches = defaultdict(list)
         for slot in live:
             at = self._slots[slot]
-            batches[at.goes_on, -(-(at.end - at.begin(self.window)) // _ALIKE)].append(slot)
+            cached = self._cached(at)
+            length = at.chunk if cached else at.end - at.begin(self.window)
+            batches[at.goes_on, cached and min(LOOK_BACK, at.done), -(-length // _ALIKE)].append(slot)
         return list(batches.values())
+
+    def _cached(self, at: Slot) -> bool:
+        """Whether the next chunk goes on from keys as they are."""
+        number = at.done // at.chunk
+        again = {"stale": False, "refresh": number % self.row.every == 0, "recompute": True}[self.row.keys]
+        return number > 0 and not again
 
     def _step(self, slots: Sequence[int]) -> None:
         """The next chunk of some documents: charged, and learned from where another one follows."""
-        batch = _Batch([self._slots[slot] for slot in slots], self._read, self.window, self.model.tok_emb.weight.device)
-        learns = self._slots[slots[0]].goes_on
+        under_way, device = [self._slots[slot] for slot in slots], self.model.tok_emb.weight.device
+        batch = Batch(under_way, self._read, self.window, device, self._cached(under_way[0]))
+        learns = under_way[0].goes_on
         with self._watch("learned"), torch.set_grad_enabled(learns), self.lora.using(slots, self.dtype) as leaf:
-            nll, logits = self._losses(self._base, batch, True)
+            nll, logits = self._losses(self._base, batch, slots, True)
         if self.unlearned:
             with self._watch("unlearned"), torch.no_grad():
-                unlearned = self._losses(self.model, batch, False)[0]
+                unlearned = self._losses(self.model, batch, slots, False)[0]
         else:
             unlearned = nll.detach()
         losses = torch.stack([nll.detach(), unlearned], 1)
@@ -287,23 +230,26 @@ class DocumentLoop:
             with self._watch("learned"):
                 self._learn(slots, batch, leaf, nll)
 
-    def _learn(self, slots: Sequence[int], batch: "_Batch", leaf: Tensor, nll: Tensor) -> None:
+    def _learn(self, slots: Sequence[int], batch: Batch, leaf: Tensor, nll: Tensor) -> None:
         for step in range(self.row.steps):
             if step:
                 with torch.enable_grad(), self.lora.using(slots, self.dtype) as leaf:
-                    nll = self._losses(self._base, batch, True)[0]
+                    nll = self._losses(self._base, batch, slots, True, keep=False)[0]
             # A document's own mean; their sum has the gradient of each
             (gradient,) = torch.autograd.grad(nll.mean(1).sum(), leaf)
-            self.ledger["backward"] += batch.inputs.numel()
+            self.ledger["backward"] += batch.tokens
             self.lora.step(slots, gradient)
 
-    def _losses(self, model: GPT, batch: "_Batch", learned: bool) -> tuple[Tensor, Tensor]:
+    def _losses(
+        self, model: GPT, batch: Batch, slots: Sequence[int], learned: bool, keep: bool = True
+    ) -> tuple[Tensor, Tensor]:
         """Losses [B, C] and logits [B, C, V] of the chunks' rows."""
-        states = model.states(batch.inputs, batch.attend(model), self.dtype, first=batch.first)
+        attend = batch.attend(model, slots, self._keys.get(learned), keep)
+        states = model.states(batch.inputs, attend, self.dtype, batch.before, batch.first)
         rows = torch.take_along_dim(states, batch.rows, 1)
         logits = self.lora.head(model, rows)
         if learned:
-            self.ledger["forward"] += batch.inputs.numel()
+            self.ledger["forward"] += batch.tokens
             self.ledger["rows"] += states.size(0) * states.size(1)
         return ops.cross_entropy(logits, batch.targets), logits
 
@@ -327,7 +273,7 @@ class DocumentLoop:
         if ended:
             self._slots[slot] = None
 
-    def _hand_out(self, at: _Slot, ended: bool) -> None:
+    def _hand_out(self, at: Slot, ended: bool) -> None:
         """A document's charges to whoever takes them, or to where they wait for those of an earlier one."""
         losses = torch.cat([own for _, own, _ in at.charges], 1).cpu()  # the one time that the host waits
         self._check(at, losses[0])
@@ -357,7 +303,7 @@ class DocumentLoop:
             self._held -= len(charged.nll)
             self._on_charged(charged)
 
-    def _check(self, at: _Slot, nll: Tensor) -> None:
+    def _check(self, at: Slot, nll: Tensor) -> None:
         broken = (~nll.isfinite()).nonzero()
         if len(broken):
             first = int(broken[0])

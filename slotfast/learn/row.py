@@ -48,9 +48,10 @@ class Learning(BaseModel):
     momentum: float = Field(0.0, ge=0, lt=1, description="of SGD")
     decay: float = Field(0.0, ge=0, le=100, description="of the weights, times lr a step")
     clip: float | None = Field(None, gt=0, description="bound on the gradient's norm")
-    keys: Literal["stale", "recompute"] = Field(
+    keys: Literal["stale", "refresh", "recompute"] = Field(
         "stale", description="of earlier chunks: as they were when these were scored, or forwarded again"
     )
+    every: int = Field(8, ge=1, le=1 << 17, description="chunks from one refresh of the keys to the next")
     order: Literal["stream", "longest"] = Field("stream", description="in which documents are charged")
     phases: int = Field(0, ge=0, le=100, description="times that all weights are trained on the documents charged")
     prefix: int = Field(2500, ge=1, description="documents charged when the last phase begins")
@@ -94,8 +95,6 @@ class Learning(BaseModel):
             raise ValueError(f"short {self.short}: expected tokens and chunks of 1 to {self.chunk}")
         if self.slots and (self.scope != "document" or self.what != "lora"):
             raise ValueError("slots need what 'lora' and scope 'document'")
-        if self.slots and self.keys == "stale":
-            raise ValueError("slots need keys 'recompute'")
         if self.what != "lora" and self.keys != "stale":
             raise ValueError(f"keys {self.keys!r} need what 'lora'")
         if not self.slots:
@@ -130,6 +129,7 @@ class Learning(BaseModel):
             *("optimizer", "lr"),
             *(("betas", "eps") if self.optimizer == "adamw" else ("momentum",)),
             *("decay", "clip", "keys"),
+            *(("every",) if self.keys == "refresh" else ()),
             "order",
             *(("phases",) if self.slots else ()),
             *(_PHASES if self.phases else ()),

@@ -13,6 +13,7 @@ import pytest
 
 from slotfast import record
 from slotfast.audit.__main__ import main as audit
+from slotfast.audit.page import write_page as write_audit
 from slotfast.command import page
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main as evaluate
@@ -134,6 +135,17 @@ def test_the_pages_say_what_the_commands_said(pages):
     assert "Welch's test" in words["record"] and "No record: the gain" in words["record"]
     for name, text in words.items():
         assert f"slotfast {name} " in text.replace("python -m slotfast.", "slotfast ") and "--report" in text
+
+
+def test_of_many_loops_those_that_leak_are_open(tmp_path):
+    result = json.loads((RESULT.parents[1] / "audit-pr1350.json").read_text())
+    (leaks,) = result["loops"]
+    clean = leaks | {"loop": "clean", "verdict": "clean", "leaks": [], "places": {}}
+    for loops, folded in (([clean] * 2 + [leaks], 0), ([clean] * 4 + [leaks], 4)):
+        write_audit(str(tmp_path / "a.html"), result | {"loops": loops})
+        root = _parsed((tmp_path / "a.html").read_text(encoding="utf-8"))
+        assert [each.text for each in root.iter() if _tag(each) == "summary"].count("clean") == folded
+        assert "Nothing that must not." in "".join(root.itertext())
 
 
 def test_what_is_put_into_a_page_is_escaped_unless_it_is_html():

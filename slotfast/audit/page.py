@@ -10,6 +10,7 @@ from ..command.page import FAINT, INK, SERIES, Html
 from ..words import counted
 from .report import LEGEND
 
+_MOST_OPEN = 3  # loops
 _VERDICTS = {"PASS": "good", "FAIL": "bad"}
 _KINDS = {
     "event border": "border of two events that charge",
@@ -43,7 +44,7 @@ def write_page(path: str, result: Mapping[str, Any]) -> None:
         *(page.verdict(False, line) for line in result["disagreements"]),
         page.element("p", about),
         page.section("Conditions", _conditions(loops)),
-        *(page.section(loop["loop"], *_loop(loop, stream["tokens"])) for loop in loops),
+        *(page.section(loop["loop"], *_shown(loop, stream["tokens"], len(loops))) for loop in loops),
         page.section("What was read", page.pairs(result["sha256"]) if result["sha256"] else ""),
         page.configuration(result["config"], result["command"], result["versions"]),
     ]
@@ -64,6 +65,12 @@ def _conditions(loops: Sequence[Mapping[str, Any]]) -> Html:
     heads = ("loop", *names, "runs", "seconds")
     shown = page.table(heads, rows, (len(names) + 1, len(names) + 2))
     return Html(shown + page.element("p", LEGEND + ". UNTESTED: there was no data to say so.", class_="said"))
+
+
+def _shown(loop: Mapping[str, Any], tokens: int, loops: int) -> list[Html]:
+    """All of a loop; of many, what is clean is folded."""
+    parts = _loop(loop, tokens)
+    return [page.folded("clean", *parts)] if loops > _MOST_OPEN and loop["verdict"] == "clean" else parts
 
 
 def _loop(loop: Mapping[str, Any], tokens: int) -> list[Html]:

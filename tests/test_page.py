@@ -17,6 +17,7 @@ from slotfast.audit.page import write_page as write_audit
 from slotfast.command import page
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main as evaluate
+from slotfast.eval.page import headline
 
 pytest.importorskip("matplotlib", reason="the extra `plot`")
 RESULT = Path(__file__).parents[1] / "bench" / "results" / "amd-epyc-2-threads" / "eval.json"
@@ -135,6 +136,14 @@ def test_the_pages_say_what_the_commands_said(pages):
     assert "Welch's test" in words["record"] and "No record: the gain" in words["record"]
     for name, text in words.items():
         assert f"slotfast {name} " in text.replace("python -m slotfast.", "slotfast ") and "--report" in text
+
+
+def test_a_leak_is_no_headline():
+    rows = [("none", True, 1.5), ("causal", True, 1.4), ("leak", False, 1.0)]
+    presets = [{"preset": name, "causal": causal, "adapted": {"bpb": bpb}} for name, causal, bpb in rows]
+    found = {"text": {"source": "a text"}, "presets": presets}
+    assert headline(found) == "a text: 1.5000 bits per byte, 1.4000 with causal"
+    assert headline(found | {"presets": [presets[0], presets[2]]}) == "a text: 1.5000 bits per byte"
 
 
 def test_of_many_loops_those_that_leak_are_open(tmp_path):

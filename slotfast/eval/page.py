@@ -43,11 +43,7 @@ def write_page(path: str, found: Mapping[str, Any], inputs: Inputs, result: Slid
     """
     meter = result.meter
     opening = Opening(inputs.stream, inputs.tokenizer, meter.tokens)
-    text, rows = found["text"], found["presets"]
-    title = f"{text['source']}: {rows[0]['adapted']['bpb']:.4f} bits per byte"
-    if len(rows) > 1:
-        best = min(rows, key=lambda row: row["adapted"]["bpb"])
-        title += f", {best['adapted']['bpb']:.4f} with {best['preset']}"
+    rows = found["presets"]
     parts = [
         page.section("Result", page.element("pre", table(found))),
         page.section("Gain by preset", _gains(rows)),
@@ -58,7 +54,15 @@ def write_page(path: str, found: Mapping[str, Any], inputs: Inputs, result: Slid
         page.section("Compliance", _compliance(rows)),
         page.configuration(found["config"], command, found["versions"]),
     ]
-    page.write_page(path, title, parts)
+    page.write_page(path, headline(found), parts)
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """The score of the model and, of the rows whose score is honest, of the best."""
+    rows = found["presets"]
+    best = min((row for row in rows if row["causal"]), key=lambda row: row["adapted"]["bpb"])
+    adapted = "" if best is rows[0] else f", {best['adapted']['bpb']:.4f} with {best['preset']}"
+    return f"{found['text']['source']}: {rows[0]['adapted']['bpb']:.4f} bits per byte{adapted}"
 
 
 class Opening:

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import slotfast
+from bench import calibration as bench
 from slotfast.calibrate import main as calibrate
 from slotfast.calibrate.program import _split
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main as evaluate
+from slotfast.eval.inputs import Sources, read_inputs
 from slotfast.foreign import StoredCalibration
 from tests.json_schema import faults
 
@@ -219,3 +221,18 @@ def test_what_the_command_cannot_do_is_one_line_and_nothing_is_written(folder, f
     assert not out.exists()
     with pytest.raises(InputError, match="--calibration: goes with --model; an artifact holds its own"):
         evaluate(["--calibration", str(found)])
+
+
+def test_the_bench_measures_what_the_command_does(folder, found, capsys):
+    sources = Sources(
+        model="rows_of_theirs:padded", calibration=str(found), text=str(folder / "score.jsonl"), max_tokens=600
+    )
+    measured = bench.compare(read_inputs(sources), 64, 16)
+    arguments = ("--calibration", found, "--forward", "stream", "--max-tokens", "600")
+    expected = score(folder, capsys, *arguments)
+    assert measured["bpb"]["none"] == pytest.approx(expected["base"]["bpb"], rel=1e-6)
+    gains, calibrated = measured["gain_over_none"], expected["adapted"]
+    assert gains["calibrated"]["bpb"] == pytest.approx(calibrated["gain_bpb"], rel=1e-6)
+    assert gains["calibrated"]["se"] == pytest.approx(calibrated["gain_se"], rel=1e-6)
+    paired = measured["calibrated_over_uncalibrated"]["bpb"]
+    assert paired == pytest.approx(gains["calibrated"]["bpb"] - gains["uncalibrated"]["bpb"], rel=1e-6)

@@ -142,7 +142,7 @@ def test_a_stride_gives_every_token_the_losses_of_its_window(model, theirs):
 
 @pytest.mark.parametrize(
     ("forward", "preset"),
-    [("windows", "none"), ("windows", "causal"), ("stream", "causal"), ("stream", "learn:chunk=8")],
+    [("windows", "none"), ("windows", "causal"), ("stream", "causal"), ("stream", "learn:chunk=8+causal")],
 )
 def test_joined_documents_are_those_of_an_evaluation(folder, capsys, forward, preset):
     """Every document's sum of the losses that `slotfast eval` writes, BOS left out."""

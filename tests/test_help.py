@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -41,6 +42,18 @@ def test_every_command_answers_without_torch(flag, first):
         True
     ] * 6
     assert loaded == "[]"
+
+
+@pytest.mark.parametrize("name", ["eval", "train", "record"])
+def test_help_is_there_at_once(name):
+    """In time of the processor, which other work on the machine takes no part of; the better of two."""
+    spent = []
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert not _slotfast(name, "--help").returncode
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent) < 1.5
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])

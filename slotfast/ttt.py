@@ -27,6 +27,10 @@ class ScoreFirst:
         epochs: over each chunk.
         batch: sequences of one step on each rank.
         momentum, clip: of SGD; bound on the gradient's norm.
+        cosine: whether the rate falls; else it stays.
+
+    Attributes:
+        trained: tokens that were trained on, by any rank, each time that they were.
     """
 
     def __init__(
@@ -37,9 +41,10 @@ class ScoreFirst:
         batch: int = 32,
         momentum: float = 0.9,
         clip: float = 1.0,
+        cosine: bool = True,
     ):
         self.chunk, self.lr, self.epochs, self.batch = chunk, lr, epochs, batch
-        self.momentum, self.clip = momentum, clip
+        self.momentum, self.clip, self.cosine, self.trained = momentum, clip, cosine, 0
         self._optimizer: torch.optim.SGD | None = None
         self._chunks: tuple[Plan, list[range]] | None = None
 
@@ -94,7 +99,9 @@ class ScoreFirst:
         if chunk == len(chunks) - 1:
             return
         optimizer = self._optimizer or self._begin(model)
-        rate = self.lr * (1 + math.cos(math.pi * chunk / max(1, len(chunks) - 1))) / 2
+        rate = self.lr
+        if self.cosine:
+            rate *= (1 + math.cos(math.pi * chunk / max(1, len(chunks) - 1))) / 2
         optimizer.param_groups[0]["lr"] = rate
         first, end = (plan[chunks[number].start] for number in (chunk, chunk + 1))
         begin, stop = first.start + first.context_end, end.start + end.context_end  # scored, and not one more
@@ -118,5 +125,6 @@ class ScoreFirst:
                         dist.all_reduce(parameter.grad)
                 nn.utils.clip_grad_norm_(parameters, self.clip)
                 optimizer.step()
+                self.trained += predictions
         for parameter in parameters:
             parameter.grad = None

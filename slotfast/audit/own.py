@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data import ByteTable, Text, TokenStream
-from ..eval import Scored, SlidingPass, Streaming
+from ..eval import Scored, SlidingPass, Streaming, WindowsLoop
 from ..learn import Charged, Learning, OnTop, make_loop
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
@@ -93,8 +93,14 @@ class OwnLoop:
             # bit of a gradient: in float64 what is left of that is nothing that an audit sees
             model = copy.deepcopy(model).double()
         on_top = OnTop.of([row], self.hints.seq_len, self.calibration, self.bos_id)
-        how = {"keep_logprobs": True, "unlearned": False, "on_top": on_top}
-        loop = make_loop(model, row, self.hints.seq_len, sinks, self.bos_id, **how)
+        if row.keys == "windows":
+            plan = Plan(len(text.stream) - 1, self.hints.seq_len, self.hints.stride)
+            tops = [Adapter(row.top, self.calibration, self.bos_id)] if row.top else []
+            how = {"batch_windows": self.hints.batch_windows, "worker": self.worker, "keep_logprobs": True}
+            loop = WindowsLoop(model, row, text, plan, tops, **how)
+        else:
+            how = {"keep_logprobs": True, "unlearned": False, "on_top": on_top}
+            loop = make_loop(model, row, self.hints.seq_len, sinks, self.bos_id, **how)
         loop.run(text.stream.read, len(text.stream) - 1, report)
 
     def byte_rule(self, tokens: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from ..data import Text
 from ..learn import Charged, DocumentLoop, FrozenLoop, Learning, LearningLoop
 from ..score import Meter
 from ..slot import Calibration
+from .chunked import WindowsLoop
 from .loop import PIECES
 
 UNLEARNED = Learning(name="the stream unlearned")  # what a loop is asked for that learns nothing
@@ -33,7 +34,7 @@ class LearningPass:
 
     def __init__(
         self,
-        loop: LearningLoop | DocumentLoop | FrozenLoop,
+        loop: LearningLoop | DocumentLoop | FrozenLoop | WindowsLoop,
         rows: Sequence[Learning],
         text: Text,
         keep_nll: bool = False,

@@ -17,6 +17,7 @@ from ..learn import FrozenLoop, Learning, OnTop, make_loop
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..words import counted
+from .chunked import WindowsLoop
 from .forward import block_that_fits, streams
 from .inputs import Inputs, choose_rows
 from .learning import UNLEARNED, LearningPass, grouped
@@ -101,8 +102,14 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
     sinks = setup.learning_sinks
     learners = []
     for same in grouped(setup.learning, calibration):
-        on_top = OnTop.of(same, plan.seq_len, calibration, bos_id)
-        loop = make_loop(model, same[0], plan.seq_len, sinks, bos_id, worker.dtype, on_top=on_top)
+        if same[0].keys == "windows":
+            tops = [Adapter(row.top, calibration, bos_id) for row in same if row.top is not None]
+            loop = WindowsLoop(
+                model, same[0], inputs.text, plan, tops, batch_windows=setup.batch_windows, worker=worker
+            )
+        else:
+            on_top = OnTop.of(same, plan.seq_len, calibration, bos_id)
+            loop = make_loop(model, same[0], plan.seq_len, sinks, bos_id, worker.dtype, on_top=on_top)
         learners.append(LearningPass(loop, same, inputs.text, keep_nll=per_token))
     saver = Saver(saved, describe(inputs, setup, model, per_token), sliding, collected) if saved else None
     loaded = time.perf_counter()
@@ -116,9 +123,9 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
         saver.save()  # all of it, should writing the result fail
     sliding.meter.reduce()
     sliding.along.reduce()
-    if learners and streaming:
-        unlearned = sliding.meter.nats[0], sliding.seconds["forward"]
-    elif any("unlearned" not in learner.loop.seconds for learner in learners):
+    none = unlearned = sliding.meter.nats[0], sliding.seconds["forward"]
+    missing = [learner for learner in learners if "unlearned" not in learner.loop.seconds]
+    if streaming is None and any(learner.loop.row.forward == "stream" for learner in missing):
         # one for all of them: the weights that they start from are the same
         # a model that remembers nothing sees the more of its window, the less is asked at once
         chunk = min(row.chunk for row in setup.learning)
@@ -128,8 +135,8 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
         unlearned = frozen.meter.nats[1], frozen.unlearned_seconds
     for learner in learners:
         _charge(learner)
-        if "unlearned" not in learner.loop.seconds:
-            learner.compare(*unlearned)
+        if learner in missing:
+            learner.compare(*(none if learner.loop.row.forward == "windows" else unlearned))
         learner.add_to(sliding.meter, sliding.along)
         if per_token:
             for nll in learner.nll:

@@ -142,8 +142,8 @@ def _learned(learner: LearningPass, number: int) -> dict[str, Any]:
     seconds, unlearned, score = learner.loop.seconds, learner.meter.score(0), learner.meter.score(number)
     on_top = {} if learner.rows[number - 1].top is None else {"on_top_seconds": round(seconds["on top"], 3)}
     return {
-        "forward": "windows" if learner.loop.row.apart else "stream",
-        "sinks": None if learner.loop.row.apart else learner.loop.sinks,
+        "forward": learner.loop.row.forward,
+        "sinks": learner.loop.sinks if learner.loop.row.forward == "stream" else None,
         "unlearned": {"bpb": unlearned.bpb, "gain_bpb": score.gain_bpb, "gain_se": score.gain_se},
         "cost": {
             "forwards": round(learner.loop.forwards, 3),

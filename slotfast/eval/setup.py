@@ -158,11 +158,14 @@ def choose_streaming(
     """
     stored, learns = inputs.stored_forward, any(isinstance(row, Learning) for row in rows)
     chosen = settings.forward
+    windows = [row.name for row in rows if isinstance(row, Learning) and row.keys == "windows"]
+    if chosen == "stream" and windows:
+        raise InputError(f"--forward stream: preset {windows[0]!r} forwards windows; use --forward windows")
     if chosen == "auto":
         # Published numbers are windows' numbers, and what was found at another length says nothing of this one
         suits = plan.seq_len <= inputs.artifact.config.seq_len and not settings.ttt
         trained_length = settings.seq_len in (None, inputs.artifact.config.seq_len)
-        published = any(is_published(row) for row in rows if isinstance(row, Adaptation))
+        published = windows or any(is_published(row) for row in rows if isinstance(row, Adaptation))
         chosen = stored["forward"] if stored and suits and trained_length and not published else "windows"
     if chosen == "windows":
         for flag, value in (("--sinks", settings.sinks), ("--block-tokens", settings.block_tokens)):

@@ -93,7 +93,12 @@ def make_loop(
 
     Args:
         unlearned: of documents with windows of their own, run the same forwards without learning too.
+
+    Raises:
+        InputError: see the loops; or the row needs the windows of a run, which `slotfast.eval.WindowsLoop` has.
     """
+    if row.keys == "windows":
+        raise InputError(f"preset {row.name!r}: keys 'windows' are those of a run: slotfast eval has them")
     if row.apart:
         return DocumentLoop(model, row, window, bos_id, dtype, keep_logprobs, unlearned, on_top)
     return LearningLoop(model, row, window, sinks, bos_id, dtype, keep_logprobs, on_top)

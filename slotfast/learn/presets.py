@@ -16,6 +16,7 @@ _OFF = {"clip": None, "alpha": None, "slots": None, "phase_clip": None, "short":
 _DOCUMENTS = {"scope": "document", "keys": "recompute", "eps": 1e-10, "lr": 1e-4, "decay": 0.5, "slots": 64}
 _ALL = ("q", "k", "v", "attn", "mlp", "head")  # attn: what the published code calls O, beside the whole attention
 _1855 = {"projections": _ALL, "rank": 80, "alpha": 144, "betas": (0.0, 0.99), "chunk": 48}
+_TTT = {"what": "all", "chunk": 32768, "steps": 3, "optimizer": "sgd", "momentum": 0.9, "clip": 1.0, "keys": "windows"}
 _PHASED = {"order": "longest", "start": "warm"}
 
 LEARNING: dict[str, Learning] = {
@@ -48,6 +49,12 @@ LEARNING: dict[str, Learning] = {
             | {"projections": ("k", "attn", "mlp", "head"), "lr": 7.5e-5, "slots": 24, "phases": 1}
             | {"short": ((2000, 24), (256, 8))},
         ),
+        (
+            "ttt-549",
+            "PR #549: windows as published; all weights, three epochs of SGD over each chunk of 32,768",
+            _TTT | {"lr": 0.002, "schedule": "cosine"},
+        ),
+        ("ttt-1413", "PR #1413: the same at a higher rate", _TTT | {"lr": 0.005, "schedule": "cosine"}),
     )
 }
 

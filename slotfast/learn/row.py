@@ -48,9 +48,13 @@ class Learning(BaseModel):
     momentum: float = Field(0.0, ge=0, lt=1, description="of SGD")
     decay: float = Field(0.0, ge=0, le=100, description="of the weights, times lr a step")
     clip: float | None = Field(None, gt=0, description="bound on the gradient's norm")
-    keys: Literal["stale", "refresh", "recompute"] = Field(
+    keys: Literal["stale", "refresh", "recompute", "windows"] = Field(
         "stale", description="of earlier chunks: as they were when these were scored, or forwarded again"
     )
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of the rate, over all chunks of the stream"
+    )
+    batch: int = Field(32, ge=1, le=1 << 16, description="sequences of a step, where a chunk is more than one window")
     every: int = Field(8, ge=1, le=1 << 17, description="chunks from one refresh of the keys to the next")
     order: Literal["stream", "longest"] = Field("stream", description="in which documents are charged")
     phases: int = Field(0, ge=0, le=100, description="times that all weights are trained on the documents charged")
@@ -95,6 +99,12 @@ class Learning(BaseModel):
             raise ValueError(f"short {self.short}: expected tokens and chunks of 1 to {self.chunk}")
         if self.slots and (self.scope != "document" or self.what != "lora"):
             raise ValueError("slots need what 'lora' and scope 'document'")
+        if self.keys == "windows":
+            if (self.what, self.scope, self.optimizer) != ("all", "stream", "sgd") or self.decay:
+                raise ValueError("keys 'windows' need what 'all', scope 'stream' and optimizer 'sgd' without decay")
+            return self
+        if self.schedule != "constant":
+            raise ValueError("schedule 'cosine' needs keys 'windows'")
         if self.what != "lora" and self.keys != "stale":
             raise ValueError(f"keys {self.keys!r} need what 'lora'")
         if not self.slots:
@@ -113,11 +123,19 @@ class Learning(BaseModel):
     @property
     def apart(self) -> bool:
         """Whether documents, or a stream as one, have windows of their own: `DocumentLoop` runs the row."""
-        return self.slots is not None or self.keys != "stale"
+        return self.slots is not None or self.keys in ("refresh", "recompute")
+
+    @property
+    def forward(self) -> str:
+        """`stream`, or `windows`: of documents, or as the run's own are."""
+        return "windows" if self.apart or self.keys == "windows" else "stream"
 
     @property
     def options(self) -> tuple[str, ...]:
         """Fields that act on this row, and may be set in NAME:key=value."""
+        if self.keys == "windows":
+            chosen = ("what", "chunk", "steps", "scope", "optimizer", "lr", "schedule", "momentum", "clip", "batch")
+            return (*chosen, "keys", "order")
         return (
             "what",
             *(("rank", "alpha", "projections") if self.what == "lora" else ()),
@@ -163,6 +181,8 @@ class Learning(BaseModel):
             why = f"documents in another order, longest first; how long they are sets {moved}their last windows' start"
             why += f"; {learned} learned from documents that come later" if learned else ""
             return Compliance(c1=False, c2=False, c3=not learned, c4=False, why=why)
+        if self.schedule == "cosine":
+            charged += "; its rate follows from how long the stream is, which the contest has made known"
         if self.scope == "stream":
             return Compliance(why=charged)
         if self.start == "warm" or self.phases:

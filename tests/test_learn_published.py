@@ -1,4 +1,4 @@
-"""Rows of documents in slots under the auditor: measured as computed, and the ways in which such loops cheat."""
+"""Published rows that learn, and ours made of them: in a run, and under the auditor measured as computed."""
 
 import json
 from importlib import resources
@@ -23,24 +23,31 @@ ROWS = {
     "lora-1530": f"lora-1530:{SMALL}",
     "lora-1855": f"lora-1855:{SMALL},prefix=3,piece=16",
     "lora-2014": f"lora-2014:{SMALL},prefix=3,piece=16,short=20+4/9+2",
+    "ttt-549": "ttt-549:chunk=16,lr=0.05,batch=1,steps=2",
+    "ttt-1413": "ttt-1413:chunk=24,lr=0.05,batch=2",
+}
+MORE = {
+    "with old keys": f"lora-doc:{SMALL},keys=stale",
+    "with refreshed keys": f"lora-doc:{SMALL},keys=refresh,every=2",
+    "phases as they come": f"lora-doc:{SMALL},start=warm,phases=2,prefix=3,piece=16",
 }
 
 
 def _audit(tiny_model, rows, reruns=2):
     table = ByteTable(np.arange(64) % 5, np.arange(64) % 3 == 0, np.arange(64) < 4)
     loop = OwnLoop(tiny_model, rows, Calibration(), table, 1, Hints(32, 8, 4, 1))
-    tokens = synthetic(120, 64, 1, np.random.default_rng(0))
-    tokens[[17, 28, 60, 100]] = 1
+    tokens = synthetic(96, 64, 1, np.random.default_rng(0))
+    tokens[[17, 28, 40, 80]] = 1
     stream = Stream(tokens, 64, 1)
     return audit_rows(loop, list(rows), stream, byte_rule=loop.byte_rule, hints=loop.hints, seeds=[0], reruns=reruns)
 
 
 def test_every_row_is_there():
-    assert {name for name, row in LEARNING.items() if row.slots} == set(ROWS)
+    assert {name for name in LEARNING if name != "learn"} == set(ROWS)
 
 
 def test_every_row_is_measured_as_it_is_computed(tiny_model):
-    rows = {name: parse_row(text).model_copy(update={"name": name}) for name, text in ROWS.items()}
+    rows = {name: parse_row(text).model_copy(update={"name": name}) for name, text in (ROWS | MORE).items()}
     for report in _audit(tiny_model, rows):
         computed = rows[report.name].compliance
         assert report.clean == computed.causal, str(report)
@@ -48,11 +55,17 @@ def test_every_row_is_measured_as_it_is_computed(tiny_model):
             assert "C4" in report.failed and "documents in another order" in str(report)
 
 
-def test_a_run_scores_documents_in_slots_beside_its_other_rows(tmp_path, capsys):
+@pytest.fixture
+def tiny_run(tmp_path):
+    """Flags of a run on a tiny random model and a text of five documents."""
     write_tiny(tmp_path / "m")
     lines = [json.dumps({"text": "The quick brown fox — jumps.\n" * (3 + number % 4)}) for number in range(5)]
     (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    args = ["--artifact", str(tmp_path / "m"), "--text", str(tmp_path / "t.jsonl"), "--stride", "16"]
+    return ["--artifact", str(tmp_path / "m"), "--text", str(tmp_path / "t.jsonl"), "--stride", "16"]
+
+
+def test_a_run_scores_documents_in_slots_beside_its_other_rows(tiny_run, tmp_path, capsys):
+    args = tiny_run
     rows = ("lora-doc:chunk=16,lr=0.01", "lora-1530:chunk=16,lr=0.01,start=cold,slots=2")
     with pytest.raises(InputError, match=r"is not causal: documents in another order, .*--allow-noncausal"):
         main([*args, "--preset", rows[1]])
@@ -74,3 +87,27 @@ def test_a_run_scores_documents_in_slots_beside_its_other_rows(tmp_path, capsys)
     assert "lora-1855" in (shown := capsys.readouterr().out) and "lora-2014" in shown
     main(["--show-preset", "lora-2014:chunk=32"])
     assert "NOT causal (fails C1, C2, C3, C4): documents in another order" in capsys.readouterr().out
+
+
+def test_chunked_training_is_a_row_too(tiny_run, capsys):
+    """#549's protocol beside untrained rows, with the numbers that `--ttt` gives them all; and with counts on top."""
+    how = ["--ttt", "--ttt-chunk", "64", "--ttt-lr", "0.05", "--ttt-epochs", "2"]
+    main([*tiny_run, *how, "--preset", "none", "causal", "--json", "-"])
+    old = json.loads(capsys.readouterr().out)["presets"]
+    row = "ttt-549:chunk=64,lr=0.05,steps=2"
+    main([*tiny_run, "--preset", row, "causal", f"{row}+causal", "ttt-1413:chunk=64", "--json", "-"])
+    found = json.loads(capsys.readouterr().out)
+    assert faults(found, json.loads((resources.files("slotfast.eval") / "result.schema.json").read_text())) == []
+    none, _, trained, both, other = found["presets"]
+    assert trained["adapted"]["nats"] == old[0]["adapted"]["nats"] < none["adapted"]["nats"] - 1
+    assert both["adapted"]["nats"] == old[1]["adapted"]["nats"] != trained["adapted"]["nats"]
+    assert trained["unlearned"]["bpb"] == none["adapted"]["bpb"] and trained["forward"] == "windows"
+    assert trained["causal"] and other["adapted"]["nats"] != none["adapted"]["nats"]
+    assert trained["cost"]["forwards"] > 3 + 3  # windows of 64 that go on by 16, and most tokens trained on twice
+    with pytest.raises(InputError, match="forwards windows; use --forward windows"):
+        main([*tiny_run, "--preset", row, "--forward", "stream"])
+    for wrong, words in (("chunk=0", "at least 1"), ("what=lora", "keys 'windows' need"), ("rank=2", "does nothing")):
+        with pytest.raises(InputError, match=words):
+            parse_row(f"ttt-549:{wrong}")
+    with pytest.raises(InputError, match="schedule 'cosine' needs keys 'windows'"):
+        parse_row("learn:what=all,schedule=cosine")

@@ -1,0 +1,82 @@
+"""Rows that learn from chunks of windows, as PR #549 and #1413 do: a pass of their own, on a copy of the model."""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..data import Text
+from ..learn import Charged, Learning
+from ..learn.schedule import Read
+from ..model import CausalModel
+from ..slot import Adapter
+from ..ttt import ScoreFirst
+from ..windows import Plan
+from ..worker import ALONE, Worker
+from .loop import Scored, SlidingPass
+
+
+class WindowsLoop:
+    """Charges a text's windows chunk by chunk, and trains all weights on each chunk once it is charged; runs once.
+
+    Args:
+        model: in evaluation mode; left as it was.
+        row: how to learn; its `keys` are "windows".
+        text: what is charged.
+        plan: windows over it.
+        adapters: fresh, of the rows on top.
+        batch_windows: windows of one forward.
+        worker: where and how it computes.
+        keep_logprobs: give the distributions too.
+
+    Attributes:
+        seconds: of forwarding and training, and of the rows on top.
+    """
+
+    def __init__(
+        self,
+        model: CausalModel,
+        row: Learning,
+        text: Text,
+        plan: Plan,
+        adapters: Sequence[Adapter] = (),
+        *,
+        batch_windows: int,
+        worker: Worker = ALONE,
+        keep_logprobs: bool = False,
+    ):
+        self.row, self.sinks, self.seconds = row, None, {"learned": 0.0, "on top": 0.0}
+        self._training = ScoreFirst(
+            row.chunk, row.lr, row.steps, row.batch, row.momentum, row.clip or math.inf, row.schedule == "cosine"
+        )
+        self._pass = SlidingPass(
+            copy.deepcopy(model),
+            text,
+            plan,
+            adapters,
+            batch_windows=batch_windows,
+            worker=worker,
+            training=self._training,
+            keep_logprobs=keep_logprobs,
+        )
+
+    @property
+    def forwards(self) -> float:
+        """Passes through the model for each token: its windows', and 3 for each time that it is trained on."""
+        plan = self._pass.plan
+        return (len(plan) * plan.seq_len + 3 * self._training.trained) / max(1, plan.predictions)
+
+    def run(self, read: Read, predictions: int, on_charged: Callable[[Charged], None]) -> None:
+        """Charge and learn; see `LearningLoop.run`. The text is its own, whatever `read` reads."""
+        self._pass.run(on_scored=lambda scored: on_charged(_charged(scored)))
+        seconds = dict(self._pass.seconds)
+        self.seconds["on top"] = seconds.pop("adapt")
+        self.seconds["learned"] = sum(seconds.values())
+
+
+def _charged(scored: Scored) -> Charged:
+    nll: Any = torch.from_numpy(scored.nll)
+    own, *others = [None] if scored.logprobs is None else scored.logprobs
+    return Charged(int(scored.position[0]) - 1, nll[0], None, own, nll[1:] if len(nll) > 1 else None, others)

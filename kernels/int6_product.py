@@ -96,15 +96,15 @@ def _config(m: int, n: int, k: int, group: int, dtype: torch.dtype, cached: bool
         block_k, num_stages = 128, 4
         if m <= 16 and group not in GROUPS:
             # Two warps multiply out of registers; a warpgroup would pass weights through shared memory, with a barrier
-            # every 16. 16 x 32 x 256: 4.7 instructions a weight, 5 programs a multiprocessor. With BLOCK_K 128: 4.9 and
+            # every 16. 16 x 32 x 256: 4.8 instructions a weight, 5 programs a multiprocessor. With BLOCK_K 128: 5.2 and
             # 9, and finer splits, for the matrices that are too small to fill the machine. unmeasured
             block_n, num_warps, num_stages = 32, 2, 3
             block_k = 256 if k >= 2048 else 128
     if group in GROUPS:
         block_k = min(block_k, group)  # so that a tile has one scale a row
-    # Split K until there are two programs for each of 132 multiprocessors, while every one has a tile to do. unmeasured
+    # Split K until there are eight warps for each of 132 multiprocessors, while every one has a tile to do. unmeasured
     tiles = _cdiv(m, block_m) * _cdiv(n, block_n)
-    split_k = max(1, min(8, 264 // tiles, _cdiv(k, block_k)))
+    split_k = max(1, min(8, 132 * 8 // num_warps // tiles, _cdiv(k, block_k)))
     return _Launch(block_m, block_n, block_k, split_k, num_warps, num_stages)
 
 
@@ -118,6 +118,8 @@ def _int6_matmul_kernel(
     high_ptr,
     scale_ptr,
     out_ptr,
+    partial_ptr,
+    arrivals_ptr,
     M,
     N,
     K,
@@ -135,7 +137,11 @@ def _int6_matmul_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """out[s] = (every SPLIT_K-th tile of K, from tile s on, of x @ W^T), as [SPLIT_K, M, N]."""
+    """out = x @ W^T, as [M, N]; with SPLIT_K > 1 out of the programs' partial sums, [SPLIT_K, M, N].
+
+    Program s of a tile adds up every SPLIT_K-th block of K from the s-th on. The last of them to arrive adds up the
+    partial sums, in the order of s whoever came when, and leaves the tile's counter at 0, as it found it.
+    """
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     pid_k = tl.program_id(2)
@@ -168,24 +174,47 @@ def _int6_matmul_kernel(
     if GROUP == 0:
         acc *= tl.load(scale_ptr + rows).to(tl.float32)[:, None]
 
-    out_rows = out_ptr + (pid_k.to(tl.int64) * M + offs_m)[None, :] * N
-    tl.store(out_rows + offs_n[:, None], acc.to(out_ptr.dtype.element_ty), mask=mask_n[:, None] & mask_m[None, :])
-
-
-@triton.jit
-def _sum_splits_kernel(partial_ptr, out_ptr, numel, SPLIT_K: tl.constexpr, BLOCK: tl.constexpr):
-    """out = sum of SPLIT_K partial results, always in the same order."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < numel
-    partial_ptrs = partial_ptr + offs
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for _ in tl.static_range(SPLIT_K):
-        total += tl.load(partial_ptrs, mask=mask, other=0.0)
-        partial_ptrs += numel
-    tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+    mask = mask_n[:, None] & mask_m[None, :]
+    offs = tl.arange(0, BLOCK_M)[None, :] * N + offs_n[:, None]  # inside a tile 32 bits do
+    first = pid_m.to(tl.int64) * BLOCK_M * N
+    out_ptr += first
+    if SPLIT_K == 1:
+        tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        partial_ptr += first
+        size = tl.cast(M, tl.int64) * N
+        arrivals_ptr += pid_m * tl.num_programs(0) + pid_n
+        tl.store(partial_ptr + pid_k * size + offs, acc, mask=mask)
+        tl.debug_barrier()  # the stores above, by all threads, before the arrival, which releases them
+        arrived = tl.atomic_add(arrivals_ptr, 1, sem="acq_rel", scope="gpu")  # its value comes through a barrier
+        if arrived == SPLIT_K - 1:
+            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for split in tl.range(0, SPLIT_K, num_stages=1):
+                total += tl.load(partial_ptr + split * size + offs, mask=mask, other=0.0)
+            tl.store(out_ptr + offs, total.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(arrivals_ptr, 0)
 
 
 # Launches
+
+_LEAST_COUNTERS = 1024
+_arrivals_of: dict[tuple, torch.Tensor] = {}
+
+
+def _arrivals(device: torch.device, tiles: int) -> torch.Tensor:
+    """Counters of the programs that have arrived at each tile: int32, 0 before a launch and after it.
+
+    A stream has its own, as launches on several may overlap. What is recorded for later gets new ones, zeroed with each
+    replay: a graph's memory is not ours to keep, and its replays may overlap with anything.
+    """
+    on_gpu = device.type == "cuda"
+    if torch.compiler.is_compiling() or (on_gpu and torch.cuda.is_current_stream_capturing()):
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    found = _arrivals_of.get(key)
+    if found is None or len(found) < tiles:
+        found = _arrivals_of[key] = torch.zeros(max(tiles, _LEAST_COUNTERS), dtype=torch.int32, device=device)
+    return found
 
 
 def _int6_matmul_fwd(x: torch.Tensor, weight: PackedInt6, dense: torch.Tensor | None) -> torch.Tensor:
@@ -200,15 +229,19 @@ def _int6_matmul_fwd(x: torch.Tensor, weight: PackedInt6, dense: torch.Tensor | 
         return F.linear(x, _dequantize_int6(weight, x.dtype) if dense is None else dense)
 
     y = torch.empty((m, n), dtype=x.dtype, device=x.device)
-    split_k = launch.SPLIT_K
-    out = y if split_k == 1 else torch.empty((split_k, m, n), dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(n, launch.BLOCK_N), triton.cdiv(m, launch.BLOCK_M), split_k)
+    tiles_n, tiles_m = triton.cdiv(n, launch.BLOCK_N), triton.cdiv(m, launch.BLOCK_M)
+    partial = arrivals = None
+    if launch.SPLIT_K > 1:
+        partial = torch.empty((launch.SPLIT_K, m, n), dtype=torch.float32, device=x.device)
+        arrivals = _arrivals(x.device, tiles_n * tiles_m)
     _launch(
         _int6_matmul_kernel,
-        grid,
+        (tiles_n, tiles_m, launch.SPLIT_K),
         "int6_matmul",
         x_ptr=rows,
-        out_ptr=out,
+        out_ptr=y,
+        partial_ptr=partial,
+        arrivals_ptr=arrivals,
         M=m,
         stride_xm=rows.stride(0),
         stride_xk=rows.stride(1),
@@ -219,19 +252,6 @@ def _int6_matmul_fwd(x: torch.Tensor, weight: PackedInt6, dense: torch.Tensor | 
         **launch._asdict(),
         **_weight_arguments(weight),
     )
-    if split_k > 1:
-        _launch(
-            _sum_splits_kernel,
-            (triton.cdiv(m * n, 512),),
-            "int6_matmul",
-            partial_ptr=out,
-            out_ptr=y,
-            numel=m * n,
-            SPLIT_K=split_k,
-            BLOCK=512,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
     return y.view(*x.shape[:-1], n)
 
 
@@ -258,7 +278,7 @@ def int6_matmul(x: torch.Tensor, weight: PackedInt6, dense: torch.Tensor | None 
 
     Which of three ways runs is decided by the number of rows M of x: split along K (few), fused (some), or the
     library's product with dequantised weights (many). A result is bit-identical on rerun; for another M it may be
-    rounded differently. Gradients reach x only.
+    rounded differently. Gradients reach x only. Launches on different streams may overlap.
 
     Args:
         x: [..., K] float16, bfloat16 or float32, any strides. NaN and infinite entries spoil their own rows only.
@@ -286,15 +306,15 @@ def _compilations(m, n, k, group=0, scale_dtype=torch.float16, dtype=torch.bfloa
     integers |= _MASKS
     pointer = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     pointers = {"x_ptr": pointer[dtype], "low_ptr": "*i32", "high_ptr": "*i32", "out_ptr": pointer[dtype]}
-    pointers["scale_ptr"] = pointer[scale_dtype]
+    pointers |= {"scale_ptr": pointer[scale_dtype], "partial_ptr": "*fp32", "arrivals_ptr": "*i32"}
     group = group if group < k else 0
 
-    def compilation(kernel, constexprs, num_warps, num_stages, elements, fusion, **types):
+    def compilation(kernel, constexprs, num_warps, num_stages, elements, fusion):
         # As a launch does: 1 becomes a constant, multiples of 16 are marked; M is what it is.
         names = kernel.arg_names
         constexprs = {**constexprs, **{name: 1 for name in names if name != "M" and integers.get(name) == 1}}
         marked = {name for name, value in integers.items() if name != "M" and value % 16 == 0}
-        known = {name: "i32:16" if name in marked else "i32" for name in integers} | pointers | types
+        known = {name: "i32:16" if name in marked else "i32" for name in integers} | pointers
         signature = {name: "constexpr" if name in constexprs else known[name] for name in names}
         options = {"enable_fp_fusion": fusion}
         return Compilation(kernel, signature, constexprs, num_warps, num_stages, elements, options)
@@ -311,16 +331,10 @@ def _compilations(m, n, k, group=0, scale_dtype=torch.float16, dtype=torch.bfloa
         "stride_xk": 1,
         **tiles,
     }
+    if launch.SPLIT_K == 1:
+        constexprs |= {"partial_ptr": None, "arrivals_ptr": None}
     elements = launch.BLOCK_N * launch.BLOCK_K
-    out = pointer[dtype] if launch.SPLIT_K == 1 else "*fp32"
-    found = [
-        compilation(_int6_matmul_kernel, constexprs, launch.num_warps, launch.num_stages, elements, True, out_ptr=out)
-    ]
-    if launch.SPLIT_K > 1:
-        integers["numel"] = m * n
-        constexprs = {"SPLIT_K": launch.SPLIT_K, "BLOCK": 512}
-        found.append(compilation(_sum_splits_kernel, constexprs, 4, 3, 0, False, partial_ptr="*fp32"))
-    return found
+    return [compilation(_int6_matmul_kernel, constexprs, launch.num_warps, launch.num_stages, elements, True)]
 
 
 def _bytes_moved(m, n, k, itemsize, group=0, scale_dtype=torch.float16, **_):

@@ -5,6 +5,7 @@ Accuracy on odd shapes, memory fences and reruns of every case in its SPEC are t
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -211,6 +212,43 @@ def test_dispatch():
         torch.testing.assert_close(int6_matmul(x, weight, dense), factor * int6_matmul(x, weight))
 
 
+def test_counters_of_arrivals_are_back_at_zero(monkeypatch):
+    """Of several tiles, on counters that launches of other sizes have used; and with more tiles than there were."""
+    monkeypatch.setattr(int6_product, "_arrivals_of", {})
+    monkeypatch.setattr(int6_product, "_LEAST_COUNTERS", 3)
+    kept = []
+    for m, n, k in [(1, 90, 170), (3, 40, 300), (2, 130, 100)]:
+        weight, x = pack_int6(*draw(n, k)), draw_x(m, k, dtype=torch.float32)
+        launch = _config(m, n, k, k, torch.float32)._replace(SPLIT_K=2)  # `_config` is this module's, not the patched
+        monkeypatch.setattr(int6_product, "_config", lambda *args, launch=launch, **kwargs: launch)
+        check_product(x, weight)
+        (counters,) = int6_product._arrivals_of.values()
+        assert len(counters) >= -(-n // launch.BLOCK_N) and not counters.any()
+        kept.append(counters)
+    assert kept[0] is kept[1] and len(kept[2]) > len(kept[1])
+
+
+def test_streams_have_their_own_counters_and_recordings_new_ones(monkeypatch):
+    """Launches on two streams may overlap; what a graph records is replayed when other launches run."""
+    stream, capturing = SimpleNamespace(cuda_stream=1), False
+    monkeypatch.setattr(int6_product, "_arrivals_of", {})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device, **options: zeros(*size, **options))
+    gpu = torch.device("cuda", 0)
+    first = int6_product._arrivals(gpu, 5)
+    assert int6_product._arrivals(gpu, 7) is first
+    stream = SimpleNamespace(cuda_stream=2)
+    second = int6_product._arrivals(gpu, 5)
+    assert second is not first
+    capturing = True
+    recorded = int6_product._arrivals(gpu, 5)
+    assert all(recorded is not known for known in (first, second)) and not recorded.any()
+    capturing = False
+    assert int6_product._arrivals(gpu, 5) is second
+
+
 @pytest.mark.parametrize("group", [32, 64, 128])
 def test_a_tile_has_one_scale_a_row(group):
     for m in (1, 16, 64, 256):
@@ -370,7 +408,7 @@ def test_compiles_for_every_target(compiled_rows):
 def test_fits_sm_90(compiled_rows):
     """Nothing spills, and at least two programs fit into a multiprocessor at a time."""
     rows = [row for row in compiled_rows[1] if "shape" in row]
-    assert {row["kernel"] for row in rows} == {"_int6_matmul_kernel", "_sum_splits_kernel", "_dequantize_int6_kernel"}
+    assert {row["kernel"] for row in rows} == {"_int6_matmul_kernel", "_dequantize_int6_kernel"}
     bad = [row for row in rows if row["stack"] or row["local"] or row["programs"] < 2]
     assert not bad, "\n".join(map(str, bad))
 
@@ -388,7 +426,7 @@ def test_unpacking_stays_cheap(compiled_rows):
         if "'k': 157" not in row["shape"]:  # masks take more
             assert row["LOP3.LUT"] < row["weights"] + 60 and row["matrix"] > 0, row
         if row["shape"] in map(str, LONG_AND_SHORT_TILES):  # what `_config` says of them
-            assert row["per_element"] < {128: 4.7, 64: 5.0}[row["weights"]], row
+            assert row["per_element"] < {128: 4.85, 64: 5.2}[row["weights"]], row
 
 
 if __name__ == "__main__":

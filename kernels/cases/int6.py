@@ -36,6 +36,7 @@ CASES = (
     Case("leading dimensions", {"m": 3, "n": 9, "k": 40, "lead": (2, 2)}, _FP16),
     Case("strided", {"m": 5, "n": 24, "k": 77, "strided": True}, _BF16),
     Case("columns of sizes 1e-3 to 1e3", {"m": 4, "n": 40, "k": 256, "spread": True}, _BF16),
+    Case("split eight ways", {"m": 3, "n": 40, "k": 1000, "spread": True}, _BF16),
     Case("attention output, one row", {"m": 1, "n": 512, "k": 512}, _BF16, production=True),
     Case("attention output, 16 rows", {"m": 16, "n": 512, "k": 512}, _BF16, production=True),
     Case("keys and values", {"m": 16, "n": 256, "k": 512}, _BF16, production=True),

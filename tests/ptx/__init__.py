@@ -9,7 +9,8 @@
 - accesses of two threads of a program to one place, one of them a write, without a barrier between them, in global and
   in shared memory; for threads of one warp in a class of its own. That a write changes nothing is no excuse, unless
   lanes of one and the same store agree;
-- races between programs; different values for one place in one store; addresses that are misaligned or outside every
+- races between programs, which only atomics and fences put in order, and bits that turn on the order in which programs
+  arrive at an atomic; different values for one place in one store; addresses that are misaligned or outside every
   tensor; threads that wait at a barrier for ever; shuffles by a part of a warp; shared memory that is read before
   cp.async has been waited for, or written while wgmma reads it;
 - results that depend on memory that nothing has written: it holds poison, another in each run;
@@ -17,12 +18,12 @@
 
 Not seen: what ptxas makes of the PTX (it may fuse a multiplication and an addition that are apart here); the order in
 which hardware runs warps, beyond what barriers leave open; a missing fence, or registers of wgmma that are used before
-it was waited for. Atomics, TMA and mbarriers are not known yet; an instruction that is not known is an error.
+it was waited for. TMA and mbarriers are not known yet; an instruction that is not known is an error.
 
 parse.py       text -> blocks of instructions
 translate.py   blocks -> functions on numpy arrays, an element a thread;  arithmetic.py, movement.py  instructions
 run.py         which block runs next, barriers, cp.async, shuffles;  matrices.py  ldmatrix, mma, wgmma
-memory.py      bytes, and who touched them when
+memory.py      bytes, and who touched them when;  order.py  what atomics and fences order between programs
 launch.py      stands in for the driver: binding, specialisation and compilation are Triton's own
 cases.py       kernels' specs under it, and faults that must be found
 """

@@ -13,7 +13,7 @@ import argparse
 import sys
 import time
 
-from .cases import MUTANTS, SUITE, check, function, mutated, pairs, torn_pairs
+from .cases import MUTANTS, SUITE, check, function, mutated, no_barrier_before_atomics, pairs, torn_pairs
 
 
 def run(chosen, targets) -> int:
@@ -39,6 +39,10 @@ def run_mutants() -> int:
             problems = check(*pairs(wanted)[0], "sm_90")[0]
         print(f"mutant of {name}: {problems[0] if problems else 'NOT FOUND'}", flush=True)
         missed += not problems
+    with no_barrier_before_atomics():
+        problems = check(*pairs("int6_matmul | split")[0], "sm_90")[0]
+    print(f"mutant without a barrier before an atomic: {problems[0] if problems else 'NOT FOUND'}", flush=True)
+    missed += not problems
     torn, as_launched = torn_pairs(block=32, fusion=True), torn_pairs()
     print(f"lbfgs_push at its threshold: {as_launched} pairs torn; fused, an element a lane: {torn or 'NOT FOUND'}")
     return missed + (not torn) + as_launched

@@ -20,7 +20,7 @@ _APPROXIMATE = {
     "ex2": "ex2", "lg2": "lg2", "rcp": "reciprocal", "sqrt": "square_root", "rsqrt": "reciprocal_square_root",
     "tanh": "tanh",
 }  # fmt: skip
-_ORDER_ONLY = {"fence", "wgmma.fence"}  # nothing to do: what they order is in order here, or not seen
+_ORDER_ONLY = "wgmma.fence"  # nothing to do: what it orders is not seen here
 
 
 class Unknown(Exception):
@@ -112,8 +112,7 @@ class Arithmetic:
 
     def instruction(self, each: Instruction, number: int):
         name = each.parts[0]
-        two = ".".join(each.parts[:2])
-        if name in _ORDER_ONLY or two in _ORDER_ONLY:
+        if each.opcode.startswith(_ORDER_ONLY):
             return
         handler = getattr(self, f"do_{name}", None)
         if handler is None or handler(each, number) is NotImplemented:

@@ -12,7 +12,7 @@ import torch
 from .memory import Memory, Report
 from .parse import parse
 from .replicas import torn_sums
-from .run import Machine
+from .run import USUAL, Conditions, Machine
 from .translate import translate
 
 _BASE, _GAP = 1 << 40, 4096  # address of the device's first byte; bytes between tensors, that nobody may touch
@@ -59,14 +59,13 @@ class Emulation:
 
     Args:
         target: "sm_80" or "sm_90".
-        poison: byte that memory holds which nothing has written. 0xFF makes NaN and -1; with 0x71 floats are large.
-        error: approximate instructions err by up to 2 units in the last place.
+        under: conditions of the launches.
 
     Not in a process that interprets (TRITON_INTERPRET).
     """
 
-    def __init__(self, target: str = "sm_90", poison: int = 0xFF, error: bool = False):
-        self.capability, self.poison, self.error = int(target.removeprefix("sm_")), poison, error
+    def __init__(self, target: str = "sm_90", under: Conditions = USUAL):
+        self.capability, self.under = int(target.removeprefix("sm_")), under
         self.report = Report()
 
     def __enter__(self):
@@ -85,7 +84,7 @@ class Emulation:
                     values = [v for v, s in zip(bound.values(), specialisation, strict=True) if s[0] != "constexpr"]
                     execute(
                         compiled.asm["ptx"], grid(bound) if callable(grid) else grid, values, compiled.metadata.shared,
-                        self.report, self.poison, self.error,
+                        self.report, self.under,
                     )  # fmt: skip
                 return compiled
 
@@ -105,13 +104,13 @@ class Emulation:
     def _poisoned(self, allocate):
         def poisoned(*arguments, **named):
             tensor = allocate(*arguments, **named)
-            _bytes(tensor.untyped_storage())[:] = self.poison
+            _bytes(tensor.untyped_storage())[:] = self.under.poison
             return tensor
 
         return poisoned
 
 
-def execute(ptx: str, grid, values, shared: int, report: Report, poison: int = 0xFF, error: bool = False):
+def execute(ptx: str, grid, values, shared: int, report: Report, under: Conditions = USUAL):
     """Runs the kernel of a module on CPU tensors and numbers; `shared` is bytes a program."""
     kernel, translated, torn = _translated(ptx)
     grid = [*grid, 1, 1][:3]
@@ -128,7 +127,7 @@ def execute(ptx: str, grid, values, shared: int, report: Report, poison: int = 0
             place = size + storage.data_ptr() % 256
             storages[storage.data_ptr()] = storage, place
             size = -(-(place + storage.nbytes()) // 256) * 256 + _GAP
-    data, valid = np.full(size, poison, np.uint8), np.zeros(size // unit, bool)
+    data, valid = np.full(size, under.poison, np.uint8), np.zeros(size // unit, bool)
     for storage, place in storages.values():
         data[place : place + storage.nbytes()] = _bytes(storage)
         valid[place // unit : -(-(place + storage.nbytes()) // unit)] = True
@@ -145,7 +144,7 @@ def execute(ptx: str, grid, values, shared: int, report: Report, poison: int = 0
             parameters.append(getattr(np, f"uint{8 * width}")(int(value) % 2 ** (8 * width)))
     parameters += [np.uint64(0)] * (len(kernel.parameters) - len(parameters))  # Triton's own scratch: none
     with np.errstate(all="ignore"):
-        machine = Machine(kernel, translated, grid, parameters, memory, _BASE, shared, shared_unit, poison, error)
+        machine = Machine(kernel, translated, grid, parameters, memory, _BASE, shared, shared_unit, under)
         machine.run()
     for storage, place in storages.values():
         _bytes(storage)[:] = data[place : place + storage.nbytes()]

@@ -4,7 +4,7 @@ Time is counted in barriers: an access is of an *epoch*, that of its program aft
 of different threads to one place are ordered only if they are of one program and of different epochs. For every unit
 (the smallest access of the kernel) are kept the epoch of its last write, and of its last read, with the lowest and the
 highest thread that took part: so that "another thread did" is decided exactly. Of reads by other programs, the lowest
-and the highest program that ever read are kept.
+and the highest program that ever read are kept. Between programs only atomics make an order: order.py.
 """
 
 from collections import Counter
@@ -82,6 +82,7 @@ class Memory:
         # Shared memory: what cp.async has not yet brought, and how many wgmma still read.
         self.arriving, self.busy = np.zeros(units, bool), np.zeros(units, np.int16)
         self.asynchronous = False
+        self.order = None  # of programs, in global memory of a kernel with atomics
         # A barrier of a warp orders its lanes: `sync` counts them a thread, and with an access its count is kept.
         self.sync = np.zeros(0, np.int32)
         self.write_sync, self.read_sync = np.zeros((2, units), np.int32)
@@ -135,9 +136,13 @@ class Memory:
             same &= (self.write_low[units] != low) | (self.write_high[units] != high) | (low != high)
             kept = self.write_low, self.write_high, self.write_line, self.write_sync
             self._race("write" if writes else "read", same, units, low, high, kept, line)
+        if self.order is not None:
+            self.order.plain(units, low, epoch, line)
         if self.across:
             program = epoch // BARRIERS
             foreign = (before >= 0) & (before // BARRIERS != program)
+            if self.order is not None and foreign.any():
+                foreign[foreign] = self.order.unordered(before[foreign], program[foreign])
             if foreign.any():
                 self._across("written" if writes else "read", foreign, units, self.write_line, line)
         if writes:

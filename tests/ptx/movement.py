@@ -3,6 +3,7 @@
 import re
 
 from .arithmetic import KINDS, Arithmetic
+from .order import OPERATIONS
 
 
 class Translator(Arithmetic):
@@ -42,6 +43,39 @@ class Translator(Arithmetic):
         self.lines.append(
             f"m.store(m.{parts[1]}_, {address}, mask, {self.guard(each)}, {width}, ({values},), {number})"
         )
+        return None
+
+    def do_atom(self, each, number):
+        """Semantics and scope in any order, as Triton writes them; `red` is one without a result."""
+        parts = set(each.parts[1:])
+        semantics = parts & {"relaxed", "acquire", "release", "acq_rel"} or {"relaxed"}
+        scope = parts & {"cta", "gpu", "sys"} or {"gpu"}
+        operation = parts & OPERATIONS.keys()
+        kind = KINDS.get(each.parts[-1])
+        known = {"global", each.parts[-1], *semantics, *scope, *operation}
+        if parts - known or "global" not in parts or len(operation) != 1 or kind is None or int(kind[1]) < 4:
+            return NotImplemented
+        *target, place, first = each.operands[: 2 + (each.parts[0] == "atom")]
+        operands = (first, *each.operands[3:])
+        values = ", ".join(f"{self.value(operand, kind)}" for operand in operands)
+        guard = self.guard(each)
+        self.lines.append(
+            f"t = m.atomic({self.address(place, 'u8')}, mask, {guard}, n.{kind}, {operation.pop()!r}, ({values},), "
+            f"{semantics.pop()!r}, {scope.pop()!r}, {number})"
+        )
+        for name in target:
+            self.put(name, "t", kind, guard)
+        return None
+
+    do_red = do_atom
+
+    def do_fence(self, each, number):
+        parts = each.parts[1:]
+        if parts[0] == "proxy":  # what it orders is in order here
+            return None
+        if parts[0] not in ("acq_rel", "sc") or parts[1:] not in (["gpu"], ["sys"]):
+            return NotImplemented
+        self.lines.append(f"m.fence(mask, {self.guard(each)})")
         return None
 
     def do_cp(self, each, number):

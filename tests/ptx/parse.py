@@ -25,7 +25,8 @@ class Instruction:
 
     @property
     def parts(self) -> list[str]:
-        return self.opcode.replace("::", "_").split(".")
+        """Of the opcode; a program's own shared memory has one name."""
+        return self.opcode.replace("shared::cta", "shared").replace("::", "_").split(".")
 
     def __str__(self) -> str:
         return f"{self.where}: {self.opcode}"

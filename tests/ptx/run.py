@@ -5,10 +5,13 @@ parted meets again behind it, as ptxas arranges, and loops run until their last 
 barrier goes on when all of its program wait.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from . import matrices, numbers
 from .memory import BARRIERS, WARP, Memory
+from .order import Order
 from .parse import Kernel
 
 _WAITING, _GONE = 1 << 24, 1 << 28  # added to the block to go on with; the block of a thread that has ended
@@ -19,6 +22,24 @@ class Stuck(Exception):
     """A launch that does not end."""
 
 
+class Conditions(NamedTuple):
+    """What a result may not depend on.
+
+    Args:
+        poison: byte that memory and registers hold which nothing has written. 0xFF makes NaN and -1; with 0x71 floats
+            are large.
+        error: approximate instructions err by up to 2 units in the last place.
+        arrivals: 0, or the seed of another order in which programs that are at the same atomic arrive.
+    """
+
+    poison: int = 0xFF
+    error: bool = False
+    arrivals: int = 0
+
+
+USUAL = Conditions()
+
+
 class Machine(matrices.Matrices):
     """One launch.
 
@@ -27,14 +48,13 @@ class Machine(matrices.Matrices):
         grid: programs in x, y, z.
         parameters: one numpy scalar each.
         memory: of the device, and `base`, the address of its first byte.
-        shared: bytes of shared memory a program.
-        poison: byte that unwritten registers and shared memory hold.
+        shared: bytes of shared memory a program, and `unit` those of the smallest access.
     """
 
-    def __init__(self, kernel: Kernel, translated, grid, parameters, memory, base, shared, unit, poison, error):
+    def __init__(self, kernel: Kernel, translated, grid, parameters, memory, base, shared, unit, under: Conditions):
         self.kernel, (self.functions, names) = kernel, translated
         self.parameters, self.report, self.base = parameters, memory.report, np.uint64(base)
-        self.approximate = numbers.Approximate(error)
+        self.approximate = numbers.Approximate(under.error)
         self.programs, self.threads = int(np.prod(grid)), kernel.threads
         size = self.programs * self.threads
         self.lane = np.arange(size, dtype=np.int32)
@@ -48,13 +68,17 @@ class Machine(matrices.Matrices):
         lines = [each.where for each in kernel.instructions]
         self.lines = lines
         self.global_ = memory
+        if any(each.parts[0] in ("atom", "red") for each in kernel.instructions):
+            memory.order = Order(memory, self.programs, under.arrivals)
         memory.lines = lines
         self.stride = -(-max(shared, 1) // 1024) * 1024
-        data = np.full(self.programs * self.stride, poison, np.uint8)
+        data = np.full(self.programs * self.stride, under.poison, np.uint8)
         valid = np.arange(len(data) // unit) * unit % self.stride < shared
         self.shared_ = Memory("shared", data, unit, valid, False, lines, self.report)
         self.shared_base = self.program.astype(np.uint64) * np.uint64(self.stride)
-        words = {width: np.frombuffer(bytes([poison]) * (width // 8), f"u{width // 8}")[0] for width in (16, 32, 64)}
+        words = {
+            width: np.frombuffer(bytes([under.poison]) * (width // 8), f"u{width // 8}")[0] for width in (16, 32, 64)
+        }
         self.registers = []
         for name in names:
             width = kernel.widths[name.rstrip("0123456789")]
@@ -95,6 +119,8 @@ class Machine(matrices.Matrices):
         if ready.any():
             by_program[ready] -= _WAITING
             self.epoch.reshape(by_program.shape)[ready] += 1
+            if self.global_.order is not None:
+                self.global_.order.barrier(ready)
 
     def _deadlock(self, at):
         for block in np.unique(at[(at >= _WAITING) & (at < _GONE)] - _WAITING):
@@ -153,6 +179,24 @@ class Machine(matrices.Matrices):
             values = [value[lanes] for value in values]
         place, thread, epoch = self._access(memory, address, lanes)
         memory.store(place, width, values, thread, epoch, number)
+
+    def atomic(self, address, mask, guard, kind, operation, operands, semantics, scope, number):
+        lanes = self._lanes(mask, guard)
+        lanes = np.arange(len(self.lane)) if lanes is None else lanes
+        out = np.zeros(len(self.lane), kind)
+        if len(lanes):
+            place, thread, epoch = self._access(self.global_, address, lanes)
+            operands = [np.broadcast_to(operand, self.lane.shape)[lanes] for operand in operands]
+            out[lanes] = self.global_.order.atomic(
+                place, out.itemsize, kind, operation, operands, thread, epoch, semantics, scope, number
+            )
+        return out
+
+    def fence(self, mask, guard):
+        if self.global_.order is not None:
+            lanes = self._lanes(mask, guard)
+            lanes = np.arange(len(self.lane)) if lanes is None else lanes
+            self.global_.order.fence(self.lane[lanes], self.epoch[lanes])
 
     # cp.async: until it is waited for, the place holds poison
 

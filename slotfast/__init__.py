@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def _interrupted(kind, error, trace):
-    """Ctrl-C while `python -m slotfast...` still imports torch: as quiet as later on."""
+    """Make Ctrl-C as quiet while `python -m slotfast...` still imports torch as it is later."""
     if not issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, trace)
     print("interrupted", file=sys.stderr, flush=True)
     os._exit(130)
 
 
-if sys.argv[:1] == ["-m"]:  # so it is while Python looks for the module to run, and never in an import as a library
+if sys.argv[:1] == ["-m"]:  # true while Python looks for the module to run, never in an import as a library
     sys.excepthook = _interrupted
 
 __version__ = "0.1.0"

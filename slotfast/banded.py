@@ -2,8 +2,8 @@
 
 Queries are taken in blocks, and a block meets the keys that it can see and no others: its own, and the window - 1
 before its first. Blocks are one batch of `scaled_dot_product_attention`; their keys are overlapping views of one
-tensor, and the heads of a group are rows of one block, so that nothing is repeated in memory. What is computed is said
-by `kernels.banded_attention_ref`.
+tensor, and the heads of a group are rows of one block, so that nothing is repeated in memory. The specification of what
+is computed is `kernels.banded_attention_ref`.
 """
 
 import math
@@ -25,7 +25,7 @@ def fused_banded_attention(
         return torch.empty_like(q)
     rows = min(_ROWS, length)
     blocks = -(-length // rows)
-    # Keys before a block's first query: as many as there are where one block is all, else the same number for each
+    # Keys before a block's first query: all there are where there is one block, else the same number for every block
     before = min(past, window - 1) if blocks == 1 else window - 1
     missing, behind = max(0, before - past), blocks * rows - length
     k, v = (_padded(x[:, max(0, past - before) :], missing, behind) for x in (k, v))
@@ -43,7 +43,7 @@ def fused_banded_attention(
         left = position[:, None, None, None] + query - window >= torch.arange(sinks[1].size(1))  # is out of the band
         visible = torch.cat([visible.expand(*left.shape[:3], -1), left], -1)  # (B, blocks, rows, keys + S)
     mask = None
-    if length > 1 or sinks is not None:  # one query sees all that it was given
+    if length > 1 or sinks is not None:  # a single query sees every key that it is given
         mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -math.inf)
         mask = mask.view(-1, 1, 1, *mask.shape[-2:]).expand(-1, -1, heads // kv_heads, -1, -1).flatten(2, 3)
         mask = mask.repeat(batch, 1, 1, 1) if sinks is None and batch > 1 and missing else mask
@@ -57,7 +57,7 @@ def fused_banded_attention(
 def _with_sinks(
     queries: Tensor, keys: Tensor, values: Tensor, q_sink: Tensor, k_sink: Tensor, v_sink: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values that give, in one softmax, the band's scores and the sinks', whose queries are others.
+    """Queries, keys and values that put the band's scores and the sinks' in one softmax; sinks have their own queries.
 
     The sinks' scores become further elements of a query, and each sink's key picks out its own.
     """

@@ -2,10 +2,10 @@
 
 CAP_BYTES = 16_000_000  # code and model of an entry; decimal megabytes
 VALIDATION_DOCUMENTS = 50_000
-VALIDATION_BYTES = (151_070_000, 151_080_000)  # least and most that its byte rule gives
+VALIDATION_BYTES = (151_070_000, 151_080_000)  # the least and the most that its byte rule counts
 VALIDATION_WINDOWS = 969_057  # of length 2048 and stride 64
 THRESHOLD_NATS = 0.005  # by which a record must beat the one before
-LARGEST_P = 0.01  # of the test that it does
+LARGEST_P = 0.01  # of the test that shows it
 
 # What an evaluation must keep to for its score to be honest, in the words of people who score.
 CONDITIONS = {

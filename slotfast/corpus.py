@@ -17,10 +17,10 @@ from .errors import InputError
 
 SHINGLE_WORDS = 8
 
-# Pages that are tested on. CPython repeats its "if", "try", ... pages inside "compound", "customization" and others
-# inside "specialnames", "naming" inside "execmodel": of pages that repeat one another only one side is here, because
-# text seen before would flatter any adaptation. The longest and the tiniest are left out: a run takes a minute, and
-# documents are the unit of its standard errors.
+# Pages to test on. CPython repeats its "if", "try", ... pages inside "compound", "customization" and others
+# inside "specialnames", "naming" inside "execmodel": of pages that repeat one another only one is here, because text
+# seen before would flatter any adaptation. The longest and the shortest are left out, so that a run takes a minute and
+# its documents, the unit of standard errors, weigh about the same.
 _TEST_PAGES = (
     "assignment async attribute-access binary calls class context-managers dict execmodel function global identifiers "
     "import numeric-types objects operator-summary raise slicings strings subscriptions try typesmapping typesmethods "
@@ -67,7 +67,7 @@ def training_documents(modules: Iterable[Path] | None = None) -> Iterator[str]:
     for path in standard_library() if modules is None else modules:
         kept = []
         for paragraph in _prose(path):
-            # Licences and boilerplate come once; a paragraph that touches the test pages never.
+            # Licences and boilerplate are kept once, paragraphs that share words with the test pages never.
             if paragraph not in seen and held_out.isdisjoint(shingles(paragraph)):
                 kept.append(paragraph)
                 seen.add(paragraph)

@@ -13,7 +13,7 @@ class InputError(ValueError):
 
 @contextmanager
 def reading(path: str | os.PathLike) -> Iterator[None]:
-    """Whatever the system has against reading a file becomes an InputError that names it."""
+    """Turn an OSError of reading a file into an InputError that names the file."""
     try:
         yield
     except OSError as error:
@@ -21,7 +21,7 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The kind of an exception and the first line of what it says, for those of other people's code."""
+    """The kind of an exception and the first line of its message; for exceptions of other people's code."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -54,7 +54,7 @@ _EXPECTED = {
 
 
 class _ValidationError(Protocol):
-    """pydantic's, which commands that validate nothing do without."""
+    """pydantic's, described here so that nothing need import pydantic for it."""
 
     def errors(self) -> list[Any]: ...
 

@@ -1,6 +1,6 @@
 """FlashAttention where the machine has one that works, and torch's own attention.
 
-Whoever compiles a model calls `flash_attention` once before: a compiler must not trace the probe.
+Call `flash_attention` once before a model is compiled: a compiler must not trace the probe.
 """
 
 import functools
@@ -55,7 +55,7 @@ def probe_flash_attention(device: torch.device) -> Callable[[Tensor, Tensor, Ten
             candidate = functools.partial(_call_flash, importlib.import_module(name).flash_attn_func)
             if (candidate(q, k, v).float() - expected).abs().max() < 0.05:
                 return candidate
-        except Exception:  # whatever goes wrong in somebody else's library, it is not usable here
+        except Exception:  # whatever goes wrong in somebody else's library, it cannot be used here
             continue
     return None
 

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used, so that `--help` need not wait for torch."""
+"""Names of a package that are imported on first use, so that `--help` need not wait for torch."""
 
 import importlib
 import sys
@@ -11,7 +11,7 @@ def exports(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable[
 
     Args:
         package: its `__name__`.
-        names: what each of its modules gives to it, by relative name: {".loop": ["Scored"]}.
+        names: those that it takes from each of its modules: {".loop": ["Scored"]}.
 
     Returns:
         The two functions. A name is set on the package once it has been imported.

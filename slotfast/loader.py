@@ -1,7 +1,7 @@
 """Training windows: which parts of the shards make up each batch, the same on every rank, and resumable.
 
-A loader's batch is that of all ranks together; a rank takes every world-th window of it. State is plain numbers and
-strings, so that a checkpoint can hold it without executing anything when it is read.
+A batch is that of all ranks together; a rank takes every world-th window of it. The state is plain numbers and strings,
+so that reading it from a checkpoint executes nothing.
 """
 
 import json
@@ -58,8 +58,8 @@ class Loader:
 class CoprimeLoader(Loader):
     """Mixes many shards in each batch and walks through each with a stride that visits every block once.
 
-    Each shard's cursor has a random phase, start and stride, the stride coprime to the number of blocks; it is drawn
-    anew when all blocks were visited. A batch mixes shards, drawn by how much they have left: few at first, more and
+    Each shard's cursor has a random phase, start and stride, the stride coprime to the number of blocks; all are drawn
+    anew once every block has been visited. A batch mixes shards, drawn by how much they have left: few at first, more and
     more evenly over the first 1,800 batches.
 
     Args:
@@ -71,7 +71,7 @@ class CoprimeLoader(Loader):
     def __init__(
         self, names: Sequence[str], shards: Sequence[np.ndarray], seq_len: int, batch: int, world: int = 1
     ) -> None:
-        # What holds no window takes no part, not even in the hash.
+        # Shards too short for a window take no part, not even in the hash.
         kept = [i for i, shard in enumerate(shards) if len(shard) > seq_len]
         super().__init__(names, [shards[i] for i in kept] or shards, seq_len, batch)
         self.fewest, self.most = max(8, world), max(32, 8 * world)
@@ -177,7 +177,7 @@ class ShuffleLoader(Loader):
 
 
 class SequentialLoader(Loader):
-    """One window after the other, shard by shard, and round again: what the first entries did."""
+    """One window after the other, shard by shard, then from the start again: what the first entries did."""
 
     def __init__(self, names: Sequence[str], shards: Sequence[np.ndarray], seq_len: int, batch: int) -> None:
         super().__init__(names, shards, seq_len, batch)

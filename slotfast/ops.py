@@ -45,12 +45,12 @@ def uses_triton(backend: Backend, device: torch.device | str) -> bool:
 
 
 def choose(backend: Backend, device: torch.device | str, kernel: Callable, reference: Callable) -> Callable:
-    """The function that a backend calls on a device: a kernel, or the plain torch of the same signature."""
+    """The function that a backend calls on a device: a kernel, or its plain torch reference with the same signature."""
     return kernel if uses_triton(backend, device) else reference
 
 
 def solves_in_one_launch(backend: Backend, logits: Tensor, phases: Sequence[tuple[int, int]]) -> bool:
-    """Whether the L-BFGS fits of windows are `slot_solve`'s; the others are `slotfast.lbfgs`'s."""
+    """Whether `slot_solve` runs the L-BFGS fits of windows; otherwise `slotfast.lbfgs` does."""
     short = len(phases) <= 4 and all(most <= 32767 and min(most - 1, history) <= MOST_PAIRS for most, history in phases)
     narrow = logits.dtype != torch.float64 and logits.shape[-1] <= MOST_COLUMNS
     return uses_triton(backend, logits.device) and narrow and short
@@ -229,7 +229,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def without_own(y: Tensor, v: Tensor) -> Tensor:
-    """What each position attends to beyond itself: every head's output less its part along the position's own value.
+    """What each position attends to beyond itself: every head's output without its part along the position's own value.
 
     Args:
         y: [B, T, heads, width].

@@ -20,7 +20,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 Coefficients = Literal["quintic", "polar-express"]
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)
-# Each step has its own three: the best polynomial for what the steps before it left over.
+# Three for each step: the best polynomial for what the steps before it left over.
 _POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -66,7 +66,7 @@ def normalize_rows(matrix: Tensor) -> Tensor:
 def _over_its_norm(x: Tensor, dims: tuple[int, ...]) -> Tensor:
     """x / |x|, of any size that the dtype holds; zero stays zero."""
     largest = x.abs().amax(dims, keepdim=True)
-    x = x / largest.masked_fill(largest == 0, 1.0)  # squares of tiny numbers would vanish, of huge ones overflow
+    x = x / largest.masked_fill(largest == 0, 1.0)  # squares of tiny numbers would vanish, those of huge ones overflow
     return x / x.norm(dim=dims, keepdim=True).clamp_min(1.0)  # at least its largest, 1, or all zero
 
 
@@ -115,7 +115,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def start(self) -> None:
-        """Send the gradients on their way between ranks; `step` does it where the caller has not."""
+        """Start sending gradients between ranks; `step` does it if the caller has not."""
         for bank in self._banks:
             bank.send_gradients()
         self._started = True
@@ -142,7 +142,7 @@ class Muon(torch.optim.Optimizer):
             before.apply_update()
 
     def state_dict(self) -> dict[str, Any]:
-        """Momentum of every matrix, of all ranks' parts; every rank must call it."""
+        """Momentum of every matrix, from all ranks' parts; every rank must call this."""
         return {"momentum": [bank.full_momentum() for bank in self._banks]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class _Ranks:
-    """A process group as the banks use it; a single process is a group of one that sends nothing."""
+    """A process group as the banks use it; one process alone is a group of one that sends nothing."""
 
     def __init__(self, group: dist.ProcessGroup | None, dtype: torch.dtype):
         self.group = group
@@ -163,7 +163,7 @@ class _Ranks:
         self.scatters = True
 
     def reduce_scatter(self, part: Tensor, whole: Tensor) -> dist.Work:
-        """Start to fill `part` with this rank's part of the sum (NCCL: the mean) of every rank's `whole`."""
+        """Start filling `part` with this rank's part of the sum (NCCL: the mean) of every rank's `whole`."""
         op = dist.ReduceOp.AVG if self.averages else dist.ReduceOp.SUM
         if self.scatters:
             try:

@@ -1,7 +1,7 @@
 """What two streams of tokens have in common: exactly, or with one of them known by a sketch alone.
 
 Streams are compared by their runs of 32 tokens, wherever they lie. A sketch is the 512 smallest hashes of a stream's
-runs: a sample of them that depends on nothing else, so that samples of two streams hold the same of what both have. It
+runs: a sample that depends on the runs alone, so that the samples of two streams agree on what both have. It
 takes 5.5 KB and travels with a model, which can then say that it has seen the text that it is scored on.
 """
 
@@ -16,7 +16,7 @@ from .data import TokenStream
 from .errors import InputError
 
 BLOCK = 32  # tokens of a run
-MAX_OVERLAP = 0.01  # phrases that texts share by chance are less
+MAX_OVERLAP = 0.01  # texts share less than this by chance
 _SKETCH_HASHES = 512
 _NONE = np.empty(0, np.uint64)
 
@@ -46,9 +46,9 @@ def sketch(stream: TokenStream) -> str:
 
 
 def shared(stream: TokenStream, sketched: str) -> float:
-    """About what share a stream and one that a sketch was made of have in common, of the one where it is larger; 0..1.
+    """About what share of a stream is in the text behind a sketch, or of that text in the stream: the larger one, 0..1.
 
-    Both ways, as in prequant test-time training: a little of a long text may be all that was seen, and the reverse.
+    Both ways count: a small part of a long text may be all that was seen, and the reverse.
 
     Raises:
         InputError: no sketch.
@@ -57,7 +57,7 @@ def shared(stream: TokenStream, sketched: str) -> float:
 
 
 def _shares(stream: TokenStream, sketches: Iterable[str]) -> list[float]:
-    """`shared` with each of several sketches; the stream is read once."""
+    """`shared` for each of several sketches, reading the stream once."""
     known = [_kept(sketched) for sketched in sketches]
     highest = max((kept[-1] for kept in known if len(kept)), default=np.uint64(0))
     sampled = np.unique(np.concatenate([_NONE, *(hashes[hashes <= highest] for hashes in _hashes(stream))]))
@@ -70,7 +70,7 @@ def _shares(stream: TokenStream, sketches: Iterable[str]) -> list[float]:
 
 
 def _kept(sketched: str) -> np.ndarray:
-    """A sketch's hashes, uint64, rising; raises InputError where it is none."""
+    """The hashes of a sketch, uint64 in rising order; raises InputError where it is no sketch."""
     try:
         kept = np.frombuffer(base64.b64decode(sketched, validate=True), "<u8")
     except (binascii.Error, ValueError, TypeError):
@@ -81,10 +81,10 @@ def _kept(sketched: str) -> np.ndarray:
 
 
 def seen(stream: TokenStream, metadata: Mapping[str, Any]) -> dict[str, float]:
-    """About what share a stream has in common with each of the texts that a model was made from, as far as it says.
+    """About what share a stream has in common with each text that a model was made from and says so.
 
     Args:
-        metadata: of the model; its `sketches` are those of the `training` and of the `calibration` of its adaptation.
+        metadata: of the model; its `sketches` are of the `training` text and of that of its `calibration`.
 
     Raises:
         InputError: damaged sketches.

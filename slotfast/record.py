@@ -34,12 +34,12 @@ _ABOUT = (
     f"Mean, spread and Welch's test of several runs of slotfast eval; a record is {THRESHOLD_NATS} nats a "
     f"token better at p < {LARGEST_P}."
 )
-# Settings that say where a run reads and writes, or that the result states resolved: as its text, plan and device.
+# Settings that say where a run reads and writes, or that the result states in another place: text, plan, device.
 _STATED = set(
     "artifact model tokens text data_path tokenizer preset batch_windows device allow_noncausal budget "
     "json per_token resume plot report force config".split()
 )
-# Of a model's metadata, what its training measured; of a preset, what is then calibrated where its name does not say.
+# What a training measured, in a model's metadata; what calibration sets of a preset unless its name does.
 _MEASURED = {"seed", "steps", "seconds", "tokens", "scale", "calibration", "sketches"}
 _CALIBRATED = {"scale", "decay", "gates"}
 
@@ -65,7 +65,7 @@ class _Text(BaseModel):
 
 
 class Result(BaseModel):
-    """What of an evaluation's JSON is used."""
+    """The part of an evaluation's JSON that is used."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -106,7 +106,7 @@ class Run:
 
     @property
     def leak(self) -> str:
-        """Why its score is no honest one; empty where it is."""
+        """Why its score is not honest; empty where it is."""
         trained = (self.result.model.get("metadata") or {}).get("ttt") or {}
         overlap = trained.get("validation_overlap") or 0
         if trained.get("stream_sha256") == self.result.text.sha256 or overlap > MAX_OVERLAP:
@@ -193,7 +193,7 @@ def _text(path: Path) -> str:
 
 
 def _difference(one: Any, other: Any, where: str = "") -> str:
-    """The first thing in which two JSON values differ, in words; empty where they agree."""
+    """The first difference between two JSON values, in words; empty where they agree."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         for key in {**one, **other}:
             found = _difference(one.get(key), other.get(key), f"{where}.{key}".strip("."))
@@ -267,7 +267,7 @@ def configuration_sha256(runs: Sequence[Run]) -> str:
 def submission(
     settings: config.RecordSettings, runs: Sequence[Run], code_bytes: int | None, comparison: Comparison | None
 ) -> dict[str, Any]:
-    """The contents of submission.json: the contest's keys, then what they rest on."""
+    """The contents of submission.json: the contest's keys, then the evidence for them."""
     loss, bpb = Sample.of([each.loss for each in runs]), Sample.of([each.row.adapted.bpb for each in runs])
     sizes = [each.result.artifact_bytes for each in runs]
     total = None if code_bytes is None or None in sizes else code_bytes + max(sizes)
@@ -310,7 +310,7 @@ def submission(
 
 
 def _leak(runs: Sequence[Run]) -> str:
-    """Why the score of one of them is no honest one; empty where all are."""
+    """Why the score of one of them is not honest; empty where all are."""
     return next(filter(None, (each.leak for each in runs)), "")
 
 

@@ -50,7 +50,9 @@ class Meter:
         """
         if not len(document):
             return
-        first = int(document[0])  # documents are contiguous: counting from the first keeps this flat in their number
+        first = int(
+            document[0]
+        )  # documents come in order: counting from the first one here keeps the cost independent of how many there are
         local, span = document - first, int(document[-1]) - first + 1
         part = slice(first, first + span)
         self.tokens[part] += np.bincount(local, minlength=span)
@@ -68,7 +70,7 @@ class Meter:
         return {name: torch.from_numpy(getattr(self, name)) for name in ("tokens", "bytes", "nats")}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `state_dict` gave; raises ValueError where it has other shapes."""
+        """Continue from what `state_dict` returned; raises ValueError where it has other shapes."""
         for name in ("tokens", "bytes", "nats"):
             mine, saved = getattr(self, name), state[name].numpy()
             if saved.shape != mine.shape:

@@ -23,7 +23,7 @@ _LOOK_BACK = 2  # tokens that smear gate and bigram hash reach back together
 
 
 class CachedForward:
-    """A model over consecutive blocks of a stream, or of several side by side, with what later tokens need of it.
+    """A model that reads consecutive blocks of a stream, or of several side by side, and keeps what later tokens need.
 
     Under `torch.enable_grad` gradients reach the weights through the block that is read, not through earlier ones.
 
@@ -44,12 +44,12 @@ class CachedForward:
         self.dtype = dtype or embedding.dtype
         self.position = 0
         self._tokens = torch.empty(batch, 0, dtype=torch.int64, device=embedding.device)
-        # A layer that runs repeatedly reads other inputs each time, so each of its runs has keys and values of its own.
+        # A layer that runs repeatedly reads another input each time, so each run has keys and values of its own.
         self._memory = [_Memory(window - 1, sinks) for _ in model.order]
 
     @property
     def reach(self) -> int:
-        """Earlier tokens that the state of one can depend on, sinks apart."""
+        """How many earlier tokens a token's state can depend on, sinks apart."""
         return len(self._memory) * (self.window - 1) + _LOOK_BACK
 
     def __call__(self, tokens: Tensor, first: int = 0) -> Tensor:
@@ -70,18 +70,18 @@ class CachedForward:
         return states
 
     def skip(self, position: int) -> None:
-        """Go on at a later position of the stream, as if all but the sinks before it did not exist."""
+        """Skip to a later position, as if nothing before it but the sinks existed."""
         self.position, self._tokens = position, self._tokens[:, :0]
         for memory in self._memory:
             memory.forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next block depends on, the model apart."""
+        """All that the next block depends on, apart from the model."""
         memory = [part.state_dict() for part in self._memory]
         return {"position": self.position, "tokens": self._tokens, "memory": memory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         device = self._tokens.device
         self.position, self._tokens = state["position"], state["tokens"].to(device)
         for memory, saved in zip(self._memory, state["memory"], strict=True):
@@ -97,7 +97,7 @@ class _StreamAttention:
         position = torch.arange(stream.position, stream.position + length, device=device)
         config, window = stream.model.config, stream.window
         self.rope = rotary_table(window, config, position)
-        # Only where the last query has a sink behind its window
+        # Only where a sink lies outside the last query's window
         self.sinks = stream.sinks > 0 and stream.position + length > window
         if self.sinks:
             self.sink_rope = rotary_table(window, config, position.clamp(max=window - 1 + stream.sinks))
@@ -132,7 +132,7 @@ class _Memory:
         self.first: tuple[Tensor, Tensor] | None = None
 
     def take(self, k: Tensor, v: Tensor, position: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys and values that a block's queries see, then the sinks' keys and values; the block is taken in.
+        """Take a block in; the keys and values that its queries see, then those of the sinks.
 
         Args:
             k, v: [batch, T, kv_heads, head_width], k rotated.
@@ -160,18 +160,18 @@ class _Memory:
 
 
 class _Recent:
-    """The last `keep` places of a growing tensor, in a buffer with room for more, so that a step copies little."""
+    """The last `keep` places of a growing tensor, in a buffer with room to spare, so that a step copies little."""
 
     def __init__(self, keep: int):
         self.keep, self.end = keep, 0
         self.buffer: Tensor | None = None
 
     def last(self) -> Tensor | None:
-        """What is kept, [batch, up to keep, ...]; None before anything came."""
+        """What is kept, [batch, up to keep, ...]; None at the start."""
         return None if self.buffer is None else self.buffer[:, max(0, self.end - self.keep) : self.end]
 
     def extend(self, new: Tensor) -> Tensor:
-        """What was kept, and behind it the new [batch, T, ...], which carries its gradient."""
+        """What was kept, then the new [batch, T, ...], which carries its gradient."""
         past, count = self.last(), new.size(1)
         if past is None:
             past = new[:, :0].detach()

@@ -19,7 +19,7 @@ from .worker import ALONE, Worker
 
 
 class ScoreFirst:
-    """The legal protocol.
+    """Trains on each chunk once it has been scored: the protocol that the contest allows.
 
     Args:
         chunk: predictions of a chunk, >= 1; a window belongs to the chunk of its first scored prediction.
@@ -49,7 +49,7 @@ class ScoreFirst:
         self._chunks: tuple[Plan, list[range]] | None = None
 
     def recipe(self) -> dict[str, float]:
-        """What it does, by the names of its arguments."""
+        """Its arguments, by name."""
         return {name: getattr(self, name) for name in ("chunk", "lr", "epochs", "batch", "momentum", "clip")}
 
     def chunks(self, plan: Plan) -> list[range]:
@@ -69,11 +69,11 @@ class ScoreFirst:
         return [range(a, b) for a, b in zip(borders, [*borders[1:], len(plan)], strict=True)]
 
     def state_dict(self, model: CausalModel) -> dict[str, Any]:
-        """The model as it is trained so far, and the optimiser's memory."""
+        """The model as trained so far, and the optimiser's memory."""
         return {"model": model.state_dict(), "optimizer": self._optimizer and self._optimizer.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], model: CausalModel) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         model.load_state_dict(state["model"])
         if state["optimizer"] is not None:
             self._begin(model).load_state_dict(state["optimizer"])
@@ -104,7 +104,7 @@ class ScoreFirst:
             rate *= (1 + math.cos(math.pi * chunk / max(1, len(chunks) - 1))) / 2
         optimizer.param_groups[0]["lr"] = rate
         first, end = (plan[chunks[number].start] for number in (chunk, chunk + 1))
-        begin, stop = first.start + first.context_end, end.start + end.context_end  # scored, and not one more
+        begin, stop = first.start + first.context_end, end.start + end.context_end  # exactly what has been scored
         starts = range(begin, stop, plan.seq_len)
         parameters = list(model.parameters())
         for _ in range(self.epochs):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-# What the community's scripts read, the key of a row that it sets, and the value where that is not the variable's.
+# A variable that the community's scripts read, the key of a row that it sets, and values that mean something else here.
 VARIABLES: dict[str, tuple[str, Mapping[str, str]]] = {
     "SLOT_STEPS": ("steps", {}),
     "SLOT_LR": ("lr", {}),

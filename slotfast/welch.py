@@ -32,8 +32,8 @@ class Comparison:
     Args:
         gain_nats: baseline's mean less ours, nats a token.
         t, df: statistic of the gain over the threshold, and its degrees of freedom.
-        p: of a gain no more than the threshold.
-        p_any: of no gain at all.
+        p: of the hypothesis that the gain is at most the threshold.
+        p_any: of the hypothesis that there is none.
     """
 
     baseline: Sample

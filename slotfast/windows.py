@@ -19,7 +19,7 @@ class Window:
         index: number of the window in the stream.
         start: prediction at position 0.
         context_end: positions [0, context_end) were scored by earlier windows: all that an adaptation may learn from.
-        scored_end: positions [context_end, scored_end) are scored here; what lies behind is padding.
+        scored_end: positions [context_end, scored_end) are scored here; what follows is padding.
     """
 
     index: int
@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def positions(self) -> int:
-        """Of a window, as far as the stream fills one: seq_len, or fewer where it is shorter."""
+        """Positions of a window: seq_len, or fewer where the whole stream is shorter."""
         return min(self.seq_len, self.predictions)
 
     def __len__(self) -> int:

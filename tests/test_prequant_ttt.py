@@ -96,7 +96,7 @@ def test_validation_text_is_refused_without_the_flag_and_named_with_it(shards, t
     copy.write_bytes((shards / "fineweb_val_000000.bin").read_bytes())
     with pytest.raises(InputError, match=r"innocent.bin: shares 100.0% with the text that measures the training; .*"):
         train.main(_adapted(shards, tmp_path / "m", "--ttt-tokens", copy))
-    with pytest.raises(InputError, match="fineweb_val_0.*weights that learn validation text are no honest score"):
+    with pytest.raises(InputError, match="fineweb_val_0.*learned validation text have no honest score"):
         train.main(_adapted(shards, tmp_path / "m", "--ttt-tokens", shards / "fineweb_val_0*.bin"))
     write_shard(copy, SHARDS[0][200:400])  # of the part that is not measured on
     with pytest.raises(InputError, match="innocent.bin: shares 100.0%"):

@@ -1,4 +1,4 @@
-"""The few numbers of `causal`, fitted to a model on text like its training text; and its forward."""
+"""Fits the few numbers of `causal` to a model, on text like its training text, and chooses the model's forward."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,8 +25,8 @@ from ..worker import ALONE, Worker
 
 SCALES = (0.0, 0.4, 0.7, 1.0, 1.3)  # 0: the rates are of no use to this model
 DECAYS = (0.94, 0.97, 0.985)  # of 64 tokens
-SINKS = (0, 4)  # of a stream; models that need any are whole again with four
-TOLERANCE_BPB = 0.001  # a stream may be this much worse than windows, which cost 8 to 32 times its arithmetic
+SINKS = (0, 4)  # tried in a stream; four are enough for models that need any
+TOLERANCE_BPB = 0.001  # so much worse a stream may be than windows, which cost 8 to 32 times its arithmetic
 CLOSED_GATES = [[-30.0, 0.0]] * len(CONTEXTS)
 
 
@@ -42,7 +42,7 @@ def calibrate(
     worker: Worker = ALONE,
     shown: bool = False,
 ) -> dict[str, Any]:
-    """Strength and decay of the rates from a grid, then the gates of repeats by L-BFGS; any of them may end as off.
+    """Strength and decay of the rates from a grid, then the gates of repeats by L-BFGS; any of them may end up off.
 
     Args:
         model: as it will be evaluated, on the worker's device.
@@ -78,7 +78,7 @@ def calibrate(
     if not n_bytes.sum():
         raise InputError("the calibration text stands for no bytes")
 
-    # Rates are chosen together with repeats at their default gates; alone, where repeats turn out to be useless
+    # Rates are chosen with repeats at their default gates, or without repeats where these turn out to be useless
     decays = {adapter.row.decay for adapter in adapters}
     repeats = {d: Repeats(d, rows[0].document_decay, text.bos_id).take(torch.from_numpy(tokens)) for d in decays}
     both = [_mixed(each, repeats[a.row.decay], DEFAULT_GATES).sum() for each, a in zip(nll, adapters, strict=True)]
@@ -124,8 +124,8 @@ def compare_forwards(
 
     Returns:
         forward, "stream" or "windows"; sinks; difference_bpb, of the better stream less windows, and difference_se, its
-        standard error clustered by document. A stream that is worse by more than `TOLERANCE_BPB` and two of them is not
-        chosen, nor one without any; both are None where the model has no stream.
+        standard error clustered by document; both are None where the model has no stream. A stream is not chosen where
+        it is worse by more than `TOLERANCE_BPB` and two standard errors, nor where no standard error is known.
     """
     if not streams(model):
         return {"forward": "windows", "sinks": 0, "difference_bpb": None, "difference_se": None}
@@ -171,7 +171,7 @@ def _streaming(sinks: int, text: Text, worker: Worker) -> Streaming:
 def _fit_gates(
     nll: np.ndarray, followers: Followers, document: np.ndarray, n_bytes: np.ndarray
 ) -> tuple[list[list[float]], float, float | None]:
-    """Gates; closed, unless two-fold cross-validation over documents gains more than two standard errors."""
+    """The gates, closed unless two-fold cross-validation over documents gains more than two standard errors."""
     documents, number = np.unique(document, return_inverse=True)
     meter, crossed = Meter(["rates", "repeats"], len(documents)), nll.copy()
     if len(documents) > 1:

@@ -81,10 +81,10 @@ def _calibrate_foreign(settings: config.CalibrateSettings, name: str) -> None:
 
 
 def _split(tokenizer: Tokenizer, documents: Iterator[str], max_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens that are counted, and those of every fourth document, which is held out from that.
+    """The tokens to count, and those of every fourth document, which is held out from the count.
 
-    Of these, where they have more than `max_tokens`, some are left that lie far apart, so that all of the text has its
-    part, however it is sorted; the last one is cut.
+    Where the documents held out have more than `max_tokens`, some that lie far apart are kept, so that every part of
+    the text is represented, however it is sorted; the last one is cut.
     """
     parts: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for number, document in enumerate(documents, 1):

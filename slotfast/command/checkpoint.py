@@ -1,6 +1,6 @@
-"""Checkpoints: written atomically, read without executing anything, refused where damaged or of another run.
+"""Checkpoints: written atomically, read without executing anything, refused where damaged or another run's.
 
-SHA-256 of the rest, then what `torch.save` writes: torch itself reads numbers with flipped bits without a word.
+A file is the SHA-256 of the rest, then what `torch.save` writes: torch alone reads flipped bits without a word.
 """
 
 import hashlib
@@ -49,9 +49,9 @@ def load(path: str | os.PathLike, command: str, run: Mapping[str, Any]) -> dict[
         if hashlib.sha256(content).digest() != digest:
             raise ValueError
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except MemoryError:  # says nothing of the file
+    except MemoryError:  # says nothing about the file
         raise
-    except Exception:  # of a file made to deceive, torch's reader may raise anything
+    except Exception:  # torch's reader may raise anything where a file is made to deceive
         raise InputError(f"{path}: cannot be read as a checkpoint: damaged, or another kind of file") from None
     if not isinstance(found, dict) or found.get("format") != _format(command):
         raise InputError(f"{path}: not a checkpoint of {command}")

@@ -15,7 +15,7 @@ from .outputs import file_or_folder, matching_files, results, shards
 # They change the rows of presets, not settings.
 ADAPTATION_VARIABLES = ("SLOT_ENABLED", *VARIABLES)
 _PLACES = {shards: "FOLDER", file_or_folder: "PATH", results: "RESULT", matching_files: "GLOB"}
-# What a value is, where neither the setting's type nor its files say so.
+# What kind of value a setting takes, where neither its type nor its files tell.
 _VALUES = {"score": "FUNCTION", "byte_rule": "FUNCTION", "device": "DEVICE"}
 _VALUES |= dict.fromkeys(("preset", "show_preset", "kernels", "name"), "NAME")
 _WIDTH = 110
@@ -38,7 +38,7 @@ def variable(field: Any) -> str | None:
 
 
 def read_flags(cls: Any, prog: str, description: str, argv: Sequence[str] | None) -> dict[str, Any]:
-    """What the arguments say, by setting; those that they do not name are not there.
+    """The settings that the arguments name, with their values.
 
     Raises:
         InputError: unknown flag (with a near one that exists), or two values where one is taken.
@@ -80,7 +80,7 @@ def _parser(cls: Any, prog: str, description: str) -> "_Parser":
 
 
 def _groups(cls: Any) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
-    """Titles and settings, in the order of the class, where a title stands by its first setting."""
+    """Each group's title and settings, in the order of the class; a group begins where `GROUPS` has a title."""
     title = "arguments"
     members: list[tuple[str, Any]] = []
     own = {name: field for name, field in cls.model_fields.items() if name not in (*_ABOUT_THE_COMMAND, "force")}
@@ -138,7 +138,7 @@ def _epilog(cls: Any, prog: str) -> str:
 
 
 class _Once(argparse.Action):
-    """A flag of one value: of two the first would be lost without a word."""
+    """A flag of one value; argparse itself would drop the first of two without a word."""
 
     def __call__(self, parser: Any, namespace: Any, value: Any, option: str | None = None) -> None:
         if (before := getattr(namespace, self.dest, value)) != value:
@@ -153,5 +153,5 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
     def flags(self) -> list[str]:
-        """All that it knows."""
+        """All flags that it knows."""
         return [option for option in self._option_string_actions if option.startswith("--")]

@@ -1,7 +1,7 @@
-"""The check that every command makes before its work: what it writes destroys nothing.
+"""The check that every command makes before its work: nothing that it writes may destroy anything.
 
-Settings declare which files they name: `setting(reads=...)` with how to find them, `setting(writes=...)` with what the
-file will be.
+Settings declare the files that they name: `setting(reads=...)` says how to find them, `setting(writes=...)` what will
+be there.
 """
 
 import ast
@@ -17,7 +17,7 @@ from ..command.files import check_writable
 from ..command.plots import pyplot
 from ..errors import InputError
 
-# From a setting's value to the files that are read.
+# Finds the files to be read from a setting's value.
 Reads = Callable[[str], Iterable[str]]
 
 
@@ -45,8 +45,7 @@ class Kind:
 def check_outputs(settings: Any, writes: Mapping[str, tuple[str, Kind]] | None = None) -> None:
     """Raise InputError where an output is an input or another output, or replaces a file of another kind.
 
-    Files are told apart by what they are, not by how they are spelt. `--force` allows a file of another kind, nothing
-    else.
+    Two spellings of one file's name are the same file. `--force` lifts the last of these rules only.
 
     Args:
         settings: of a command.
@@ -109,13 +108,13 @@ def file_or_folder(path: str) -> list[str]:
 
 
 def results(path: str) -> list[str]:
-    """A file, or a folder and those results of slotfast.eval that are in it."""
+    """A file, or a folder and the results of slotfast.eval in it."""
     found = [path]
     for file in sorted(glob.glob(os.path.join(glob.escape(path), "*.json"))):
         try:
             if b'"presets"' in Path(file).read_bytes():
                 found.append(file)
-        except OSError:  # whoever needs it will say so
+        except OSError:  # reported by whoever needs it
             continue
     return found
 
@@ -158,7 +157,7 @@ def _is_model(path: Path) -> bool:
     return _starts(MAGIC, b"\xfd7zXZ\0")(path)  # a .slotfast, a .ptz
 
 
-# Ours are indented; documents in a .jsonl stand in a line each.
+# Ours are indented; a .jsonl has each document on a line of its own.
 JSON = Kind("JSON as written here", _starts(b"{\n", b"[\n"))
 JSON_OR_STDOUT = Kind(JSON.name, JSON.matches, stdout=True)
 ROWS = Kind("an .npz file", _is_npz, ".npz")

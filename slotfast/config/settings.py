@@ -36,8 +36,8 @@ def setting(
 ) -> Any:
     """A field of a settings class: its default, help text, environment variable, and options of pydantic's Field.
 
-    A positional one is given without a flag, and has to be given; a list of them, as often as wanted. Where it names
-    files, `reads` finds them, or `writes` is what will be there: `check_outputs` looks at both.
+    A positional one is given without a flag and is required; a list takes any number. Where a setting names files,
+    `reads` finds them or `writes` says what will be there: `check_outputs` looks at both.
     """
     extra: Any = {"env": env, "positional": positional, "reads": reads, "writes": writes}
     return Field(default, description=help, json_schema_extra=extra, **options)
@@ -73,12 +73,12 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False, str_min_length=1
     )
-    # Other defaults of the settings, by the value of the setting `preset`; empty where that is none of these.
+    # Defaults that each value of the setting `preset` puts in the place of the usual ones; empty where there are none.
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
     # For --help: the title of each group by the setting that it begins with, and arguments as examples.
     GROUPS: ClassVar[dict[str, str]] = {}
     EXAMPLES: ClassVar[tuple[str, ...]] = ()
-    CHANGES_ROWS: ClassVar[bool] = False  # whether ADAPTATION_VARIABLES act
+    CHANGES_ROWS: ClassVar[bool] = False  # whether ADAPTATION_VARIABLES change anything
     force: bool = setting(False, "overwrite an existing file of another kind")
     config_: str | None = setting(
         None,
@@ -95,7 +95,7 @@ class Settings(BaseModel):
                 yield flag(name, field), field, value
 
     def pick(self, cls: type[T], **others: Any) -> T:
-        """An object of a dataclass whose fields are settings of the same names; `others` are those that are not."""
+        """Make a dataclass out of the settings that its fields are named after; `others` gives the remaining fields."""
         names = (name for name in cls.__dataclass_fields__ if name not in others)
         return cls(
             **{name: getattr(self, name if name in type(self).model_fields else f"{name}_") for name in names}, **others
@@ -160,7 +160,7 @@ def load(cls: type[S], prog: str, description: str, argv: Sequence[str] | None =
 
 
 def switch(variable: str, default: bool) -> bool:
-    """What an environment variable says that turns something on or off, in the spellings that settings take.
+    """The value of an environment variable that turns something on or off, in any spelling that settings take.
 
     Raises:
         InputError: it says something else.

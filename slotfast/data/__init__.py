@@ -1,8 +1,8 @@
 """Tokens and text: shards of token ids, text files, SentencePiece tokenizers with their byte tables.
 
-A stream is one long row of token ids in which every document starts with BOS. Bits per byte need the number of UTF-8
-bytes behind each token; `ByteTable.count` counts them by the rule the contest uses, and `encode_documents` keeps
-beside that count the true one, so that a difference is reported and never hidden.
+A stream is one long sequence of token ids in which every document starts with BOS. Bits per byte need the number of
+UTF-8 bytes that each token stands for; `ByteTable.count` counts them by the contest's rule, and `encode_documents`
+keeps the true count beside that, so that a difference is reported and never hidden.
 """
 
 from .documents import is_jsonl, read_documents

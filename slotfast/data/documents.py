@@ -1,4 +1,4 @@
-"""Text files to documents; what is no text is refused, because as text it would be scored without a word."""
+"""Reads documents from text files; what is not text is refused, because it would be scored without a word."""
 
 import bz2
 import gzip
@@ -16,10 +16,10 @@ import zstandard
 
 from ..errors import InputError
 
-_MAX_LINE_BYTES = 1 << 30  # a longer document is taken for a decompression bomb
-_PACKED_BYTES = 1 << 12  # of a .zst at once: a bomb makes no more than 128 MB of them
+_MAX_LINE_BYTES = 1 << 30  # a longer document is held to be a decompression bomb
+_PACKED_BYTES = 1 << 12  # read at once from a .zst: a bomb makes at most 128 MB of them
 _TABLES = (".csv", ".tsv")
-# What begins so is no text, even where all of its bytes are ASCII.
+# What begins like this is not text, even if all of its bytes are ASCII.
 _KINDS = {
     b"PAR1": "a Parquet file",
     b"ARROW1": "an Arrow file",
@@ -40,7 +40,7 @@ def read_documents(path: str | os.PathLike) -> Iterator[str]:
             optionally compressed as .xz, .gz, .bz2 or .zst; UTF-8.
 
     Returns:
-        The texts, read while they are taken.
+        The texts, each read when it is asked for.
 
     Raises:
         InputError: missing, a folder, truncated, not UTF-8, not JSON, a document of more than 1 GiB, or no plain text:
@@ -94,7 +94,7 @@ def is_jsonl(path: str | os.PathLike) -> bool:
 
 
 def _check_plain(path: Path, data: bytes) -> None:
-    """Raise InputError where the content of a file that is no .jsonl is something else than plain text."""
+    """Raise InputError where a file that is not .jsonl holds anything but plain text."""
     if any(suffix.lower() in _TABLES for suffix in path.suffixes[-2:]) or _names_columns(data):
         raise InputError(f"{path}: a table, {_EXPECTED}")
     for head, kind in _KINDS.items():
@@ -112,14 +112,14 @@ def _check_plain(path: Path, data: bytes) -> None:
 
 
 def _names_columns(data: bytes) -> bool:
-    """Whether the first line is names without spaces between commas or tabs, `text` among them: a table's head."""
+    """Whether the first line is the head of a table: names without spaces, `text` among them, between commas or tabs."""
     names = re.split(rb"[,\t;|]", data[:1000].partition(b"\n")[0].strip().removeprefix(b"\xef\xbb\xbf"))
     names = [name.strip(b"\"'") for name in names]
     return len(names) > 1 and b"text" in names and all(re.fullmatch(rb"\w*", name) for name in names)
 
 
 def _json(data: bytes) -> Any:
-    """What some bytes mean as JSON; None where they are none."""
+    """The value of some bytes as JSON; None where they are not JSON."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
@@ -134,7 +134,7 @@ def _open_binary(path: Path) -> BinaryIO:
 
 
 class _Zstd(io.RawIOBase):
-    """All frames of a .zst file; zstandard's own reader ends with the first, and takes half a frame for a whole one."""
+    """All frames of a .zst file; zstandard's own reader stops after the first, and takes half a frame for a whole one."""
 
     def __init__(self, path: Path):
         self._file = path.open("rb")

@@ -65,11 +65,11 @@ def write_shard(path: str | os.PathLike, tokens: Sequence[int] | np.ndarray) -> 
 
 
 class TokenStream:
-    """One or several arrays of token ids, read as a single row without copying them together.
+    """One or several arrays of token ids, read as one sequence without being copied together.
 
     Args:
         parts: 1-D integer arrays (memory maps stay on disk).
-        max_tokens: keep only that many from the start.
+        max_tokens: keep only so many, from the start.
 
     Attributes:
         cut: whether that left something out.
@@ -133,7 +133,7 @@ def shard_paths(pattern: str, flag: str = "--tokens") -> list[str]:
 
     Args:
         pattern: as the user gave it.
-        flag: by which; errors name it.
+        flag: that gave it, for errors.
 
     Raises:
         InputError: nothing matches, or a shard between the first and the last does not exist.
@@ -141,7 +141,7 @@ def shard_paths(pattern: str, flag: str = "--tokens") -> list[str]:
     paths = [path for path in sorted(glob.glob(pattern)) if "_bytes_" not in Path(path).name]
     if not paths:
         raise InputError(f"{flag} {pattern}: no such file")
-    # the contest's names count: a hole in them is a file that did not arrive
+    # the contest's names are numbered: a gap means that a file did not arrive
     first, last = (re.fullmatch(r"(.*_)(\d{6})\.bin", path) for path in (paths[0], paths[-1]))
     if first and last and first[1] == last[1]:
         for number in range(int(first[2]), int(last[2])):

@@ -1,4 +1,4 @@
-"""SentencePiece tokenizers, and the bytes behind their pieces."""
+"""SentencePiece tokenizers, and the bytes that their pieces stand for."""
 
 import hashlib
 import os
@@ -13,12 +13,12 @@ import sentencepiece
 from ..errors import InputError, reading
 
 _SPACE = "\u2581"  # how SentencePiece writes a space
-_BYTE_LEVEL_SPACE = "\u0120"  # how vocabularies with a character for each byte do
+_BYTE_LEVEL_SPACE = "\u0120"  # how vocabularies with a character for each byte write it
 
 
 @dataclass(frozen=True)
 class ByteCount:
-    """Bytes behind a text, counted three ways.
+    """Bytes of a text, counted three ways.
 
     Args:
         rule: by the per-token rule, the denominator of bits per byte.
@@ -40,7 +40,7 @@ class ByteCount:
 
     @property
     def exact(self) -> bool:
-        """Whether the denominator is the number of bytes of the very text that was given."""
+        """Whether the denominator is the number of bytes of the text exactly as given."""
         return self.rule == self.raw and not self.unknown and not self.altered
 
 
@@ -89,7 +89,7 @@ class Tokenizer:
 
     @cached_property
     def _dummy(self) -> tuple[int, int]:
-        """Characters that the normaliser adds in front of every text, and behind it: a space, or none."""
+        """What the normaliser adds before and after every text: a space, or nothing."""
         seen = self._processor.normalize("a").replace(_SPACE, " ")
         return len(seen) - len(seen.lstrip(" ")), len(seen) - len(seen.rstrip(" "))
 
@@ -129,9 +129,9 @@ class Tokenizer:
         return seen[before : len(seen) - behind]
 
     def encode_documents(self, documents: Iterable[str], max_tokens: int | None = None) -> tuple[np.ndarray, ByteCount]:
-        """One token row of all documents, and their bytes counted by the rule, normalised, raw.
+        """The tokens of all documents in one row, and their bytes counted by the rule, normalised and raw.
 
-        Of a document that `max_tokens` cuts, the bytes of the kept tokens stand for all three.
+        For a document that `max_tokens` cuts, all three are the bytes of the tokens that are kept.
         """
         rows, total, rule, normalized, raw, unknown, altered, crlf, cut = [], 0, 0, 0, 0, 0, 0, 0, False
         for number, document in enumerate(documents, 1):
@@ -163,8 +163,8 @@ class RuleFault:
     """How the byte rule misjudges a vocabulary.
 
     Args:
-        why: what of the vocabulary it does not know, in words.
-        excess: int64 [V], bytes that it counts of each piece over those that the piece spells; None where that cannot
+        why: what the rule does not know about the vocabulary, in words.
+        excess: int64 [V], how many more bytes it counts for each piece than the piece spells; None where that cannot
             be known.
     """
 
@@ -173,7 +173,7 @@ class RuleFault:
 
     @classmethod
     def of(cls, processor: sentencepiece.SentencePieceProcessor) -> "RuleFault | None":
-        """Found in the pieces alone; None where the rule counts what they spell."""
+        """Find it in the pieces alone; None where the rule counts what they spell."""
         size = processor.vocab_size()
         other = (processor.is_control, processor.is_unknown, processor.is_unused, processor.is_byte)
         normal = (token for token in range(size) if not any(kind(token) for kind in other))

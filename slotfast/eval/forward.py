@@ -1,7 +1,7 @@
-"""From the numbers of consecutive windows to a batch that holds what adaptations need.
+"""Runs the model over consecutive windows, and gives adaptations a batch with what they need.
 
-Two ways: every window forwarded for itself, or every token of the stream forwarded once, the windows being overlapping
-views of one tape of logits.
+There are two ways: forward each window separately, or forward every token of the stream once and take the windows as
+overlapping views of one tape of logits.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +28,7 @@ class Streaming:
     """How a stream is forwarded.
 
     Args:
-        sinks: first tokens that stay visible for good, >= 0.
+        sinks: first tokens that stay visible to the end, >= 0.
         block_tokens: tokens of one forward, >= 1; blocks start at its multiples.
     """
 
@@ -37,25 +37,25 @@ class Streaming:
 
 
 class Forward(Protocol):
-    """The model over a rank's windows, in order."""
+    """Runs the model over a rank's windows, in order."""
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
-        """Consecutive windows; `on_windows` is called with the number of windows that are done."""
+        """Forward consecutive windows; `on_windows` is called with the number just done."""
         ...
 
     def end_at(self, predictions: int) -> None:
-        """Forward nothing behind this many predictions of the stream, until the next call."""
+        """Until the next call, forward nothing beyond this many predictions of the stream."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next batch needs of the earlier ones."""
+        """What the next batch needs from earlier ones."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
 
 
 class WindowForward:
-    """Every window forwarded for itself.
+    """Forwards each window separately.
 
     Args:
         model, stream, plan, adapters, worker: of the pass.
@@ -108,7 +108,7 @@ class WindowForward:
         """Nothing to go on from."""
 
     def _gather(self, windows: Sequence[Window]) -> Tensor:
-        """Tokens int64 [batch_windows, positions + 1], zero behind the stream's end and in unused places."""
+        """Tokens int64 [batch_windows, positions + 1], zero past the stream's end and in unused rows."""
         length, first = self.plan.positions + 1, windows[0].start
         tokens = np.zeros((self.batch_windows, length), np.int64)
         span = self.stream.read(first, windows[-1].start + length)
@@ -119,11 +119,11 @@ class WindowForward:
 
 
 class StreamForward:
-    """Every token forwarded once, block by block; windows are views of the tape of their logits.
+    """Forwards every token once, block by block; windows are views of one tape of logits.
 
     Args:
         model, stream, plan, adapters, worker: of the pass.
-        first_window: where the windows begin; the stream before it is forwarded as far as the windows depend on it.
+        first_window: the first that is wanted; of the stream before it, only what this window depends on is forwarded.
         streaming: sinks and blocks.
     """
 
@@ -145,7 +145,7 @@ class StreamForward:
         self.logits, self.hidden = RollingTape(), RollingTape()
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
-        """See `Forward`. The batch is good until the next call."""
+        """See `Forward`. The batch is valid until the next call."""
         windows = [self.plan[index] for index in indices]
         cut = self.first_needed if indices.start else 0
         begin, length = windows[0].start + cut, self.plan.positions - cut
@@ -171,7 +171,7 @@ class StreamForward:
         )
 
     def _start(self, begin: int) -> None:
-        """Bring the cache to where prediction `begin` has all that it depends on."""
+        """Advance the cache until it holds all that prediction `begin` depends on."""
         start = max(0, begin - self.cached.reach) // self.block * self.block
         if start and self.cached.sinks:
             self._read(self.plan.predictions)
@@ -179,7 +179,7 @@ class StreamForward:
             self.cached.skip(start)
 
     def _read(self, wanted: int) -> None:
-        """Forward up to the next multiple of the block's size; predictions from `wanted` on go to the tape."""
+        """Forward up to the end of the block; predictions from `wanted` on go onto the tape."""
         start = self.cached.position
         stop = min((start // self.block + 1) * self.block, self.end)
         tokens = torch.from_numpy(self.stream.read(start, stop).astype(np.int64))[None].to(self.worker.device)
@@ -207,7 +207,7 @@ class StreamForward:
 
 
 class RollingTape:
-    """Rows of consecutive predictions, in a buffer that what is no longer needed drops out of."""
+    """A row for each of some consecutive predictions, in a buffer that drops those no longer needed."""
 
     def __init__(self) -> None:
         self._clear()
@@ -222,16 +222,16 @@ class RollingTape:
         self.begin = max(self.begin, before)
 
     def append(self, begin: int, rows: Tensor) -> None:
-        """Rows [n, ...] of the predictions from `begin` on, which follow those that are kept."""
+        """Add rows [n, ...], those of the predictions from `begin` on; they follow the rows that are kept."""
         if self.buffer is None or self.end <= self.begin:
             self.begin = self.end = begin
         room = self._room(len(rows), rows)
         room[:] = rows
 
     def windows(self, begin: int, step: int, count: int, length: int) -> Tensor:
-        """Overlapping views [count, length, ...]: of `length` rows from begin, begin + step, ... on.
+        """Overlapping views [count, length, ...] of `length` rows each, which start at begin, begin + step, ...
 
-        Behind the last row that came they show zeros.
+        Past the last row that was added they show zeros.
         """
         missing = begin + (count - 1) * step + length - self.end
         if missing > 0:
@@ -265,19 +265,19 @@ class RollingTape:
         return {"begin": self.begin, "rows": rows}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         self._clear()
         if state["rows"] is not None:
             self.append(state["begin"], state["rows"].to(device))
 
 
 def overlapping(rows: Tensor, step: int, count: int, length: int) -> Tensor:
-    """Views [count, length, ...] of contiguous rows [n, ...]: `length` rows from 0, step, 2 * step, ... on."""
+    """Views [count, length, ...] of contiguous rows [n, ...]: `length` rows each, from 0, step, 2 * step, ... on."""
     return rows.as_strided((count, length, *rows.shape[1:]), (step * rows.stride(0), *rows.stride()))
 
 
 def _needs(adapters: Sequence[Adapter], plan: Plan) -> tuple[bool, int]:
-    """Whether hidden states are needed, and a window's first position, other than the stream's first, that is."""
+    """Whether hidden states are needed, and the first position that is, in every window but the stream's first."""
     positions = (first_position(adapter.row, plan.seq_len, plan.stride) for adapter in adapters)
     keep_hidden = any(adapter.row.needs_hidden for adapter in adapters)
     return keep_hidden, min(positions, default=plan.seq_len - plan.stride)
@@ -289,12 +289,12 @@ def _ends(windows: Sequence[Window], cut: int) -> Tensor:
 
 
 def windows_that_fit(seq_len: int, vocab_size: int) -> int:
-    """Windows whose float32 logits a batch may hold; 0 where even one is too large."""
+    """How many windows' float32 logits fit into a batch; 0 where one alone is too large."""
     return _LOGIT_BYTES // (4 * seq_len * vocab_size)
 
 
 def block_that_fits(vocab_size: int, on_gpu: bool = False) -> int:
-    """Tokens of a stream's block: what a device does well, as far as their float32 logits fit."""
+    """Tokens in a block of the stream: what suits the device, as far as their float32 logits fit."""
     fits = _LOGIT_BYTES // (4 * vocab_size)
     return max(1, min(_BLOCK_TOKENS["cuda" if on_gpu else "cpu"], fits))
 

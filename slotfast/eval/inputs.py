@@ -56,7 +56,7 @@ class Inputs:
         artifact: the model as stored, with its size on disk; a model of another project has none.
         stream: tokens.
         source: what the tokens are, for people.
-        plain: whether it is text without borders of documents.
+        plain: whether it is plain text, in which no document is marked.
         text_bytes: byte counts where the input was text, else None.
     """
 
@@ -74,7 +74,7 @@ class Inputs:
 
     @property
     def stored_forward(self) -> Mapping[str, Any] | None:
-        """What the calibration found: forward, sinks, and what a stream loses; None where it did not compare them."""
+        """What the calibration found: forward, sinks, and what a stream loses; None where none were compared."""
         return (self.artifact.metadata.get("calibration") or {}).get("forward")
 
 

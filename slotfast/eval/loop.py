@@ -135,7 +135,7 @@ class SlidingPass:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a pass with the same arguments needs to go on from here; training on one process only."""
+        """All that a pass with the same arguments needs to continue from here; with training, on one process only."""
         return {
             "done": self._done,
             "windows": self.windows,
@@ -149,10 +149,10 @@ class SlidingPass:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Continue from what `state_dict` returned.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError, RuntimeError: it is of another pass.
+            KeyError, TypeError, ValueError, AttributeError, RuntimeError: the state belongs to another pass.
         """
         owned, done = self._owned, state["done"]
         if not owned.start < done <= owned.stop:
@@ -171,7 +171,7 @@ class SlidingPass:
             self.training.load_state_dict(state["training"], self.model)
 
     def _pieces(self, windows: range) -> Iterator[range]:
-        # all positions of the stream's first window are scored: it would make a large group's tensors long
+        # the stream's first window scores all of its positions, which would make the tensors of a large group long
         first = windows[: self.batch_windows] if windows.start == 0 else windows[:0]
         rest, step = windows[len(first) :], self.adapt_windows
         return filter(len, (first, *(rest[i : i + step] for i in range(0, len(rest), step))))
@@ -224,7 +224,7 @@ class SlidingPass:
                 clock.lap("save")
 
     def _scored(self, start: int, nll: torch.Tensor, logprobs: torch.Tensor | None) -> Scored:
-        """The tokens behind predictions start, start + 1, ... with their losses [rows, n]; raises on NaN."""
+        """The tokens that predictions start, start + 1, ... are of, with their losses [rows, n]; raises on NaN."""
         values = nll.cpu().numpy()
         if not np.isfinite(values).all():
             row, column = np.argwhere(~np.isfinite(values))[0]

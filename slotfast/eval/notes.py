@@ -1,4 +1,4 @@
-"""What a reader of a result must know to read it rightly: a line each, in the table and in the JSON."""
+"""What a reader must know to take a result for what it is: a line each, in the table and in the JSON."""
 
 from collections.abc import Mapping
 
@@ -32,7 +32,7 @@ def notes(inputs: Inputs, setup: Setup, seen: Mapping[str, float], n_bytes: int)
     if fault := inputs.tokenizer.byte_table.fault:
         found += _fault_notes(fault, inputs.stream, n_bytes)
     if inputs.text_bytes is None and (unknown := inputs.stream.count(inputs.tokenizer.unknown_id)):
-        found.append(f"warning: {counted(unknown, 'unknown piece')}, of which no byte is counted: bpb is too high")
+        found.append(f"warning: {counted(unknown, 'unknown piece')}, for which no byte is counted: bpb is too high")
     if inputs.stream.cut or (inputs.text_bytes and inputs.text_bytes.cut):
         found.append(f"only the first {counted(len(inputs.stream), 'token')} were read (--max-tokens)")
     if inputs.text_bytes and inputs.text_bytes.crlf:
@@ -48,7 +48,7 @@ def notes(inputs: Inputs, setup: Setup, seen: Mapping[str, float], n_bytes: int)
 
 
 def _fault_notes(fault: RuleFault, stream: TokenStream, n_bytes: int) -> list[str]:
-    """A warning, where the tokens that were scored are such as the byte rule misjudges."""
+    """A warning where the byte rule misjudges tokens that were scored."""
     if fault.excess is None:
         return [f"warning: the byte rule may misjudge this vocabulary: {fault.why}"]
     excess = sum(int(fault.excess[chunk].sum()) for chunk in stream.chunks())

@@ -33,7 +33,7 @@ _COLUMNS = ("position", "token", "n_bytes", "nll")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an evaluation came to, on rank 0 the sums of all ranks.
+    """What came of an evaluation; on rank 0, of all ranks.
 
     Args:
         sliding: the pass, its sums those of all rows: `none`, one of each adapter, one of each learner.
@@ -127,7 +127,7 @@ def report(inputs: Inputs, setup: Setup, outcome: Outcome, config: Mapping[str, 
 
 
 def _without_sketches(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata for people; what the sketches say of the text stands in `text.seen`."""
+    """Metadata without the sketches, which tell people nothing; what they say about the text is in `text.seen`."""
     return {name: value for name, value in metadata.items() if name != "sketches"}
 
 
@@ -138,7 +138,7 @@ def merge_work(ranks: Sequence[dict[str, Counter]]) -> dict[str, Counter]:
 
 
 def _learned(learner: LearningPass, number: int) -> dict[str, Any]:
-    """What else is said of a row that learns: its gain over the same forward unlearned, and what it costs."""
+    """What is also said of a row that learns: its gain over the same forward unlearned, and what it costs."""
     seconds, unlearned, score = learner.loop.seconds, learner.meter.score(0), learner.meter.score(number)
     on_top = {} if learner.rows[number - 1].top is None else {"on_top_seconds": round(seconds["on top"], 3)}
     return {
@@ -167,7 +167,7 @@ def _preset(row: Adaptation | Learning, score: Score) -> dict[str, Any]:
 
 
 def peak_memory_bytes(worker: Worker) -> int:
-    """Most memory that this process held: of the GPU, or resident on a CPU."""
+    """The most memory that this process has held: on the GPU, or resident where there is none."""
     if worker.on_gpu:
         return torch.cuda.max_memory_allocated(worker.device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -304,7 +304,7 @@ class TokenRows:
         return {name: torch.from_numpy(column) for name, column in whole.items()}
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         self.parts = [Scored(**{name: state[name].numpy() for name in _COLUMNS})] if state else []
 
     def write(self, path: str, names: Sequence[str]) -> None:

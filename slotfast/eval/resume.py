@@ -22,7 +22,7 @@ from .setup import Setup
 
 _COMMAND = "slotfast.eval"
 _SECONDS = 5.0  # between two saves
-_SHARE = 20  # and at least so many times what a save takes
+_SHARE = 20  # and at least this many times as long as a save takes
 
 
 def rank_path(path: str, rank: int) -> str:
@@ -31,7 +31,7 @@ def rank_path(path: str, rank: int) -> str:
 
 
 def describe(inputs: Inputs, setup: Setup, model: nn.Module, per_token: bool) -> dict[str, Any]:
-    """What an evaluation must agree in with a saved one: all that its bits depend on.
+    """All that an evaluation's bits depend on, in which it must agree with the saved one.
 
     Args:
         model: on the device, before it is trained.
@@ -43,7 +43,7 @@ def describe(inputs: Inputs, setup: Setup, model: nn.Module, per_token: bool) ->
     worker, training = setup.worker, setup.training
     return {
         "version": __version__,
-        "torch": str(torch.__version__),  # a class of its own otherwise
+        "torch": str(torch.__version__),  # a class of torch's own otherwise
         "threads": torch.get_num_threads(),
         "model": _sha256(*model.state_dict().values(), *([] if unigram is None else [unigram])),
         "model_config": _sha256_json(inputs.artifact.config.model_dump()),
@@ -80,12 +80,12 @@ class Saver:
         collected: every token's losses; empty where they are not asked for.
 
     Raises:
-        InputError: a file is there, and it is damaged or of another evaluation.
+        InputError: a file is there, and it is damaged or belongs to another evaluation.
     """
 
     def __init__(self, path: str, run: Mapping[str, Any], sliding: SlidingPass, collected: TokenRows):
         self.path, self.run, self.sliding, self.collected = path, run, sliding, collected
-        self.seconds = 0.0  # that the pass had taken when it was saved
+        self.seconds = 0.0  # that the pass took before it was saved
         state = checkpoint.load(path, _COMMAND, run)
         if state is not None:
             try:

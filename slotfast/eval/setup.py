@@ -118,7 +118,7 @@ def choose_worker(settings: EvalSettings, worker: Worker) -> Worker:
 
 
 def choose_plan(settings: EvalSettings, inputs: Inputs) -> Plan:
-    """Windows of the training length, and of new positions that are no more than that, unless the settings say so."""
+    """Windows as long as the training's, and a stride of no more than that, unless the settings say otherwise."""
     length = settings.seq_len or inputs.artifact.config.seq_len
     chosen = "stride" in settings.model_fields_set
     return Plan(len(inputs.stream) - 1, length, settings.stride if chosen else min(settings.stride, length))
@@ -127,9 +127,9 @@ def choose_plan(settings: EvalSettings, inputs: Inputs) -> Plan:
 def choose_batch(
     settings: EvalSettings, rows: Sequence[Adaptation], plan: Plan, vocab_size: int, worker: Worker
 ) -> tuple[int, int]:
-    """Windows of one forward, and windows that are adapted at once: what fits, in multiples of what a row needs.
+    """How many windows are forwarded, and how many adapted, at once: what fits, in multiples of what a row needs.
 
-    A GPU solves a window on each of its processors, and wants many times what one forward gives; a CPU does not.
+    A GPU solves one window on each of its processors, so it wants many times what one forward gives; a CPU does not.
     """
     unit = math.lcm(*(row.unit for row in rows))
     fits = windows_that_fit(plan.seq_len, vocab_size)
@@ -162,7 +162,7 @@ def choose_streaming(
     if chosen == "stream" and windows:
         raise InputError(f"--forward stream: preset {windows[0]!r} forwards windows; use --forward windows")
     if chosen == "auto":
-        # Published numbers are windows' numbers, and what was found at another length says nothing of this one
+        # Published numbers come from windows, and what was found at another length says nothing about this one
         suits = plan.seq_len <= inputs.artifact.config.seq_len and not settings.ttt
         trained_length = settings.seq_len in (None, inputs.artifact.config.seq_len)
         published = windows or any(is_published(row) for row in rows if isinstance(row, Adaptation))

@@ -81,7 +81,7 @@ class TransformersStream:
         return {"kept": kept, **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         self._forget()
         for layer, (keys, values) in enumerate(state["kept"]):
             self._cache.update(keys.to(self.device), values.to(self.device), layer)
@@ -176,7 +176,7 @@ class OwnStream:
         return {"position": self.position, "state": _plain(self._state)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         self.position, self._state = state["position"], state["state"]
 
 
@@ -217,7 +217,7 @@ class WindowStream:
         return {"position": self.position, "recent": self._recent}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         self.position, self._recent = state["position"], state["recent"]
 
 

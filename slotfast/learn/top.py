@@ -93,7 +93,7 @@ class OnTop:
         return {"adapters": [adapter.state_dict() for adapter in self._adapters], "past": self._past}
 
     def load_state_dict(self, state: Mapping[str, Any], past: np.ndarray, device: torch.device | str) -> None:
-        """Go on from what `state_dict` gave.
+        """Continue from what `state_dict` returned.
 
         Args:
             past: int [n], all tokens that were charged since the start or the last reset.

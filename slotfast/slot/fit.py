@@ -32,7 +32,7 @@ class Fit:
         return {"last": self.last, "work": torch.cat(self.work, 1) if self.work else None}
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device | str) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         last, work = state["last"], state["work"]
         self.last = None if last is None else last.to(device)
         self.work = [] if work is None else [work.to(device)]

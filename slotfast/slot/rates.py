@@ -90,7 +90,7 @@ class Rates:
         return {"counts": self.counts, "expected": self.expected}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         self.counts, self.expected = (state[name].to(self.k.device) for name in ("counts", "expected"))
 
     def stream(self, batch: WindowBatch) -> Tensor:
@@ -156,7 +156,7 @@ class BigramRates:
         return {name: getattr(self, name) for name in ("counts", "expected", "unit", "previous")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         device, self.unit = self.counts.device, state["unit"]
         self.counts, self.expected, self.previous = (state[x].to(device) for x in ("counts", "expected", "previous"))
 

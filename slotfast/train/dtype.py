@@ -12,7 +12,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_dtype(name: str, model: GPT, worker: Worker) -> torch.dtype:
-    """The dtype of a name; of `auto`, bfloat16 on a GPU and what rank 0 finds faster on a CPU."""
+    """The dtype of that name; for `auto`, bfloat16 on a GPU, and on a CPU whichever rank 0 finds faster."""
     if name != "auto":
         return DTYPES[name]
     if worker.on_gpu:
@@ -24,7 +24,7 @@ def choose_dtype(name: str, model: GPT, worker: Worker) -> torch.dtype:
 
 
 def _faster_dtype(model: GPT) -> torch.dtype:
-    """bfloat16 where this machine is faster at it (a CPU with matrix units), else float32: measured, not guessed."""
+    """bfloat16 where this machine is faster with it, as with matrix units, else float32: measured, not guessed."""
     tokens = torch.arange(model.config.seq_len + 1)[None] % model.config.vocab_size
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):

@@ -27,7 +27,7 @@ class Quantization:
     Args:
         quantize: "rows", each row for itself, or "gptq".
         quantize_clip: how a row's range is chosen, "percentile" or "sdclip".
-        quantize_on, quantize_windows: GPTQ's calibration, text of the model's own ("self") or training "data".
+        quantize_on, quantize_windows: GPTQ's calibration: text that the model writes ("self") or training "data".
         target_bytes: prune until the artifact is this small; None: it is not pruned.
         reserve: seconds that it may take; 0: as many as it needs.
         seed: of what is sampled.
@@ -79,7 +79,7 @@ def calibrate_artifact(inputs: Inputs, artifact: Artifact, worker: Worker, log: 
     tokenizer = inputs.tokenizer
     stream = TokenStream([inputs.held_out.read(0, min(len(inputs.held_out), _CALIBRATION_TOKENS))])
     text = Text(stream, tokenizer.byte_table, tokenizer.bos_id)
-    # by rank 0 alone, and in float32
+    # by rank 0 alone, in float32
     found = calibrate(artifact.model().to(worker.device), text, artifact.unigram, worker=Worker(worker.device))
     log(summary(found))
     return calibrated(artifact, found, stream)

@@ -23,8 +23,8 @@ from ..overlap import MAX_OVERLAP, overlap, sketch
 from ..words import counted
 from ..worker import Worker
 
-_HELD_OUT_EVERY = 32  # every 32nd document measures the training and is not learned from
-NONCAUSAL = "weights that learn validation text are no honest score of it; --allow-noncausal does it anyway"
+_HELD_OUT_EVERY = 32  # every 32nd document is kept from training and measures it
+NONCAUSAL = "weights that have learned validation text have no honest score on it; --allow-noncausal does it anyway"
 _SAMPLED_TOKENS = 100_000_000  # enough for frequencies and a sketch; shards of the contest hold ten billion
 
 
@@ -73,10 +73,11 @@ class Inputs:
     Args:
         names, shards: token ids to learn, a memory map each or one array for text.
         val: tokens that measure the training, or None.
-        val_bytes: behind them, by the byte rule.
+        val_bytes: that they stand for, by the byte rule.
         held_out: some of the training documents that are not learned from, or None where others measure the training.
         ttt: tokens that the finished weights are adapted to, or None.
-        ttt_overlap: larger share of runs that `ttt` and `val` have from one another; None where one of them is missing.
+        ttt_overlap: share of the runs of `ttt` that `val` has too, or of `val` that `ttt` has, the larger one; None
+            where one of them is missing.
         trained_on: where the tokens come from, for people.
         about: how much there is of everything, for people.
     """
@@ -110,12 +111,12 @@ class Inputs:
         return torch.from_numpy(counts / counts.sum()).float()
 
     def sketches(self) -> dict[str, str]:
-        """By which the model knows the texts again that it learns from; see `slotfast.overlap`."""
+        """Sketches by which the texts that the model learns from are recognised later; see `slotfast.overlap`."""
         streams = {"training": TokenStream(self.shards, _SAMPLED_TOKENS), "ttt": self.ttt}
         return {name: sketch(stream) for name, stream in streams.items() if stream is not None}
 
     def fingerprint(self) -> str:
-        """A hash by which a resumed run knows its data: of each shard the name, the length, and both ends."""
+        """A hash by which a resumed run recognises its data: of each shard's name, length and both ends."""
         digest = hashlib.sha256()
         for name, shard in zip(self.names, self.shards, strict=True):
             digest.update(f"{Path(name).name} {len(shard)} ".encode())
@@ -199,7 +200,7 @@ def _read_ttt(sources: Sources, tokenizer: Tokenizer, val: TokenStream | None) -
         raise InputError(f"{name}: {counted(len(stream), 'token')}; one training window needs {sources.seq_len + 1}")
     if val is None:
         return stream, None
-    # Both ways: a little of a long validation stream is much of what such training would see.
+    # Both ways: a small part of a long validation stream may be most of what this training sees.
     shared = max(overlap(val, stream), overlap(stream, val))
     if shared > MAX_OVERLAP and not sources.allow_noncausal:
         raise InputError(f"{name}: shares {shared:.1%} with the text that measures the training; {NONCAUSAL}")
@@ -207,7 +208,7 @@ def _read_ttt(sources: Sources, tokenizer: Tokenizer, val: TokenStream | None) -
 
 
 def _documents(sources: Sources) -> tuple[list[str], list[str]]:
-    """Documents to learn, in random order, and documents to measure with, none where others are named for it."""
+    """Documents to learn, in random order, and documents to measure with; none of these where others are given."""
     if sources.text is not None:
         documents = list(read_documents(sources.text))
     else:
@@ -226,7 +227,7 @@ def _documents(sources: Sources) -> tuple[list[str], list[str]]:
 def _write_tokenizer(sources: Sources, model: bytes) -> None:
     path = sources.tokenizer_path
     if not sources.overwrite and path.exists() and path.read_bytes() != model:
-        # the run that is resumed did not get as far as its first checkpoint, or never was
+        # the run to be resumed stopped before its first checkpoint, or never started
         raise InputError(f"{path}: exists, and this run makes another one; --tokenizer takes it, --force overwrites it")
     with atomic_write(path) as file:
         file.write(model)
@@ -236,7 +237,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
     """Train a SentencePiece BPE model that loses nothing: bytes for rare characters, no normaliser, white space kept.
 
     Args:
-        documents: text; a sentence is a line.
+        documents: text; each line is a sentence to SentencePiece.
         vocab_size: pieces, among them 256 bytes, unknown, BOS, EOS and padding.
 
     Returns:
@@ -245,7 +246,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
     Raises:
         InputError: the text has too many or too few characters and pieces for that size.
     """
-    written = io.BytesIO()  # a file's name would be part of it
+    written = io.BytesIO()  # a file's name would become part of the model
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=(line for text in documents for line in text.splitlines() if line.strip()),
@@ -272,7 +273,7 @@ def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:
 
 
 def _why_not(error: str) -> str:
-    """What SentencePiece has against a number of pieces, in words that do not name its own flags."""
+    """Why SentencePiece refuses a number of pieces, in words that do not name its own flags."""
     if most := re.search(r"value <= (\d+)", error):
         return f"the text is enough for {most[1]} pieces"
     if least := re.search(r"required_chars\. \d+ vs (\d+)", error):

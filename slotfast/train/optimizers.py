@@ -20,7 +20,7 @@ class Optimization:
         embed_lr, scalar_lr: AdamW's, of embeddings, and of scales with small projections.
         muon_decay, adam_decay: decoupled weight decay.
         clip: norm to which a rank's gradients are clipped; 0: they are not.
-        clip_scope: gradients of which that is: "all" or "adamw".
+        clip_scope: whose gradients: those of "all" parameters, or those that "adamw" moves.
     """
 
     muon: str

@@ -1,8 +1,8 @@
 """Test-time training of the weights, after the training and before quantisation, on a stream that the user names.
 
-On text that the model is then scored on this is no honest score, whatever is frozen afterwards: the weights have seen
-the answers. `slotfast.overlap` finds such streams; the command refuses them, and an artifact says what it was adapted
-to.
+Where the stream is the text that the model is then scored on, the score is not honest, whatever is frozen afterwards:
+the weights have seen the answers. `slotfast.overlap` finds such streams, the command refuses them, and an artifact says
+what it was adapted to.
 """
 
 import math
@@ -39,8 +39,8 @@ class Recipe:
     batch_windows: int = 32
 
 
-# Of openai/parameter-golf. Both named blocks but reached their control scalars alone, since the matrices lay in banks
-# outside the blocks; here the matrices are frozen and slowed with their blocks.
+# Entries of openai/parameter-golf. Both meant whole blocks but reached only their control scalars, as the matrices lay
+# in banks outside the blocks; here the matrices are frozen and slowed with their blocks.
 RECIPES = {
     "pr1306": Recipe(epochs=6, frozen_blocks=2),
     "pr1351": Recipe(epochs=10, first_rate=0.3),
@@ -60,7 +60,7 @@ def adapt(
 
     Args:
         model: on the worker's device.
-        stream: at least seq_len + 1 tokens; a rest that fills no window is left out.
+        stream: at least seq_len + 1 tokens; what is left and fills no window is not used.
         recipe: what to do.
         seq_len: of a window.
         worker: this process; each step's windows are shared out.
@@ -98,7 +98,7 @@ def adapt(
 
 
 def parameter_groups(model: GPT, recipe: Recipe) -> list[dict]:
-    """AdamW's groups: one for each block that moves, one for all that is in no block."""
+    """AdamW's groups: one for each block that moves, and one for everything outside the blocks."""
     last = max(model.config.layers - 1, 1)
     groups = []
     for number, block in enumerate(model.blocks):

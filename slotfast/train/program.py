@@ -69,7 +69,7 @@ def _train(
         raise InputError(f"--batch-windows {setup.batch_windows}: expected a multiple of the {world} ranks")
     torch.manual_seed(setup.seed)
     inputs = read_inputs(setup.sources, worker)
-    # Before the clock starts; the count refuses foreign tokens.
+    # Before the clock starts; counting refuses tokens that the tokenizer does not have.
     unigram, sketches = inputs.unigram(), inputs.sketches() if rank == 0 else {}
     model_config = setup.model_config(inputs.tokenizer.vocab_size, inputs.tokenizer.bos_id)
     loader = open_loader(
@@ -195,7 +195,7 @@ def _finish(
 
 
 def _metadata(setup: Setup, inputs: Inputs, sketches: dict[str, str], trainer: Trainer) -> dict[str, Any]:
-    """What the artifact says of its making."""
+    """What the artifact says about its making."""
     metadata = {
         "preset": setup.preset,
         "tokenizer_sha256": inputs.tokenizer.sha256,
@@ -233,7 +233,7 @@ def _logger(file: TextIO, silent: bool) -> Callable[[str], None]:
 
 
 def _draw(path: str, summary: dict[str, Any]) -> None:
-    """The loss along the training, dots where it was measured on other text, and the rates below."""
+    """The loss over the training, with dots where it was measured on other text, and below it the rates."""
     columns = {name: [row[name] for row in summary["history"]] for name in ("step", "loss", "lr_scale")}
     figure, (above, below) = pyplot("--plot").subplots(2, 1, sharex=True, figsize=(8, 5), height_ratios=(3, 1))
     above.plot(columns["step"], columns["loss"])

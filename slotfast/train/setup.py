@@ -195,7 +195,7 @@ def check_outputs(settings: config.TrainSettings) -> None:
 
 
 def _is_own(settings: config.TrainSettings, tokenizer: Path) -> bool:
-    """Whether the artifact that is replaced was trained with this tokenizer; a resumed run looks when it needs it."""
+    """Whether the artifact to be replaced was trained with this tokenizer; a resumed run checks that later."""
     try:
         expected = read_artifact(settings.out).metadata.get("tokenizer_sha256")
     except InputError:

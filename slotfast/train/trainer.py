@@ -24,7 +24,7 @@ from . import qat
 from .optimizers import Optimization, build_optimizers
 from .schedule import Moment, Schedule
 
-_CHECK_STEPS_GPU = 10  # looking at the loss makes a GPU wait; a CPU's is looked at in every step
+_CHECK_STEPS_GPU = 10  # reading the loss makes a GPU wait; on a CPU it is read in every step
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Training:
     """How a model is trained.
 
     Args:
-        schedule, optimization: step sizes and what takes the steps.
+        schedule, optimization: how large the steps are, and what takes them.
         micro_windows: windows that a rank computes at once; None: all of its share.
         warmup_steps: untimed steps whose effect is undone.
         average: "none", "ema" or "swa", the running mean of the weights that is kept in the end.
@@ -106,8 +106,8 @@ class Trainer:
         self.saved_step, self.saved_at = None, 0.0
         self.qat_step: int | None = None  # at which the rounding began
         self.loss_mean = torch.full((), math.nan, device=self.device)
-        self.history: list[dict[str, float]] = []  # a row for each line that was logged
-        self.measured: list[dict[str, float]] = []  # and for each validation
+        self.history: list[dict[str, float]] = []  # one entry for each line that was logged
+        self.measured: list[dict[str, float]] = []  # one for each validation
 
     def run(self) -> None:
         """Train until the steps or the time are up, then put the averaged weights in place.
@@ -118,7 +118,7 @@ class Trainer:
         self._warm_up()
         schedule, self.saved_at = self.training.schedule, self.elapsed
         started = time.perf_counter() - self.elapsed
-        # of steps where their number is given, else of seconds; lines are the log's
+        # counts steps where their number is given, else seconds; the log prints the lines
         by_steps = schedule.steps is not None
         total = schedule.steps if by_steps else round(schedule.seconds - schedule.reserve)
         unit = "steps" if by_steps else "s"
@@ -200,13 +200,13 @@ class Trainer:
         return loss
 
     def _counts(self, now: Moment) -> bool:
-        """Whether the weights of this step go into the average."""
+        """Whether the weights after this step go into the average."""
         if self.training.average == "ema":
             return True
         return now.decay < self.training.swa_from and self.step % self.training.swa_every == 0
 
     def _warm_up(self) -> None:
-        """Run some steps of every form that the forward will take, so that it is compiled, and undo what they did."""
+        """Run some steps in every form that the forward will take, so that each is compiled, and undo them."""
         steps, training = self.training.warmup_steps, self.training
         if not steps:
             return
@@ -232,7 +232,7 @@ class Trainer:
         )
 
     def _agree(self, seconds: float) -> float:
-        """Rank 0's clock: ranks that go by their own would part."""
+        """Rank 0's time: ranks that went by clocks of their own would diverge."""
         if self.group is None:
             return seconds
         clock = torch.tensor(seconds, dtype=torch.float64, device=self.device)
@@ -246,7 +246,7 @@ class Trainer:
             raise InputError(f"loss {loss} at step {self.step}: lower --matrix-lr, --embed-lr or --scalar-lr{kept}")
 
     def _report(self, now: Moment) -> None:
-        """What is said after some steps: that the loss is broken, how it is, how good the model is on other text."""
+        """After some steps: refuse a broken loss, log it, and measure the model on other text."""
         if self.step % self.check_steps == 0:
             self._check_loss()
         if self.step % self.training.log_every == 0:
@@ -263,7 +263,7 @@ class Trainer:
 
     def _save(self) -> None:
         self._check_loss()
-        # A loss is finite once more after the step that ruins the weights.
+        # The loss of the step that ruins the weights is still finite.
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
             self.loss_mean.fill_(math.nan)
             self._check_loss()
@@ -281,7 +281,7 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the rest of the run depends on; every rank must call it, and all get the same."""
+        """All that the rest of the run depends on; every rank must call this, and all get the same."""
         return {
             "model": self.model.state_dict(),
             "muon": self.muon.state_dict(),
@@ -298,7 +298,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self.model.load_state_dict(state["model"])
         self.muon.load_state_dict(state["muon"])
         self.adam.load_state_dict(state["adam"])
@@ -318,7 +318,7 @@ def evaluate(
     seq_len: int,
     worker: Worker = ALONE,
 ) -> float:
-    """Summed nats of a stream cut into windows that do not overlap: cheap, to follow a training run; of all ranks."""
+    """Nats of a stream in windows that do not overlap, summed over all ranks: a cheap way to follow a training."""
     nats = torch.zeros((), dtype=torch.float64, device=worker.device)
     starts = range(0, len(stream) - 1, seq_len)
     for start in starts[worker.rank :: worker.world]:

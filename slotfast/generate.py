@@ -1,7 +1,7 @@
 """Text sampled from the model itself, one position a step on the cached forward of `slotfast.stream`.
 
-PR #1019 of openai/parameter-golf calibrates its quantisation on 64 windows of 2,048 tokens sampled this way, which needs
-no training data; it has no cache.
+PR #1019 of openai/parameter-golf calibrates its quantisation on 64 windows of 2,048 tokens sampled this way, which
+needs no training data; it has no cache.
 """
 
 from collections.abc import Iterator

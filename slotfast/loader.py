@@ -59,8 +59,8 @@ class CoprimeLoader(Loader):
     """Mixes many shards in each batch and walks through each with a stride that visits every block once.
 
     Each shard's cursor has a random phase, start and stride, the stride coprime to the number of blocks; all are drawn
-    anew once every block has been visited. A batch mixes shards, drawn by how much they have left: few at first, more and
-    more evenly over the first 1,800 batches.
+    anew once every block has been visited. A batch mixes shards, drawn by how much they have left: few at first, then
+    more, and more evenly, over the first 1,800 batches.
 
     Args:
         world: ranks; more of them mix more shards.

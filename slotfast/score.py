@@ -52,7 +52,7 @@ class Meter:
             return
         first = int(
             document[0]
-        )  # documents come in order: counting from the first one here keeps the cost independent of how many there are
+        )  # documents come in order: counting from the first keeps the cost apart from their number
         local, span = document - first, int(document[-1]) - first + 1
         part = slice(first, first + span)
         self.tokens[part] += np.bincount(local, minlength=span)

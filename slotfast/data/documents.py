@@ -112,7 +112,7 @@ def _check_plain(path: Path, data: bytes) -> None:
 
 
 def _names_columns(data: bytes) -> bool:
-    """Whether the first line is the head of a table: names without spaces, `text` among them, between commas or tabs."""
+    """Whether the first line is the head of a table: names without spaces, `text` among them, with commas or tabs."""
     names = re.split(rb"[,\t;|]", data[:1000].partition(b"\n")[0].strip().removeprefix(b"\xef\xbb\xbf"))
     names = [name.strip(b"\"'") for name in names]
     return len(names) > 1 and b"text" in names and all(re.fullmatch(rb"\w*", name) for name in names)
@@ -134,7 +134,7 @@ def _open_binary(path: Path) -> BinaryIO:
 
 
 class _Zstd(io.RawIOBase):
-    """All frames of a .zst file; zstandard's own reader stops after the first, and takes half a frame for a whole one."""
+    """All frames of a .zst file; zstandard's reader stops after the first, and takes half a frame for a whole one."""
 
     def __init__(self, path: Path):
         self._file = path.open("rb")

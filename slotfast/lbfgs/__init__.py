@@ -5,8 +5,8 @@ line search, curvature pairs and stopping; the problems only share the calls of 
 one this package fits: cross-entropy as a function of a logit bias.
 
 A problem's solution is bit-identical alone, in any batch, in any order, and after compaction, on CPU and for a given
-number of threads: every operation rounds a problem's numbers in an order that the batch has no say in. `reductions`
-has the operations where that took care.
+number of threads: every operation rounds a problem's numbers in an order that does not depend on the batch.
+`reductions` has the operations where that took care.
 
     solver.py     minimize: the state machine
     search.py     strong Wolfe line searches in lockstep

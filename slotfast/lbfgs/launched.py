@@ -1,4 +1,4 @@
-"""What `minimize` needs of a problem, by kernels: curvature pairs in their ring, and windows under one shared bias.
+"""The parts of `minimize` that kernels can take over: curvature pairs in their ring, and windows under a shared bias.
 
 The arithmetic is that of `memory.py` and `objective.py` with other roundings: the two-loop recursion instead of the
 matrix form, the direct form instead of the P-form.
@@ -42,7 +42,7 @@ class LaunchedMemory:
 
 
 class SharedBias:
-    """Cross-entropy of W windows under one logit bias, for `minimize`: a program a window, and the windows' sum.
+    """Cross-entropy of W windows under one logit bias, for `minimize`: one program for each window, then their sum.
 
         F(b) = (sum_wt weight_wt nll_wt(b) + (r / 2) |b|^2) / sum_wt weight_wt
 

@@ -51,7 +51,7 @@ class BiasObjective:
         known, targets = (targets >= 0) & (targets < V), targets.clamp(0, V - 1)
         nll = (lse - z.gather(2, targets[:, :count, None])[:, :, 0].double()).masked_fill(~known[:, :count], torch.nan)
         nll = torch.where(used, torch.nn.functional.pad(nll, (0, length - count)), 0.0)
-        self.idle = None if bool(used.all()) else ~used  # [W, length]: rows that count for nothing
+        self.idle = None if bool(used.all()) else ~used  # [W, length]: rows without weight
         self.weights = weights.double()  # [W, length]
         total = block_sum(self.weights)
         scale = torch.where(total > 0, 1.0 / total, 0.0)
@@ -66,7 +66,7 @@ class BiasObjective:
         u = (x - largest).exp_()
         s = self.p.products(u)
         if self.idle is not None:
-            s.masked_fill_(self.idle, 1.0)  # it may be 0, and its logarithm infinite
+            s.masked_fill_(self.idle, 1.0)  # it may be 0 there, and its logarithm infinite
         loss = self.base + block_sum(self.weights * (s.double().log() + (largest - x.gather(1, self.targets))))
         expected = self.p.mixture(self.narrow_weights / s)[:, : x.shape[1]]
         g = torch.addcmul(self.minus_counts, u, expected)

@@ -1,8 +1,8 @@
-"""Sums over rows that round the same in any batch, and the way between numpy and torch.
+"""Sums over rows that round the same in any batch, and conversions between numpy and torch.
 
 Torch's elementwise operations and its sums over the last dimension round a row's numbers in an order that the other
-rows do not change, except that one long sum alone is split among threads. Of its matrix products that is not true in
-general: the library underneath picks a kernel by the whole shape. Measured, form by form, with 1, 2, 3, 4 and 8 threads
+rows do not change, except that one long sum alone is split among threads. Matrix products do not in general:
+the library underneath picks a kernel by the whole shape. Measured, form by form, with 1, 2, 3, 4 and 8 threads
 (torch 2.13, MKL): per batch entry [m, V] x [V, R] and [1, R] x [R, V] with R <= 64 qualify in batches of two or more;
 matrix x column does not, nor a longer reduction over rows. On AMD processors they qualify only where all rows are
 equally aligned: so rows are padded to whole cache lines. tests/test_lbfgs.py holds the forms used here to it.
@@ -54,7 +54,7 @@ def row_mixture(weights: Tensor, rows: Tensor) -> Tensor:
 def block_tree_sum(parts: Tensor) -> Tensor:
     """[A, count, V] -> [A, V]; writes into its argument."""
     count = parts.shape[1]
-    while count > 1:  # a tree over the next power of two, whose missing leaves are zero: more zeros change nothing
+    while count > 1:  # a tree over the next power of two, zeros for missing leaves: more zeros change nothing
         half = 1 << (count - 1).bit_length() - 1
         parts[:, : count - half] += parts[:, half:count]
         count = half
@@ -62,7 +62,7 @@ def block_tree_sum(parts: Tensor) -> Tensor:
 
 
 def batch_product(a: Tensor, b: Tensor) -> Tensor:
-    """a [A, m, k] times b [A, k, n] -> [A, m, n]; one product goes as the first of two, a form that keeps its bits."""
+    """a [A, m, k] times b [A, k, n] -> [A, m, n]; one product is computed as the first of two, which keeps its bits."""
     return torch.bmm(a.expand(2, -1, -1), b.expand(2, -1, -1))[:1] if len(a) == 1 else torch.bmm(a, b)
 
 
@@ -72,7 +72,7 @@ def block_sum(x: Tensor) -> Tensor:
 
 
 def row_sum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """[A, V] -> [A]; one sum goes as the first of two, so that it is not split among threads."""
+    """[A, V] -> [A]; a single sum is computed as the first of two, so that it is not split among threads."""
     return x.expand(2, -1).sum(-1, dtype=dtype)[:1] if len(x) == 1 else x.sum(-1, dtype=dtype)
 
 

@@ -70,7 +70,7 @@ class Search(Columns):
         looking = ~zoom & ~last
         passed = looking & (too_high | ((self.trials > 1) & (loss >= self.low_loss)))
         good = looking & ~passed & flat
-        if good.all():  # the usual case, for which nothing below has a say
+        if good.all():  # the usual case, which nothing below changes
             self.low_t, self.low_loss, self.low_slope, self.low_steepest = t, loss, slope, steepest
             return good, good
         found = passed | (looking & ~passed & ~flat & (slope >= 0))
@@ -96,7 +96,7 @@ class Search(Columns):
         self.low_loss = np.where(as_low, loss, self.low_loss)
         self.low_slope = np.where(as_low, slope, self.low_slope)
         self.low_steepest = np.where(as_low, steepest, self.low_steepest)
-        # nothing found: back to the start, a step of 0, which ends the problem
+        # nothing found: a step of 0, back to the start, which ends the problem
         self.low_t = np.where(back, 0.0, self.low_t)
         self.low_loss = np.where(back, self.loss, self.low_loss)
         self.low_steepest = np.where(back, np.inf, self.low_steepest)

@@ -1,4 +1,4 @@
-"""W runs of torch.optim.LBFGS(line_search_fn="strong_wolfe") as one state machine, one evaluation of the batch a step.
+"""W runs of torch.optim.LBFGS(line_search_fn="strong_wolfe") as one state machine, whose steps evaluate the batch.
 
 Scalars (loss, step, slope) live in float64 on the host, where numpy is quicker than torch at [W]; vectors live in
 torch, in the problem's dtype and on its device.
@@ -117,7 +117,7 @@ class _Limits:
 
 
 class _Phase:
-    """One torch.optim.LBFGS object's life, W times over.
+    """The life of W torch.optim.LBFGS objects.
 
     Attributes with [W] in their comment are indexed by problem, those with [A] by position in the batch.
     """
@@ -165,7 +165,7 @@ class _Phase:
             self.accept(done & self.running)
 
     def accept(self, done: np.ndarray) -> None:
-        """Moves the problems whose line search is done, and gives those that go on a new direction."""
+        """Moves the problems whose line search is done, and gives those that continue a new direction."""
         search, limits = self.search, self.limits
         t = np.where(done, search.low_t, 0.0)
         s, y = self.d * column(t, self.d), self.best_g - self.g

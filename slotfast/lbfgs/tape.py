@@ -1,4 +1,4 @@
-"""Windows that overlap: views of one tape, whose rows are computed once and read where they are.
+"""Windows that overlap: views of one tape, whose rows are computed once and read in place.
 
 A product over a window's rows is made block by block, for all windows at once: neighbours share most of their rows,
 which stay in the cache. The blocks are those of `row_products` and `row_mixture`, so a window's bits are the same on
@@ -40,7 +40,7 @@ class Tape:
         return cls(rows, step)
 
     def windows(self, rows: Tensor, count: int, length: int) -> Tensor:
-        """Windows [count, length, ...] of other rows [N, ...] that lie like the tape's, without a copy."""
+        """Windows [count, length, ...] of other rows [N, ...] laid out like the tape's, without a copy."""
         down, *inner = rows.stride()
         return rows.as_strided((count, length, *rows.shape[1:]), (self.step * down, down, *inner))
 
@@ -48,8 +48,8 @@ class Tape:
 def to_front(used: Tensor, logits: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
     """The positions that each window uses, moved to its front in their order, in whole blocks of rows.
 
-    No sum over them then depends on how many others there are, or on where these were. Windows that all use the same
-    positions in a row stay the views that they are.
+    No sum over them then depends on how many others there are, or on where these were. Where all windows use the same
+    run of positions, the results stay views.
 
     Args:
         used: bool [W, T].
@@ -89,8 +89,8 @@ def probabilities(z: Tensor, dtype: torch.dtype, length: int) -> tuple[Tensor, T
     """softmax of windows z [W, T, V], each row of a tape once.
 
     Returns:
-        p [W, length, padded(V)], for `WindowRows`, and log-sum-exp float64 [W, T]. Where that is not finite, and behind
-        the windows, p is: a row of no weight may be anything.
+        p [W, length, padded(V)], for `WindowRows`, and log-sum-exp float64 [W, T]. Where that is not finite, and past
+        the windows, p still is: a row without weight may hold anything.
     """
     W, T, V = z.shape
     tape = Tape.of(z)
@@ -113,9 +113,7 @@ class WindowRows:
     def __init__(self, rows: Tensor):
         self.rows = rows
         self.tape = Tape.of(rows) is not None
-        self.left: list[int] | None = (
-            None  # problems that are left, where a tape's windows no longer are at equal steps
-        )
+        self.left: list[int] | None = None  # problems that are left, once a tape's windows are no longer at equal steps
 
     def products(self, vectors: Tensor) -> Tensor:
         """vectors [A, V] times each problem's rows -> [A, R]."""

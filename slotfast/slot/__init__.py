@@ -3,8 +3,8 @@
 - parameter: what is fitted. `bias` on the logits, after the soft cap or before it; `bias+temperature`; `hidden`, a
   shift of the hidden states; `hidden+bias`; `lowrank`, a map of rank r from hidden states to logits; `bigram`, a bias
   for each preceding token; `bias+repeats`, a bias and a mixture with what followed the same tokens before.
-- positions: whose losses it is fitted to. `context`: all that earlier windows scored; `focal`: the last `focal`
-  positions of a window less those being scored; `scored`: the very positions that are scored, which leaks.
+- positions: those whose losses it is fitted to. `context`: all that earlier windows scored; `focal`: the last `focal`
+  positions of a window, without those being scored; `scored`: the very positions that are scored, which leaks.
 - scope: what shares one parameter. `window`: each window its own, nothing carried; `batch`: all windows of a batch,
   which leaks, because a window's context holds what the windows before it are about to score; `joint`: one for each
   window under one optimiser, which leaks the same way; `prefix`: state built from what was scored before.

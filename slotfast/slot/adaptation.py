@@ -76,7 +76,7 @@ class Adaptation(BaseModel):
     @field_validator("warm_start", mode="before")
     @classmethod
     def _parse_warm_start(cls, value: Any) -> Any:
-        """A plain yes is the published form, the mean."""
+        """A plain yes means the published form, the mean."""
         switches = {"0": "no", "false": "no", "off": "no", "1": "mean", "true": "mean", "yes": "mean", "on": "mean"}
         return switches.get(str(value).lower(), value)
 
@@ -111,7 +111,7 @@ class Adaptation(BaseModel):
 
     @property
     def plain(self) -> bool:
-        """Whether the parameter is a bias after the soft cap: its fit needs neither the head nor autograd."""
+        """Whether the parameter is a bias after the soft cap, whose fit needs neither the head nor autograd."""
         return self.parameter == "bias" and self.softcap == "after"
 
     @property
@@ -195,5 +195,5 @@ class Compliance:
 
 
 def _leak(why: str) -> Compliance:
-    """A distribution that has seen its own token breaks all that is said of it but the number of passes."""
+    """A distribution that has seen its own token breaks every condition but that of a single pass."""
     return Compliance(c1=False, c2=False, c3=False, why=why)

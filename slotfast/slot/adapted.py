@@ -1,4 +1,4 @@
-"""`adapt`: scores consecutive windows of somebody else's model, a call a batch."""
+"""`adapt`: scores consecutive windows of somebody else's model, one batch a call."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from .batch import Adjusted, WindowBatch
 from .presets import parse_preset
 from .rates import Calibration
 
-# Fewer tokens than this may come again by chance.
+# Fewer tokens than this may recur by chance.
 _SHORTEST_REPLAY = 32
 
 
@@ -52,7 +52,7 @@ def adapt(
 ) -> Adapted:
     """Score consecutive windows of any model with a test-time adaptation.
 
-    NumPy arrays, and lists, are taken wherever tensors are.
+    NumPy arrays and lists are accepted wherever tensors are.
 
     Args:
         logits: float [W, T, V], of consecutive windows, as the model gives them.
@@ -60,7 +60,7 @@ def adapt(
         context: positions of each window that earlier windows scored, one number or int [W].
         scored: end of the positions to score, one number or int [W]; T by default.
         preset: NAME or NAME:key=value,...
-        state: of the call before with the same preset, for presets that carry something from batch to batch.
+        state: from the call before with the same preset, for presets that carry something from batch to batch.
         frequency: float [V], how often each token comes in training text, counts or shares; improves `causal`.
         calibration: instead, what was fitted to this model, frequencies included: of `slotfast.read_calibration`.
         bos_id: the token that starts a document, for `causal`; as in the first call where a state is given without it.
@@ -126,7 +126,7 @@ def _tensor(name: str, value: Any) -> Tensor:
     if isinstance(value, Tensor):
         return value
     try:
-        # torch does not take arrays of another byte order, and warns of those that may not be written to
+        # torch refuses arrays of another byte order, and warns about those that are read-only
         array = np.asarray(value)
         array = array.astype(array.dtype.newbyteorder("="), copy=not array.flags.writeable)
         return torch.from_numpy(array)
@@ -172,7 +172,7 @@ def _frequency(value: Any, vocabulary: int) -> Tensor:
 
 
 def _check_state(state: Any, preset: str, vocabulary: int, given: Calibration, bos_id: int | None) -> None:
-    """Raises InputError unless `state` is of an earlier call with these arguments."""
+    """Raises InputError unless `state` comes from an earlier call with these arguments."""
     if isinstance(state, Adapted):
         raise InputError("state: this is the whole result of the call before; pass its .state")
     if not isinstance(state, Adapter):
@@ -196,9 +196,9 @@ def _check_state(state: Any, preset: str, vocabulary: int, given: Calibration, b
 
 
 def _follow(past: Tensor | None, opening: Tensor | None, batch: WindowBatch) -> tuple[Tensor | None, Tensor | None]:
-    """The tokens that were scored before a batch, int64 [n], with those that it scores: as many as a later call needs.
+    """The tokens scored before a batch and those that it scores, int64 [n]: as many as a later call needs.
 
-    And what the very first window scored, int64 [n], by which a second pass over the stream is known.
+    And what the very first window scored, int64 [n], by which a second pass over the stream is recognised.
 
     Raises:
         InputError: a window whose context is not what was scored last, or a batch that was scored before.
@@ -207,7 +207,7 @@ def _follow(past: Tensor | None, opening: Tensor | None, batch: WindowBatch) -> 
     if not len(new):
         return past, opening
     first = int(count.nonzero()[0])
-    if past is None:  # what the first window has in front of it was scored elsewhere
+    if past is None:  # the first window's context was scored elsewhere
         past = batch.targets[first, : batch.context_end[first]]
     past = past.to(new.device)
     stream, length = torch.cat([past, new]), batch.targets.size(1)

@@ -1,4 +1,4 @@
-"""Running a row over consecutive windows of a stream: what it may see, what it keeps, what it scores with."""
+"""Runs a row over consecutive windows of a stream: what it may see, what it keeps, what it scores with."""
 
 import math
 from collections import Counter
@@ -19,7 +19,7 @@ from .sorted_repeats import SortedRepeats
 
 
 def first_position(row: Adaptation, seq_len: int, stride: int) -> int:
-    """First position of a window, other than the stream's first, whose logits a row needs."""
+    """First position whose logits a row needs, in every window but the stream's first."""
     if row.scope == "prefix" or row.positions in ("none", "scored"):
         return seq_len - stride
     return max(0, seq_len - max(row.focal, stride)) if row.positions == "focal" else 0
@@ -52,7 +52,7 @@ class Adapter:
         self._repeats: Repeats | SortedRepeats | None = None
 
     def burn_in(self, stride: int) -> int:
-        """Windows to replay before the first one that counts, so that what was cut off weighs less than 1e-12."""
+        """How many windows to replay before the first that counts: what came before them weighs less than 1e-12."""
         decay = self.row.decay
         if self.row.scope != "prefix" or decay is None:
             return 0
@@ -90,7 +90,7 @@ class Adapter:
         return rates
 
     def state_dict(self) -> dict[str, Any]:
-        """What is carried from batch to batch, but for repeats, which the tokens give back."""
+        """What is carried from batch to batch, except repeats, which are counted again from the tokens."""
         parts = {"fit": self._fit, "rates": self._rates, "bigram": self._bigram}
         return {name: part.state_dict() for name, part in parts.items() if part is not None}
 
@@ -110,12 +110,12 @@ class Adapter:
             self._repeats.take(torch.from_numpy(past.astype(np.int64)).to(device))
 
     def replay(self, batch: WindowBatch) -> None:
-        """Take in windows that another rank scores, where the state depends on them."""
+        """Take in windows that another rank scores, if the state depends on them."""
         if self.row.scope == "prefix":
             self.step(batch)
 
     def work(self) -> dict[str, Counter]:
-        """How many problems took how many iterations and evaluations, and why they stopped."""
+        """How many problems took how many iterations and evaluations, and why each stopped."""
         if not self._fit.work:
             return {}
         iterations, evaluations, status = torch.cat(self._fit.work, 1).tolist()

@@ -13,15 +13,15 @@ from ..lbfgs.tape import Tape, WindowRows, probabilities, softmax, to_front
 from .adaptation import Adaptation
 from .repeats import Followers, mix, mix_rows
 
-_STEEPEST = 40.0  # nats between two tokens' biases beyond which a product with their exponentials may underflow
+_STEEPEST = 40.0  # nats between two tokens' biases; beyond it a product with their exponentials may underflow
 
 
 @dataclass(frozen=True)
 class WindowBatch:
     """Consecutive windows, cut to the positions that anything needs.
 
-    Windows that overlap may be strided views of one tape of logits, and of targets: what a row of logits is needed for
-    is then computed once, and a window's result has the same bits as in a tensor of its own.
+    Windows that overlap may be strided views of one tape of logits, and of targets: each row of logits is then worked
+    on once, and a window's result has the same bits as from a tensor of its own.
 
     Args:
         logits: float [W, T, V], soft-capped; the last position is the window's last.
@@ -43,7 +43,7 @@ class WindowBatch:
 
     @cached_property
     def scored(self) -> Tensor:
-        """bool [W, T]: the positions that are scored here. In order, they are a piece of the stream."""
+        """bool [W, T]: the positions that are scored here; in order, they form one piece of the stream."""
         return (self._position >= self.context_end[:, None]) & (self._position < self.scored_end[:, None])
 
     @cached_property
@@ -85,9 +85,9 @@ class WindowBatch:
         return self.logits[:, cut], torch.where(seen, self.targets, 0)[:, cut], self.weights(row)[:, cut]
 
     def weights(self, row: Adaptation) -> Tensor:
-        """float32 [W, T] of positions, 0 where a row does not see them: uniform, or half as (1 - p_target)^importance.
+        """float32 [W, T], 0 where a row does not see the position: uniform, or half of it as (1 - p_target)^importance.
 
-        They sum to the number of positions that are seen.
+        The weights sum to the number of positions that are seen.
 
         Source: PR #1372's optional importance weights; that the two halves are equal is not published.
         """

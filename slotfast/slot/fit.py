@@ -66,7 +66,7 @@ class Fit:
                 solution = self._solve_any(batch, range(windows)[group], start)
             solution = layout.clamp(solution, row.clamp)
             if row.warm_start != "no" and bool(used[group].any()):
-                # windows that saw nothing are still where they started: no part of the mean
+                # windows that saw nothing are still where they started, so they are left out of the mean
                 kept = solution if row.warm_start == "place" or count == 1 else solution[used[group]]
                 self.last = kept if row.warm_start == "place" else kept.mean(0, keepdim=True)
             found.append(solution.expand(group.stop - first, -1))
@@ -105,7 +105,7 @@ class Fit:
         else:
             objective: SharedBias | BiasObjective
             if row.scope == "batch" and ops.launches_lbfgs(backend, start) and logits.dtype != torch.float64:
-                # one problem of many rows: a program a window, where a single one would leave a GPU idle
+                # one problem of many rows: one program for each window, as a single program would leave a GPU idle
                 objective = SharedBias(*windows, ridge=row.ridge)
             else:
                 objective = BiasObjective(logits, targets, weights, ridge=row.ridge)
@@ -127,7 +127,7 @@ class Fit:
 
     def _adamw(self, objective: "BiasObjective | HeadObjective", start: Tensor, problems: Tensor) -> Tensor:
         row, found = self.row, start.clone()
-        # a problem at a time: a vector's last elements may round otherwise than its first
+        # one problem at a time: a vector's last elements may round differently from its first
         for index in problems.nonzero()[:, 0].tolist():
             mine = objective.take(torch.tensor([index], device=start.device))
             x = found[index : index + 1].clone()
@@ -210,7 +210,7 @@ class Layout:
         return torch.cat([part.clamp(-bound, bound) if name == "bias" else part for name, part in parts.items()], -1)
 
     def logits(self, x: Tensor, batch: WindowBatch, window: int, positions: Tensor) -> Tensor:
-        """Logits [n, V] of some positions (bool [T]) of a window under parameter x [P]."""
+        """Logits [n, V] at some positions (bool [T]) of a window under parameter x [P]."""
         parts = self.parts(x)
         bias, temperature = parts.get("bias"), parts.get("log_temperature")
         if batch.hidden is None or batch.head is None or not self.through_head:
@@ -233,13 +233,13 @@ class Layout:
 class HeadObjective:
     """Weighted mean cross-entropy, and its gradient, of problems of one or more windows each, for any parameter.
 
-    A window is computed by itself, so that no sum's rounding depends on the batch.
+    Each window is computed by itself, so that no sum's rounding depends on the batch.
 
     Args:
         row: the adaptation.
         batch: the windows.
         problems: the windows of each problem. They share a parameter where the row's scope is batch; else each window
-            has its own, P numbers after the other's.
+            has its own, P numbers one after the other.
     """
 
     def __init__(self, row: Adaptation, batch: WindowBatch, problems: Sequence[Sequence[int]]):

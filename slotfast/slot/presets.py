@@ -1,4 +1,4 @@
-"""The published systems and ours, a row each, and the way from text and environment to a row."""
+"""The published systems and ours, one row each, and how rows are read from text and the environment."""
 
 import os
 from collections.abc import Iterable, Mapping
@@ -137,7 +137,7 @@ def parse_preset(text: str) -> Adaptation:
 
 
 def read_changes(options: str, where: str) -> dict[str, str]:
-    """Values by key of key=value,key=value; raises InputError, which begins with `where`, at any other form."""
+    """The values of key=value,key=value by key; any other form raises an InputError that begins with `where`."""
     changes = {}
     for option in filter(None, options.split(",")):
         key, equals, value = option.partition("=")
@@ -148,7 +148,7 @@ def read_changes(options: str, where: str) -> dict[str, str]:
 
 
 def check_acting(changes: Iterable[str], acting: Iterable[str], where: str) -> None:
-    """Raise InputError, which begins with `where`, at a key that does nothing on its row."""
+    """Raise an InputError that begins with `where` if a key does nothing on its row."""
     acting = list(dict.fromkeys(acting))
     for key in changes:
         if key not in acting:

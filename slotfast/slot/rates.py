@@ -22,7 +22,7 @@ from .batch import Adjusted, Packed, WindowBatch
 from .repeats import CAUTIOUS_GATES
 
 _LARGEST_TABLES = 1 << 30  # bytes
-_SMALLEST_UNIT = 1e-6  # below it float32 sums in shrinking units are brought back to 1
+_SMALLEST_UNIT = 1e-6  # below it, float32 sums kept in shrinking units are brought back to units of 1
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class Rates:
     def windows(self, batch: WindowBatch) -> Tensor:
         """Biases [W, V] from each window's own context."""
         _, counts, expected = self._sums(batch.contexts)
-        windows = zip(counts, expected, strict=True)  # one by one: a vector's last elements may round otherwise
+        windows = zip(counts, expected, strict=True)  # one by one: a vector's last elements may round differently
         return self._bias(torch.stack([((c + self.k) / (e + self.k)).log() for c, e in windows]))
 
     def _bias(self, ratio: Tensor) -> Tensor:
@@ -111,20 +111,20 @@ class Rates:
         return (self.scale * ratio).clamp(-bound, bound)
 
     def weights(self, targets: Tensor, taken: Tensor) -> tuple[Tensor, Tensor]:
-        """What tokens [W, n], where taken, leave of an earlier state, [W], and what each weighs after them, [W, n]."""
+        """How much tokens [W, n], where taken, leave of an earlier state, [W], and what each then weighs, [W, n]."""
         keep = torch.ones(targets.shape, dtype=torch.float64, device=targets.device).masked_fill(taken, self.decay)
         if self.bos_id is not None:
             keep = torch.where(taken & (targets == self.bos_id), keep * self.row.document_decay, keep)
-        after = keep.flip(1).cumprod(1).flip(1)  # what each token, with all that follow it, leaves of the state
+        after = keep.flip(1).cumprod(1).flip(1)  # how much of the state is left after a token and all that follow it
         weight = torch.where(taken, torch.cat([after[:, 1:], torch.ones_like(after[:, :1])], 1), 0.0)
         return after[:, 0], weight
 
     def _sums(self, packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
-        """What positions leave of an earlier state, [W], and what they add to its counts and expectations, [W, V]."""
+        """How much positions leave of an earlier state, [W], and what they add to counts and expectations, [W, V]."""
         left, weight = self.weights(packed.targets, packed.taken)
         window = torch.arange(len(left), device=left.device)[:, None]
         counts = weight.new_zeros(len(left), len(self.k))
-        # in order, where scatter_add_ need not be
+        # adds in order, which scatter_add_ need not do
         counts.index_put_((window, packed.targets), weight, accumulate=True)
         return left, counts, packed.mixture(weight)
 
@@ -149,7 +149,7 @@ class BigramRates:
         self.rates = rates
         self.previous: Tensor | None = None
         self.counts, self.expected = (torch.zeros(vocabulary, vocabulary, device=rates.k.device) for _ in range(2))
-        self.unit = 1.0  # what a table's entry is worth, so that a decay touches nothing
+        self.unit = 1.0  # that the tables' entries are counted in, so that a decay touches no entry
 
     def state_dict(self) -> dict[str, Any]:
         """The tables, and the token that the next one follows."""
@@ -191,5 +191,5 @@ class BigramRates:
         weight = (weight / self.unit).float()
         self.counts.index_put_((previous, targets), weight, accumulate=True)
         rows = weight[:, None] * torch.softmax(logits.float(), -1)
-        self.expected.index_put_((previous,), rows, accumulate=True)  # in order, where index_add_ need not be
+        self.expected.index_put_((previous,), rows, accumulate=True)  # adds in order, which index_add_ need not do
         self.previous = targets[-1:]

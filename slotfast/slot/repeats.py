@@ -6,12 +6,12 @@ Of a token t, with context lengths n_1 < n_2 < ... (in tokens, up to the one bef
     p_j(v) = (1 - g_j) p_{j-1}(v) + g_j c_j(v) / c_j,    c_j = sum_v c_j(v);    p_j = p_{j-1} where c_j < 1e-6
     g_j    = sigmoid(a_j + b_j log c_j)
 
-c_j(v) is the decayed number of times that v followed the same n_j tokens, over all tokens before t, those of t's own
-window among them: every one was charged before it counts. Counts belong to contexts as they are, not to hashes of them,
+c_j(v) is the decayed number of times that v followed the same n_j tokens, over all tokens before t, including those of
+t's own window: each was charged before it counts. Counts belong to contexts as they are, not to hashes of them,
 and the gates do not look at t, so each p_j sums to 1 because p_{j-1} does. The gates are fitted on documents held out
 from training (`fit_gates`) and stored with the model.
 
-Source: prediction by partial matching (Cleary & Witten 1984) with interpolation; the gates are own work.
+Source: prediction by partial matching (Cleary & Witten 1984) with interpolation; the gates are our own.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 CONTEXTS = (1, 2, 3, 4, 6, 8)
-# What documents held out from the training of two small models agreed on.
+# What fits on held-out documents of two small models agreed on.
 DEFAULT_GATES = ((-3.9, 0.25), (-2.05, 0.45), (-1.8, 0.3), (-1.7, 0.3), (-1.7, 0.2), (-1.0, 0.1))
-# Of a model that nothing was fitted to: strong models leave less to repeats.
+# For a model that nothing was fitted to: strong models leave less to repeats.
 CAUTIOUS_GATES = tuple((a - 0.5, b) for a, b in DEFAULT_GATES)
-_LEAST_TOTAL = 1e-6  # less is what a rank that started later may have forgotten
-LARGEST_UNIT = 1e12  # what weighs less than 1 / this is forgotten, which bounds the tables
+_LEAST_TOTAL = 1e-6  # below it, a rank that started later may have forgotten the context
+LARGEST_UNIT = 1e12  # what weighs less than 1 / this is forgotten, so that tables stay bounded
 
 
 # Index of the token, context, follower and weight, [m] each.
@@ -36,7 +36,7 @@ Columns = tuple[Tensor, Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Followers:
-    """What the contexts of n tokens were followed by.
+    """What followed the contexts of n tokens.
 
     Args:
         total: float64 [n, contexts], c_j; 0 where a context is new.
@@ -49,7 +49,7 @@ class Followers:
     rows: Columns | None
 
     def of(self, chosen: np.ndarray) -> Self:
-        """Those of some of the tokens, bool [n]; without rows."""
+        """Those of some tokens, bool [n]; without rows."""
         index = torch.from_numpy(chosen)
         return type(self)(self.total[index], self.hits[index], None)
 
@@ -63,7 +63,7 @@ class Repeats:
     """
 
     def __init__(self, decay: float, document_decay: float, bos_id: int | None):
-        # A token's weight is written in units that grow while older tokens decay: nothing is touched twice.
+        # Instead of decaying old weights, new tokens count in ever larger units: no entry is touched twice.
         self.growth, self.bos_id = 1 / decay, bos_id
         self.document_growth = 1 / max(document_decay, 1 / LARGEST_UNIT)
         self.tables: list[dict[tuple[int, ...], dict[int, float]]] = [{} for _ in CONTEXTS]
@@ -102,7 +102,7 @@ class Repeats:
         return Followers(torch.from_numpy(total).to(device), torch.from_numpy(hits).to(device), columns)
 
     def _forget(self) -> None:
-        """Bring the unit back to 1 and drop contexts, and followers of others, that no longer weigh anything."""
+        """Bring the unit back to 1, and drop contexts and followers that no longer weigh anything."""
         for j, table in enumerate(self.tables):
             self.tables[j] = {
                 context: {token: weight / self.unit for token, weight in followers.items() if weight > 1.0}

@@ -1,15 +1,15 @@
 """The counts of `Repeats` without a table: by sorting the stream's last tokens, wherever they are; for GPUs.
 
 A dictionary is read and written token by token on the host, some 10 us each; a GPU's forward takes less. Here a batch's
-tokens are taken with all behind them that still weighs anything. Runs of 1, 2, ... tokens get numbers, equal where the
-runs are: those of m tokens by sorting pairs (number of the first m - 1, last token). In that sorted order the places
-where the same run came lie side by side in the stream's order. How often the run had come before is, decayed,
+tokens are taken together with all earlier ones that still weigh anything. Runs of 1, 2, ... tokens get numbers, equal
+where the runs are: those of m tokens by sorting pairs (number of the first m - 1, last token). In that sorted order the
+places where the same run came lie side by side in the stream's order. How often the run had come before is, decayed,
 
-    r_i = d_i (r_{i-1} + 1),    d_i: what the tokens from the place before leave; 0 at the first place
+    r_i = d_i (r_{i-1} + 1),    d_i: what is left of a count since the place before; 0 at the first place
 
-a scan in log2(n) steps for all lengths at once, which sums what lies before a place alone. Of token t after a context
-of n tokens, c_j(t) is r of the run of n + 1 tokens that ends with t; and c_j, the sum over all tokens, r of the context
-itself, one token earlier: a run that came again ends with the same token, which leaves the same of a count.
+a scan in log2(n) steps for all lengths at once, in which a place's sum covers earlier places only. Of token t after a
+context of n tokens, c_j(t) is r of the run of n + 1 tokens that ends with t; and c_j, the sum over all tokens, r of the
+context itself, one token earlier: a run that came again ends with the same token, which leaves the same of a count.
 
 That is `Repeats` but for rounding, and for what weighs less than 1e-12: where a stream is cut into batches decides what
 of that still counts.
@@ -23,8 +23,8 @@ from torch.nn.functional import pad
 
 from .repeats import CONTEXTS, LARGEST_UNIT, Columns, Followers
 
-_CHUNK = 1 << 16  # tokens that are sorted at once, besides those behind them
-_LONGEST = 1 << 18  # tokens behind them, at most
+_CHUNK = 1 << 16  # tokens of a batch that are sorted at once
+_LONGEST = 1 << 18  # earlier tokens sorted with them, at most
 
 
 class SortedRepeats:
@@ -76,8 +76,8 @@ class SortedRepeats:
         return Followers(total, hits, self._rows(row, places, first, started, begin) if all_rows else None)
 
     def _weight(self, place: Tensor, earlier: Tensor, started: Tensor) -> Tensor:
-        """What the tokens from one place up to another leave of a count, float64."""
-        # From whole numbers: the same bits wherever the sorted piece begins
+        """How much of a count is left between an earlier place and a later one, float64."""
+        # Computed from whole numbers, so that the bits do not depend on where the sorted piece begins
         tokens, documents = (place - earlier).double(), (started[place] - started[earlier]).double()
         return (-self.token_age * tokens - self.document_age * documents).exp()
 

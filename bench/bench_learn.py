@@ -67,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
     lines = known(options.out, key)
     if None not in lines:
         frozen = LearningPass(FrozenLoop(model, *where, block=_BLOCK), [UNLEARNED], text).run()
-        found = {"bpb": frozen.meter.score(1).bpb, "seconds": frozen.unlearned_seconds, "block": _BLOCK}
+        found = {"bpb": frozen.meter.score(1).bpb, "seconds": frozen.seconds["unlearned"], "block": _BLOCK}
         lines[None] = key | {"row": None} | found | {"nats": frozen.meter.nats[1].tolist()}
         put(options.out, lines[None])
     calibration = Calibration.stored(inputs.artifact.unigram, inputs.artifact.metadata)
@@ -111,7 +111,7 @@ def known(path: str | None, key: dict[str, Any]) -> dict[str | None, dict[str, A
 
 def figures(passed: LearningPass, number: int) -> dict[str, Any]:
     """What a row of a pass came to."""
-    score, meter, seconds = passed.meter.score(number), passed.meter, passed.loop.seconds
+    score, meter, seconds = passed.meter.score(number), passed.meter, passed.seconds
     gained = (meter.nats[0] - meter.nats[number]) / np.log(2) / meter.bytes
     taken = seconds["learned"] + (seconds["on top"] if passed.rows[number - 1].top else 0)
     return {
@@ -119,9 +119,9 @@ def figures(passed: LearningPass, number: int) -> dict[str, Any]:
         "gain_bpb": score.gain_bpb,
         "gain_se": score.gain_se,
         "by_document": [round(each, 4) for each in gained],
-        "forwards": passed.loop.forwards,
+        "forwards": passed.forwards,
         "seconds": taken,
-        "times_unlearned": taken / passed.unlearned_seconds,
+        "times_unlearned": taken / seconds["unlearned"],
     }
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,9 +68,30 @@ class WindowsLoop:
         plan = self._pass.plan
         return (len(plan) * plan.seq_len + 3 * self._training.trained) / max(1, plan.predictions)
 
-    def run(self, read: Read, predictions: int, on_charged: Callable[[Charged], None]) -> None:
+    def run(
+        self,
+        read: Read,
+        predictions: int | range,
+        on_charged: Callable[[Charged], None],
+        on_chunk: Callable[[], None] | None = None,
+    ) -> None:
         """Charge and learn; see `LearningLoop.run`. The text is its own, whatever `read` reads."""
-        self._pass.run(on_scored=lambda scored: on_charged(_charged(scored)))
+        self._pass.run(on_scored=lambda scored: on_charged(_charged(scored)), on_piece=on_chunk)
+        self._read_seconds()
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a loop with the same arguments needs to go on from here; None before it began."""
+        begun = self._pass.windows > 0
+        return {"pass": self._pass.state_dict() if begun else None, "trained": self._training.trained}
+
+    def load_state_dict(self, state: Mapping[str, Any], read: Read) -> None:
+        """Go on from what `state_dict` gave."""
+        if state["pass"] is not None:
+            self._pass.load_state_dict(state["pass"])
+            self._training.trained = state["trained"]
+            self._read_seconds()
+
+    def _read_seconds(self) -> None:
         seconds = dict(self._pass.seconds)
         self.seconds["on top"] = seconds.pop("adapt")
         self.seconds["learned"] = sum(seconds.values())

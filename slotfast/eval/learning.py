@@ -1,15 +1,17 @@
 """Passes of rows that learn over a text, beside the pass that the others share: their weights are their own."""
 
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from ..data import Text
 from ..learn import Charged, DocumentLoop, FrozenLoop, Learning, LearningLoop
 from ..score import Meter
 from ..slot import Calibration
+from ..worker import Worker
 from .chunked import WindowsLoop
 from .loop import PIECES
 
@@ -17,19 +19,20 @@ UNLEARNED = Learning(name="the stream unlearned")  # what a loop is asked for th
 
 
 class LearningPass:
-    """Every token of a text charged once, chunk by chunk, in any order.
+    """Every token of a text, or of a rank's piece of it, charged once, chunk by chunk, in any order.
 
     Args:
         loop: fresh.
         rows: what is charged, rows that learn alike: with nothing on top, or with the loop's rows on top, in order.
         text: nothing is charged for the token at position 0.
         keep_nll: keep every token's losses.
+        rank, world: which of the text's pieces this is; see `piece`.
 
     Attributes:
         meter, along: sums by document and by piece of the stream; row 0 is the same forward unlearned, and empty until
             `compare` where the loop does not charge that too.
-        unlearned_seconds: that this forward took.
-        nll: float [rows, N - 1] of every token but the first, where kept.
+        charged: tokens so far.
+        seconds, forwards: of the loop; after `gather` of the slowest rank, and of all.
     """
 
     def __init__(
@@ -38,53 +41,128 @@ class LearningPass:
         rows: Sequence[Learning],
         text: Text,
         keep_nll: bool = False,
+        rank: int = 0,
+        world: int = 1,
     ):
         self.loop, self.rows, self.text = loop, rows, text
+        self.span = piece(rows[0], text, rank, world)
         names = ["unlearned", *(row.name for row in rows)]
         self.meter, self.along = Meter(names, text.documents), Meter(names, PIECES)
+        self.charged, self.forwards = 0, 0.0
         self._parts: dict[int, np.ndarray] | None = {} if keep_nll else None  # by the first prediction
         self._starts = text.starts
+        self._gathered: dict[str, float] | None = None
 
     @property
     def nll(self) -> np.ndarray:
+        """Float [rows, N - 1] of every token but the first, where kept."""
         return np.concatenate([self._parts[start] for start in sorted(self._parts)], 1)
 
     @property
-    def unlearned_seconds(self) -> float:
-        return self.loop.seconds["unlearned"]
+    def seconds(self) -> dict[str, float]:
+        return self._gathered or self.loop.seconds
 
-    def run(self, on_tokens: Callable[[int], None] | None = None) -> Self:
-        """Charge and learn; `on_tokens` is called with the number of tokens just charged."""
+    def run(self, on_tokens: Callable[[int], None] | None = None, on_chunk: Callable[[], None] | None = None) -> Self:
+        """Charge and learn what is not charged yet.
 
-        def take(charged: Charged) -> None:
-            start = charged.start
-            plain = torch.zeros_like(charged.nll) if charged.unlearned is None else charged.unlearned
-            on_top = iter(() if charged.on_top is None else charged.on_top)
-            rows = [charged.nll if row.top is None else next(on_top) for row in self.rows]
-            nll = torch.stack([plain, *rows]).cpu().numpy()
-            tokens = self.text.stream.read(start, start + nll.shape[1] + 1)
-            position, n_bytes = np.arange(start + 1, start + len(tokens)), self.text.bytes_of(tokens)
-            self.meter.add(np.searchsorted(self._starts, position, "right") - 1, n_bytes, nll)
-            self.along.add(position * PIECES // len(self.text.stream), n_bytes, nll)
-            if self._parts is not None:
-                self._parts[start] = nll[1:]
-            if on_tokens:
-                on_tokens(nll.shape[1])
+        Args:
+            on_tokens: called with the number of tokens just charged.
+            on_chunk: called where `state_dict` may be saved.
+        """
+        read, first = self.text.stream.read, self.span.start
+        if isinstance(self.loop, DocumentLoop):
+            # windows begin where documents do: what is before a piece is nothing to it
 
-        self.loop.run(self.text.stream.read, len(self.text.stream) - 1, take)
+            def within(start: int, stop: int) -> np.ndarray:
+                return read(first + start, first + stop)
+
+            self.loop.run(within, len(self.span), lambda charged: self._take(charged, first, on_tokens))
+        else:
+            self.loop.run(read, self.span, lambda charged: self._take(charged, 0, on_tokens), on_chunk)
+        if self.charged:
+            self.forwards = getattr(self.loop, "forwards", 1.0)
         return self
+
+    def _take(self, charged: Charged, origin: int, on_tokens: Callable[[int], None] | None) -> None:
+        start = origin + charged.start
+        plain = torch.zeros_like(charged.nll) if charged.unlearned is None else charged.unlearned
+        on_top = iter(() if charged.on_top is None else charged.on_top)
+        rows = [charged.nll if row.top is None else next(on_top) for row in self.rows]
+        nll = torch.stack([plain, *rows]).cpu().numpy()
+        tokens = self.text.stream.read(start, start + nll.shape[1] + 1)
+        position, n_bytes = np.arange(start + 1, start + len(tokens)), self.text.bytes_of(tokens)
+        self.meter.add(np.searchsorted(self._starts, position, "right") - 1, n_bytes, nll)
+        self.along.add(position * PIECES // len(self.text.stream), n_bytes, nll)
+        self.charged += nll.shape[1]
+        if self._parts is not None:
+            self._parts[start] = nll[1:]
+        if on_tokens:
+            on_tokens(nll.shape[1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a pass with the same arguments needs to go on from here."""
+        nll = torch.from_numpy(self.nll) if self._parts else None
+        return {
+            "loop": self.loop.state_dict(),
+            "meter": self.meter.state_dict(),
+            "along": self.along.state_dict(),
+            "charged": self.charged,
+            "nll": nll,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, RuntimeError: it is of another pass.
+        """
+        self.loop.load_state_dict(state["loop"], self.text.stream.read)
+        self.meter.load_state_dict(state["meter"])
+        self.along.load_state_dict(state["along"])
+        self.charged = state["charged"]
+        if state["nll"] is not None:
+            self._parts = {self.span.start: state["nll"].numpy()}
+
+    def gather(self, worker: Worker) -> None:
+        """Sum up over all ranks; rank 0 has every token's losses then."""
+        if worker.world == 1:
+            return
+        self.meter.reduce()
+        self.along.reduce()
+        parts: list | None = [None] * worker.world if worker.rank == 0 else None
+        dist.gather_object((self._parts, self.loop.seconds, self.charged, self.forwards), parts)
+        if parts is None:
+            return
+        self._gathered = {name: max(seconds[name] for _, seconds, _, _ in parts) for name in self.loop.seconds}
+        self.charged = sum(charged for _, _, charged, _ in parts)
+        self.forwards = sum(charged * forwards for _, _, charged, forwards in parts) / max(1, self.charged)
+        if self._parts is not None:
+            self._parts = {start: nll for kept, *_ in parts for start, nll in kept.items()}
 
     def compare(self, unlearned: np.ndarray, seconds: float) -> None:
         """Take the sums of the same forward unlearned, float64 [documents], and what it took, from the pass that has
         them, where the loop does not charge it itself."""
         self.meter.nats[0] = unlearned
-        self.loop.seconds["unlearned"] = seconds
+        self.seconds["unlearned"] = seconds
 
     def add_to(self, meter: Meter, along: Meter) -> None:
         """Add these rows' sums to those of the rows that were scored in the same places."""
         for number, row in enumerate(self.rows, 1):
             meter.append(row.name, self.meter.nats[number])
             along.append(row.name, self.along.nats[number])
+
+
+def piece(row: Learning, text: Text, rank: int, world: int) -> range:
+    """The predictions that one of several ranks charges: contiguous, of whole chunks, or of whole documents where
+    learning starts afresh at each; a rank may have none."""
+    predictions = len(text.stream) - 1
+    ideal = [number * predictions // world for number in (rank, rank + 1)]
+    if row.scope == "document":
+        starts = np.append(text.starts, predictions)
+        cuts = [int(starts[np.searchsorted(starts[:-1], at)]) if at else 0 for at in ideal]
+    else:
+        cuts = [at // row.chunk * row.chunk for at in ideal]
+    return range(cuts[0], predictions if rank == world - 1 else cuts[1])
 
 
 def grouped(rows: Sequence[Learning], calibration: Calibration) -> list[list[Learning]]:

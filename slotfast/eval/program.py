@@ -110,37 +110,43 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
         else:
             on_top = OnTop.of(same, plan.seq_len, calibration, bos_id)
             loop = make_loop(model, same[0], plan.seq_len, sinks, bos_id, worker.dtype, on_top=on_top)
-        learners.append(LearningPass(loop, same, inputs.text, keep_nll=per_token))
-    saver = Saver(saved, describe(inputs, setup, model, per_token), sliding, collected) if saved else None
-    loaded = time.perf_counter()
-    with Progress(len(plan.owned(rank, world)), sliding.windows, "windows", silent=rank > 0) as progress:
-        sliding.run(
-            on_scored=collected.add if per_token else None,
-            on_windows=progress,
-            on_piece=saver.save_when_due if saver else None,
-        )
-    if saver:
-        saver.save()  # all of it, should writing the result fail
-    sliding.meter.reduce()
-    sliding.along.reduce()
-    none = unlearned = sliding.meter.nats[0], sliding.seconds["forward"]
+        learners.append(LearningPass(loop, same, inputs.text, per_token, rank, world))
+    charging = list(learners)
     missing = [learner for learner in learners if "unlearned" not in learner.loop.seconds]
+    frozen = None
     if streaming is None and any(learner.loop.row.forward == "stream" for learner in missing):
         # one for all of them: the weights that they start from are the same
         # a model that remembers nothing sees the more of its window, the less is asked at once
         chunk = min(row.chunk for row in setup.learning)
         block = block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu) if streams(model) else chunk
-        frozen = LearningPass(FrozenLoop(model, plan.seq_len, sinks, worker.dtype, block), [UNLEARNED], inputs.text)
-        _charge(frozen)
-        unlearned = frozen.meter.nats[1], frozen.unlearned_seconds
-    for learner in learners:
-        _charge(learner)
-        if learner in missing:
-            learner.compare(*(none if learner.loop.row.forward == "windows" else unlearned))
-        learner.add_to(sliding.meter, sliding.along)
-        if per_token:
-            for nll in learner.nll:
-                collected.append(nll)
+        loop = FrozenLoop(model, plan.seq_len, sinks, worker.dtype, block)
+        frozen = LearningPass(loop, [UNLEARNED], inputs.text, False, rank, world)
+        charging.insert(0, frozen)
+    run = describe(inputs, setup, model, per_token) if saved else {}
+    saver = Saver(saved, run, sliding, collected, charging) if saved else None
+    save = saver.save_when_due if saver else None
+    loaded = time.perf_counter()
+    with Progress(len(plan.owned(rank, world)), sliding.windows, "windows", silent=rank > 0) as progress:
+        sliding.run(
+            on_scored=collected.add if per_token else None,
+            on_windows=progress,
+            on_piece=save,
+        )
+    for each in charging:
+        names = ", ".join(row.name for row in each.rows)
+        with Progress(len(each.span), each.charged, f"tokens of {names}", silent=rank > 0) as progress:
+            each.run(progress, save)
+    if saver:
+        saver.save()  # all of it, should writing the result fail
+    sliding.meter.reduce()
+    sliding.along.reduce()
+    for each in charging:
+        each.gather(worker)
+    none = unlearned = sliding.meter.nats[0], sliding.seconds["forward"]
+    if frozen:
+        unlearned = frozen.meter.nats[1], frozen.seconds["unlearned"]
+    for learner in missing:
+        learner.compare(*(none if learner.loop.row.forward == "windows" else unlearned))
     work, peak = [adapter.work() for adapter in adapters], peak_memory_bytes(worker)
     if world > 1:
         gathered: list | None = [None] * world if rank == 0 else None
@@ -149,18 +155,17 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
             collected.parts = [part for parts, _, _ in gathered for part in parts]
             work = [merge_work(each) for each in zip(*(work for _, work, _ in gathered), strict=True)]
             peak = max(peak for _, _, peak in gathered)
+    for learner in learners if not rank else ():
+        learner.add_to(sliding.meter, sliding.along)
+        if per_token:
+            for nll in learner.nll:
+                collected.append(nll)
     earlier = saver.seconds if saver else 0.0
     total = earlier + time.perf_counter() - started
     seconds = {"load": loaded - started, **sliding.seconds, "total": total}
     if learners:
-        seconds["learn"] = sum(learner.loop.seconds["learned"] for learner in learners)
+        seconds["learn"] = sum(learner.seconds["learned"] for learner in learners)
     return Outcome(sliding, learners, collected, work, seconds, peak)
-
-
-def _charge(learner: LearningPass) -> None:
-    names = ", ".join(row.name for row in learner.rows)
-    with Progress(len(learner.text.stream) - 1, 0, f"tokens of {names}") as progress:
-        learner.run(progress)
 
 
 def _intent(inputs: Inputs, setup: Setup, rows: list[Adaptation | Learning]) -> str:

@@ -139,16 +139,16 @@ def merge_work(ranks: Sequence[dict[str, Counter]]) -> dict[str, Counter]:
 
 def _learned(learner: LearningPass, number: int) -> dict[str, Any]:
     """What is also said of a row that learns: its gain over the same forward unlearned, and what it costs."""
-    seconds, unlearned, score = learner.loop.seconds, learner.meter.score(0), learner.meter.score(number)
+    seconds, unlearned, score = learner.seconds, learner.meter.score(0), learner.meter.score(number)
     on_top = {} if learner.rows[number - 1].top is None else {"on_top_seconds": round(seconds["on top"], 3)}
     return {
         "forward": learner.loop.row.forward,
         "sinks": learner.loop.sinks if learner.loop.row.forward == "stream" else None,
         "unlearned": {"bpb": unlearned.bpb, "gain_bpb": score.gain_bpb, "gain_se": score.gain_se},
         "cost": {
-            "forwards": round(learner.loop.forwards, 3),
+            "forwards": round(learner.forwards, 3),
             "seconds": round(seconds["learned"], 3),
-            "unlearned_seconds": round(learner.unlearned_seconds, 3),
+            "unlearned_seconds": round(seconds["unlearned"], 3),
             **on_top,
         },
     }

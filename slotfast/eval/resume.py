@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from ..command import checkpoint
 from ..errors import InputError
 from ..words import counted
 from .inputs import Inputs
+from .learning import LearningPass
 from .loop import SlidingPass
 from .report import TokenRows
 from .setup import Setup
@@ -39,7 +40,7 @@ def describe(inputs: Inputs, setup: Setup, model: nn.Module, per_token: bool) ->
     """
     table = inputs.tokenizer.byte_table
     unigram = inputs.artifact.unigram
-    rows = [row.summary() for row in setup.rows]
+    rows = [row.summary() for row in (*setup.rows, *setup.learning)]
     worker, training = setup.worker, setup.training
     return {
         "version": __version__,
@@ -64,42 +65,54 @@ def describe(inputs: Inputs, setup: Setup, model: nn.Module, per_token: bool) ->
         "batch_windows": setup.batch_windows,
         "adapt_windows": setup.adapt_windows,
         "forward": setup.forward,
-        "sinks": setup.sinks,
+        "sinks": setup.learning_sinks if setup.learning else setup.sinks,
         "block_tokens": setup.block_tokens,
         "dtype": worker.dtype_name,
     }
 
 
 class Saver:
-    """Saves a pass and the rows collected of it.
+    """Saves a pass and the rows collected of it, and the passes of the rows that learn.
 
     Args:
         path: of this rank's part.
         run: see `describe`.
         sliding: fresh.
         collected: every token's losses; empty where they are not asked for.
+        learners: fresh.
 
     Raises:
         InputError: a file is there, and it is damaged or belongs to another evaluation.
     """
 
-    def __init__(self, path: str, run: Mapping[str, Any], sliding: SlidingPass, collected: TokenRows):
-        self.path, self.run, self.sliding, self.collected = path, run, sliding, collected
-        self.seconds = 0.0  # that the pass took before it was saved
+    def __init__(
+        self,
+        path: str,
+        run: Mapping[str, Any],
+        sliding: SlidingPass,
+        collected: TokenRows,
+        learners: Sequence[LearningPass] = (),
+    ):
+        self.path, self.run, self.sliding, self.collected, self.learners = path, run, sliding, collected, learners
+        self.seconds = 0.0  # that the passes took before they were saved
         state = checkpoint.load(path, _COMMAND, run)
         if state is not None:
             try:
                 sliding.load_state_dict(state["pass"])
                 collected.load_state_dict(state["rows"])
+                for learner, saved in zip(learners, state["learners"], strict=True):
+                    learner.load_state_dict(saved)
             except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
                 raise InputError(f"{path}: its state does not fit this evaluation: damaged") from None
-            self.seconds = sum(sliding.seconds.values())
+            parts = (sliding.seconds, *(learner.loop.seconds for learner in learners))
+            self.seconds = sum(sum(part.values()) for part in parts)
             print(f"{path}: going on behind {counted(sliding.windows, 'window')}", file=sys.stderr, flush=True)
         self._due = time.perf_counter() + _SECONDS
 
     def save(self) -> None:
         """Save the state as it is."""
-        state = {"pass": self.sliding.state_dict(), "rows": self.collected.state_dict()}
+        learners = [learner.state_dict() for learner in self.learners]
+        state = {"pass": self.sliding.state_dict(), "rows": self.collected.state_dict(), "learners": learners}
         checkpoint.save(self.path, _COMMAND, self.run, state)
 
     def save_when_due(self) -> None:

@@ -199,6 +199,7 @@ class WindowStream:
         if sinks:
             raise InputError(f"--sinks {sinks}: the model has no keys that could stay")
         self.states, self.window, self.position = states, window, 0
+        self.sinks, self.reach = 0, window
         self._recent: Tensor | None = None
 
     def __call__(self, tokens: Tensor, first: int = 0) -> Tensor:
@@ -207,6 +208,10 @@ class WindowStream:
         known = known[:, -max(self.window, tokens.size(1)) :]
         self._recent, self.position = known[:, -self.window :], self.position + tokens.size(1)
         return self.states(known)[:, known.size(1) - tokens.size(1) + first :]
+
+    def skip(self, position: int) -> None:
+        """Go on at a later position of the stream, as if nothing before it existed."""
+        self.position, self._recent = position, None
 
     def again(self, count: int) -> int:
         """Earlier tokens that are forwarded again before the next `count`."""

@@ -13,9 +13,10 @@ Whether a row is causal follows from these choices, and the auditor measures it.
 """
 
 from .api import Learned, learn, make_loop
+from .charged import Charged, FrozenLoop
 from .documents import DocumentLoop
 from .layers import PROJECTIONS
-from .loop import Charged, FrozenLoop, LearningLoop
+from .loop import LearningLoop
 from .lora import Lora
 from .presets import LEARNING, parse_row
 from .row import Learning

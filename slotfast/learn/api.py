@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..foreign.models import LanguageModel, language_model
 from ..model import GPT
+from .charged import FrozenLoop
 from .documents import DocumentLoop
-from .loop import FrozenLoop, LearningLoop
+from .loop import LearningLoop
 from .presets import parse_row
 from .row import Learning
 from .top import OnTop

@@ -22,8 +22,9 @@ from ..errors import InputError
 from ..model import GPT
 from ..timing import Stopwatch
 from .batch import Batch, Slot
+from .charged import Charged
 from .keys import LOOK_BACK, SlotKeys
-from .loop import Charged, check
+from .loop import check
 from .phases import train_phase
 from .row import Learning
 from .schedule import Document, Read, boundaries, chunk_of, documents, rounds

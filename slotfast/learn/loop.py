@@ -4,73 +4,21 @@ Keys and values that later chunks see are those of the forward that charged a ch
 since. No gradient reaches them.
 """
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..errors import InputError
 from ..foreign.models import LanguageModel, cached_forward
 from ..model import GPT, PackedLinear
-from .lora import Learner, Lora, Weights
+from .charged import Charged, Clock, Read, catch_up, losses_of, read_tokens
+from .lora import Learner, Lora, Weights, restore
 from .row import Learning
 from .top import OnTop
 
-
-@dataclass(frozen=True)
-class Charged:
-    """Tokens that were charged, and not yet learned from.
-
-    Args:
-        start: the first prediction, which is charged for token start + 1 of the stream.
-        nll: float32 (float64 for float64) [n], nats.
-        unlearned: the same without what has been learned, where the loop's forward is no other loop's; else None.
-        logprobs: float [n, V], the distributions that nll was taken from; None unless asked for.
-        on_top: like nll [rows, n], of the rows on top; None where there are none.
-        on_top_logprobs: like logprobs, of each of these rows; empty unless asked for.
-    """
-
-    start: int
-    nll: Tensor
-    unlearned: Tensor | None = None
-    logprobs: Tensor | None = None
-    on_top: Tensor | None = None
-    on_top_logprobs: Sequence[Tensor] = ()
-
-
-class FrozenLoop:
-    """Charges a stream block by block and learns nothing: what rows that learn are compared with.
-
-    Args:
-        model, window, sinks, dtype: of `LearningLoop`.
-        block: tokens of one forward, >= 1.
-
-    Attributes:
-        seconds: of forwarding.
-    """
-
-    def __init__(
-        self, model: nn.Module, window: int, sinks: int = 0, dtype: torch.dtype | None = None, block: int = 256
-    ):
-        self.model, self.block, self.seconds = model, block, {"unlearned": 0.0}
-        self._cached = cached_forward(model, window, sinks, dtype)
-
-    @torch.no_grad()
-    def run(
-        self, read: Callable[[int, int], np.ndarray], predictions: int, on_charged: Callable[[Charged], None]
-    ) -> None:
-        """Charge; see `LearningLoop.run`."""
-        clock = _Clock(self.model)
-        for start in range(0, predictions, self.block):
-            tokens = _tokens(read, start, min(start + self.block, predictions), self.model)
-            nll = _losses(self._cached, self.model.head, tokens)[0]
-            self.seconds["unlearned"] += clock.lap()
-            on_charged(Charged(start, nll))
-            clock.lap()
+_COUNTED = ("done", "since", "work", "tokens")  # since: where the rows on top began
 
 
 class LearningLoop:
@@ -114,7 +62,8 @@ class LearningLoop:
         except InputError as error:
             raise InputError(f"preset {row.name!r}: {error}") from None
         self._optimizer = _optimizer(row, self._learner)
-        self._work = self._tokens = self._forwarded = 0
+        self._work = self._tokens = self._forwarded = self._since = 0
+        self._done: int | None = None  # predictions before this one are charged; None before any is
 
     @property
     def forwards(self) -> float:
@@ -122,37 +71,79 @@ class LearningLoop:
         return self._work / max(1, self._tokens)
 
     def run(
-        self, read: Callable[[int, int], np.ndarray], predictions: int, on_charged: Callable[[Charged], None]
+        self,
+        read: Read,
+        predictions: int | range,
+        on_charged: Callable[[Charged], None],
+        on_chunk: Callable[[], None] | None = None,
     ) -> None:
-        """Charge and learn.
+        """Charge and learn what is not charged yet.
 
         Args:
             read: tokens [start, stop) of the stream, integers.
-            predictions: tokens of the stream but the first.
+            predictions: tokens of the stream but the first; or those of a piece of it, which learns apart: what keys it
+                needs of earlier tokens are made by the weights that it starts from.
             on_charged: called with each chunk before anything is learned from it; leaves the model alone.
+            on_chunk: called where `state_dict` may be saved: what is charged has been learned from.
 
         Raises:
             InputError: losses that are no numbers.
         """
+        span = range(predictions) if isinstance(predictions, int) else predictions
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.requires_grad_(False)
         try:
-            start = 0
-            while start < predictions:
-                tokens = _tokens(read, start, min(start + self.row.chunk, predictions), self.model)
-                start += self._chunk(start, tokens, predictions, on_charged)
+            if self._done is None:
+                catch_up(self._cached, read, span.start, self.model)
+                self._done = self._since = span.start
+            while self._done < span.stop:
+                tokens = read_tokens(read, self._done, min(self._done + self.row.chunk, span.stop), self.model)
+                self._done += self._chunk(self._done, tokens, span.stop, on_charged)
+                if on_chunk:
+                    on_chunk()
         finally:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that a loop with the same arguments needs to go on from here."""
+        return {
+            **{name: getattr(self, f"_{name}") for name in _COUNTED},
+            "seconds": dict(self.seconds),
+            "cached": self._cached.state_dict(),
+            "learned": self._learner.values,
+            "optimizer": self._optimizer.state_dict(),
+            "on_top": self.on_top and self.on_top.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], read: Read) -> None:
+        """Go on from what `state_dict` gave.
+
+        Args:
+            read: see `run`.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, RuntimeError: it is of another loop.
+        """
+        for name in _COUNTED:
+            setattr(self, f"_{name}", state[name])
+        self.seconds.update(state["seconds"])
+        self._cached.load_state_dict(state["cached"])
+        restore(self._learner.values, state["learned"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        if self.on_top and self._done is not None:
+            device = next(self.model.parameters()).device
+            self.on_top.load_state_dict(state["on_top"], read(self._since + 1, self._done + 1), device)
+
     def _chunk(self, start: int, tokens: Tensor, predictions: int, on_charged: Callable[[Charged], None]) -> int:
         """Charge predictions of tokens [n + 1], and learn from them; how many: n, or fewer where a document ends."""
-        clock, count = _Clock(self.model), len(tokens) - 1
+        clock, count = Clock(self.model), len(tokens) - 1
         if self.row.scope == "document":
             borders = (tokens[:-1] == self.bos_id).nonzero()[:, 0].tolist()
             if borders[:1] == [0]:
                 self._learner.reset()
                 self._optimizer.state.clear()
+                self._since = start
                 if self.on_top:
                     self.on_top.reset()
             count = next((border for border in borders if border), count)
@@ -180,6 +171,9 @@ class LearningLoop:
                 # comes from the whole chunk, and what is remembered ends where the document does.
                 self._cached.load_state_dict(before)
                 self._forward(tokens[: count + 1])
+                self._since = start + count
+                if self.on_top:
+                    self.on_top.reset()
         self.seconds["learned"] += clock.lap()
         return count
 
@@ -205,7 +199,7 @@ class LearningLoop:
         again = getattr(self._cached, "again", None)  # of a model that keeps nothing
         self._forwarded = len(tokens) - 1 + (again(len(tokens) - 1) if again else 0)
         self._work += self._forwarded
-        return _losses(self._cached, lambda hidden: self._learner.head(self.model, hidden), tokens)
+        return losses_of(self._cached, lambda hidden: self._learner.head(self.model, hidden), tokens)
 
     def _check(self, start: int, nll: Tensor) -> None:
         broken = (~nll.isfinite()).nonzero()
@@ -226,33 +220,6 @@ def check(row: Learning, model: nn.Module, window: int, bos_id: int | None) -> N
         raise InputError(f"{where}chunk={row.chunk} is longer than the window of {window} tokens")
     if row.scope == "document" and bos_id is None:
         raise InputError(f"{where}scope=document: expected a token that starts one")
-
-
-def _tokens(read: Callable[[int, int], np.ndarray], start: int, stop: int, model: nn.Module) -> Tensor:
-    """int64 [stop - start + 1], on the model's device: what predictions [start, stop) read, and are charged for."""
-    tokens = torch.from_numpy(np.asarray(read(start, stop + 1)).astype(np.int64))
-    return tokens.to(next(model.parameters()).device)
-
-
-def _losses(
-    cached: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], tokens: Tensor
-) -> tuple[Tensor, Tensor]:
-    logits = head(cached(tokens[None, :-1]))
-    return ops.cross_entropy(logits, tokens[None, 1:])[0], logits[0]
-
-
-class _Clock:
-    """Seconds since the last lap, of the device too."""
-
-    def __init__(self, model: nn.Module):
-        self._cuda = next(model.parameters()).is_cuda
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        since, self._last = self._last, time.perf_counter()
-        return self._last - since
 
 
 def _learner(row: Learning, model: nn.Module) -> Learner:

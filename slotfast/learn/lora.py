@@ -21,6 +21,11 @@ class Learner(Protocol):
 
     parameters: list[nn.Parameter]
 
+    @property
+    def values(self) -> list[Tensor]:
+        """What has been learned: where it is kept."""
+        ...
+
     def attached(self) -> contextlib.AbstractContextManager[None]:
         """Within, the model computes with what has been learned; afterwards it is what it was."""
         ...
@@ -66,6 +71,11 @@ class Lora:
             self._head = factors(*model.tok_emb.weight.shape, model.tok_emb.weight)
         self._start = [parameter.detach().clone() for parameter in self.parameters]
 
+    @property
+    def values(self) -> list[Tensor]:
+        """See `Learner`."""
+        return [parameter.data for parameter in self.parameters]
+
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """See `Learner`."""
@@ -84,7 +94,7 @@ class Lora:
 
     def reset(self) -> None:
         """See `Learner`."""
-        _restore(self.parameters, self._start)
+        restore(self.parameters, self._start)
 
     def _product(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         product = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
@@ -105,6 +115,11 @@ class Weights:
         self.parameters = [parameter for parameter in model.parameters() if id(parameter) not in held]
         self._start = [parameter.data for parameter in self.parameters]
         self._learned = [value.clone() for value in self._start]
+
+    @property
+    def values(self) -> list[Tensor]:
+        """See `Learner`."""
+        return self._learned
 
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
@@ -127,11 +142,11 @@ class Weights:
 
     def reset(self) -> None:
         """See `Learner`."""
-        _restore(self._learned, self._start)
+        restore(self._learned, self._start)
 
 
 @torch.no_grad()
-def _restore(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+def restore(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
 

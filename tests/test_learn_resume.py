@@ -1,0 +1,182 @@
+"""Rows that learn, killed and started again: the same bits; and on several ranks: those of each piece by itself."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slotfast.artifact import load_artifact
+from slotfast.command import checkpoint
+from slotfast.data import ByteTable, Text, Tokenizer, TokenStream, read_documents
+from slotfast.eval.__main__ import main
+from slotfast.eval.learning import LearningPass, piece
+from slotfast.foreign.models import language_model
+from slotfast.learn import FrozenLoop, OnTop, make_loop, parse_row
+from slotfast.shipped import TOKENIZER
+
+from .models import random_model
+from .test_foreign_stream import LONGEST, build
+from .test_learn import BOS, WINDOW, _tokens
+from .test_learn_eval import _args, small  # noqa: F401
+
+BYTES = ByteTable(np.arange(97) % 5, np.arange(97) % 3 == 0, np.arange(97) < 4)
+ROWS = (
+    "learn:chunk=8,lr=0.02,rank=2,steps=2+causal",
+    "learn:chunk=8,lr=0.02,what=all,optimizer=sgd,momentum=0.9",
+    "learn:chunk=7,lr=0.02,what=norms,scope=document+causal-window",
+    "learn:chunk=8,lr=0.02,rank=2,scope=document+causal-bigram",
+)
+
+
+class _Killed(Exception):
+    pass
+
+
+def _text():
+    return Text(TokenStream([_tokens().numpy()]), BYTES, BOS)
+
+
+def _pass(model, row, rank=0, world=1):
+    row = parse_row(row)
+    loop = make_loop(model, row, WINDOW, 2, BOS, on_top=OnTop.of([row], WINDOW, bos_id=BOS))
+    return LearningPass(loop, [row], _text(), True, rank, world)
+
+
+def _same(passed, whole):
+    assert np.array_equal(passed.nll, whole.nll) and passed.forwards == whole.forwards
+    for mine, other in ((passed.meter, whole.meter), (passed.along, whole.along)):
+        assert np.array_equal(mine.nats, other.nats) and np.array_equal(mine.bytes, other.bytes)
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("of", ["ours", "transformers"])
+def test_a_pass_that_goes_on_ends_with_the_same_bits(tmp_path, of, row):
+    if of == "ours":
+        model = random_model(layers=2, value_layers=(1,))
+    else:
+        library = pytest.importorskip("transformers", reason="Hugging Face models need transformers (the extra hf)")
+        model = language_model(build(library, "Llama"))[0]
+        assert LONGEST == 64 > len(_tokens()) > LONGEST - WINDOW  # it starts again from position 0 within
+    whole = _pass(model, row).run()
+    for chunks in (1, 3, 6):
+        killed, seen = _pass(model, row), []
+
+        def kill(killed=killed, seen=seen, chunks=chunks):
+            seen.append(1)
+            if len(seen) == chunks:
+                checkpoint.save(tmp_path / "c", "slotfast.eval", {}, killed.state_dict())
+                raise _Killed
+
+        with pytest.raises(_Killed):
+            killed.run(on_chunk=kill)
+        going = _pass(model, row)
+        going.load_state_dict(checkpoint.load(tmp_path / "c", "slotfast.eval", {}))
+        _same(going.run(), whole)
+    fresh = _pass(model, row)
+    fresh.load_state_dict(_pass(model, row).state_dict())  # saved before it began
+    _same(fresh.run(), whole)
+
+
+def _result(path):
+    found = json.loads(path.read_text())
+    for row in found["presets"]:
+        row.get("cost", {}).clear()
+    for name in ("seconds", "windows_per_second", "peak_memory_bytes", "config"):
+        del found[name]
+    return found
+
+
+@pytest.mark.parametrize("way", ["windows", "stream"])
+def test_the_command_goes_on_where_it_was_killed(small, tmp_path, monkeypatch, way):  # noqa: F811
+    monkeypatch.setattr("slotfast.eval.resume._SECONDS", 0)
+    monkeypatch.setattr("slotfast.eval.resume._SHARE", 0)
+    monkeypatch.chdir(tmp_path)
+    rows = ["learn:chunk=16,lr=0.01+causal", "learn:chunk=32,lr=0.01,what=norms,scope=document"]
+    rows[1:] = rows[1:] if way == "stream" else ["ttt-549:chunk=128,steps=1+causal"]
+    args = _args(small, "--preset", *rows, "--forward", way, "--json", "j", "--per-token", "t.npz")
+    main(args)
+    expected, losses = _result(tmp_path / "j"), dict(np.load("t.npz"))
+    saves, save, last = [0], checkpoint.save, [None]
+
+    def dying(*arguments):
+        save(*arguments)
+        saves[0] += 1
+        if saves[0] == last[0]:
+            raise _Killed
+
+    monkeypatch.setattr("slotfast.command.checkpoint.save", dying)
+    main([*args, "--resume", "whole"])
+    assert _result(tmp_path / "j") == expected
+    last[0], saves[0] = round(0.8 * saves[0]), 0  # within the second row that learns
+    with pytest.raises(_Killed):
+        main([*args, "--resume", "c"])
+    last[0] = None
+    main([*args, "--resume", "c"])
+    assert _result(tmp_path / "j") == expected
+    again = np.load("t.npz")
+    assert all(np.array_equal(again[name], losses[name]) for name in losses)
+
+
+# several ranks
+
+
+def test_pieces_are_whole_chunks_or_documents():
+    text = _text()
+    for row, borders in (("learn:chunk=8", range(0, 57, 8)), ("learn:scope=document", (0, 21, 24, 40))):
+        for world in (1, 2, 3, 5):
+            pieces = [piece(parse_row(row), text, rank, world) for rank in range(world)]
+            assert [at for part in pieces for at in part] == list(range(57))
+            assert all(part.start in borders for part in pieces if part)
+
+
+def test_a_piece_sees_what_is_before_it_by_the_weights_that_it_starts_from():
+    model, row = random_model(layers=2, value_layers=(1,)), parse_row("learn:chunk=8,lr=0.02,rank=2")
+    frozen = FrozenLoop(model, WINDOW, 2)
+    plain = LearningPass(frozen, [row], _text(), True).run().nll
+    for world in (2, 3):
+        for rank in range(world):
+            passed = _pass(model, "learn:chunk=8,lr=0.02,rank=2", rank, world).run()
+            part = passed.span
+            first = slice(part.start, part.start + 8)
+            np.testing.assert_allclose(passed.nll[:, :8], plain[:, first], rtol=0, atol=1e-10)
+            assert not np.allclose(passed.nll[:, 8:], plain[:, part.start + 8 : part.stop])
+
+
+def test_documents_alone_charge_the_same_on_any_number_of_ranks():
+    """In slots: nothing is shared between them."""
+    model, row = random_model(layers=2, value_layers=(1,)), "learn:chunk=8,scope=document,slots=2,rank=2,keys=recompute"
+    whole = _pass(model, row).run().nll
+    parts = [_pass(model, row, rank, 3).run() for rank in range(3)]
+    nll = np.concatenate([part.nll for part in parts if part.charged], 1)
+    np.testing.assert_allclose(nll, whole, rtol=0, atol=1e-9)
+
+
+def test_two_ranks_are_two_pieces(small, tmp_path):  # noqa: F811
+    rows = ["learn:chunk=16,lr=0.01,rank=2", "learn:chunk=16,lr=0.01,what=norms,scope=document+causal"]
+    args = _args(small, "--preset", *rows, "--dtype", "float64", "--json", "j", "--per-token", "t.npz")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, "-m", "slotfast.eval", *args]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "j").read_text())["presets"][1:]
+    losses = np.load(tmp_path / "t.npz")
+    model, tokenizer = load_artifact(small / "m").model().double(), Tokenizer(TOKENIZER)
+    ids, _ = tokenizer.encode_documents(read_documents(str(small / "t.jsonl")))
+    text = Text(TokenStream([ids]), tokenizer.byte_table, tokenizer.bos_id)
+    for number, (name, result) in enumerate(zip(rows, found, strict=True)):
+        row, parts = parse_row(name), []
+        for rank in range(2):
+            top = OnTop.of([row], 64, bos_id=text.bos_id)
+            loop = make_loop(copy.deepcopy(model), row, 64, 0, text.bos_id, on_top=top)
+            parts.append(LearningPass(loop, [row], text, True, rank, 2).run())
+        nll = np.concatenate([part.nll[0] for part in parts])
+        key = f"adapted_nll:{name}" if number else "adapted_nll"
+        np.testing.assert_allclose(losses[key], nll, rtol=1e-6)  # kept in float32
+        assert result["adapted"]["nats"] == pytest.approx(nll.sum(), rel=1e-9)
+        assert result["unlearned"]["gain_bpb"] > 0 and 1.8 < result["cost"]["forwards"] < 2

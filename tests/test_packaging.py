@@ -1,6 +1,7 @@
 """The package as it is installed: what a wheel holds, and that it works from anywhere."""
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -13,23 +14,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
+def build(what, checkout, target):
+    """Build without a network. The checkout stays off the path, as with pip: setuptools loads plugins of all that is
+    installed, the public kernels library's among them, and a folder here has its name."""
+    code = f"from setuptools import build_meta; import sys; build_meta.build_{what}(sys.argv[1])"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-P", "-c", code, str(target)]
+    subprocess.run(command, cwd=checkout, env=environment, check=True, capture_output=True)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     pytest.importorskip("setuptools", reason="building a wheel without a network needs setuptools here")
     folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(folder),
-        str(ROOT),
-    ]
-    subprocess.run(command, check=True)
+    build("wheel", ROOT, folder)
     (path,) = folder.glob("*.whl")
     return path
 
@@ -40,9 +38,7 @@ def sdist(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sdist")
     left = shutil.ignore_patterns(".git", "results", "build", "dist", "*.egg-info", ".*_cache", "__pycache__")
     shutil.copytree(ROOT, folder / "checkout", symlinks=True, ignore=left)
-    code = "from setuptools import build_meta; import sys; build_meta.build_sdist(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(folder)]
-    subprocess.run(command, cwd=folder / "checkout", check=True, capture_output=True)
+    build("sdist", folder / "checkout", folder)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as file:
         file.extractall(folder, filter="data")
@@ -60,8 +56,7 @@ def test_a_source_distribution_makes_the_same_wheel(sdist, wheel, tmp_path):
     """Whatever an earlier build has left there."""
     (sdist / "build" / "lib" / "slotfast").mkdir(parents=True)
     (sdist / "build" / "lib" / "slotfast" / "gone.py").touch()
-    code = "from setuptools import build_meta; import sys; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=sdist, check=True, capture_output=True)
+    build("wheel", sdist, tmp_path)
     (path,) = tmp_path.glob("*.whl")
     mine, theirs = (
         {name: archive.read(name) for name in archive.namelist() if not name.endswith("/RECORD")}
@@ -107,8 +102,7 @@ def installed(wheel, tmp_path_factory):
     root = tmp_path_factory.mktemp("installed")
     clone = root / "slotfast"
     shutil.copytree(ROOT, clone, symlinks=True, ignore=shutil.ignore_patterns(".git", "results", "build", "*.egg-info"))
-    code = "from setuptools import build_meta; import sys; build_meta.build_editable(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(root)], cwd=clone, check=True, capture_output=True)
+    build("editable", clone, root)
     (editable,) = root.glob("*.whl")
     for name, path in (("editable", editable), ("plain", wheel)):
         zipfile.ZipFile(path).extractall(root / name)

@@ -17,7 +17,7 @@ from .bounded import unique_json
 from .contents import parameter_shapes
 from .generations import COMMON, GENERATIONS, Shown, generation_settings, likely_generations, loops_fit
 
-# Parts of other people's models that this one lacks, with the reason why they cannot just be left out.
+# Parts of other people's models that this one lacks, and why they cannot simply be left out.
 _NO_HOME = {
     r".*\.lq[AB]s?(_a)?": "a low-rank correction of a quantised matrix (LQER, PR #1797)",
     r".*\.g[qs]": "attention gates of 8 bits (PR #1855)",
@@ -28,9 +28,9 @@ _NO_HOME = {
     r"repeat_mlp\..*": "MLPs of repeated layers (PR #1204)",
     r".*(lambda|route|lane).*": "residual lanes: they change the forward",
 }
-# What plays no part in scoring.
+# Parts that play no role in scoring.
 _IGNORED = r"mtp_heads\..*|.*rotary\.inv_freq"
-# Settings on which losses depend and generations differ, and which tensors show in part or not at all.
+# Settings on which losses depend, in which generations differ, and which tensors show in part or not at all.
 _UNSAID = (
     "mlp_slope",
     "rope_dims",
@@ -74,7 +74,7 @@ class Description:
 
     @property
     def likely(self) -> list[str]:
-        """Generations whose files are most like this one, the likeliest first."""
+        """Generations whose files this one resembles most, the likeliest first."""
         return likely_generations(self.shown)
 
     def missing_parts(self, verb: str) -> list[str]:
@@ -99,7 +99,7 @@ class Description:
 def describe(
     tensors: Mapping[str, Tensor | QuantizedMatrix], kind: str | None, overrides: Mapping[str, Any], limit: int
 ) -> Description:
-    """What tensors say of their model, together with what is told of it.
+    """What tensors say about their model, together with what is told about it.
 
     Args:
         tensors: by parameter name.
@@ -192,7 +192,7 @@ def _why(name: str, layers: int) -> str:
 
 
 def check_tensors(tensors: Mapping[str, Tensor | QuantizedMatrix], description: Description) -> None:
-    """Hold a file's tensors against its model's parameters.
+    """Check a file's tensors against its model's parameters.
 
     Raises:
         InputError: tensors without a home, with the reasons; a missing one; one of another shape.
@@ -209,7 +209,7 @@ def check_tensors(tensors: Mapping[str, Tensor | QuantizedMatrix], description: 
 
 
 def _repeats(name: str, shape: tuple[int, ...], wanted: tuple[int, ...], shown: Shown) -> str:
-    """How to say which layers repeat, where there are more skips than a model's layers have."""
+    """How to say which layers repeat, where a file has more skips than its layers need."""
     if name not in ("skip_weights", "skip_gates") or shape[:1] <= wanted[:1]:
         return ""
     fits = [name for name in likely_generations(shown) if loops_fit(generation_settings(name, shown), shown)]

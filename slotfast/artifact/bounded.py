@@ -1,6 +1,6 @@
 """Decompression that stops at a bound: a stream that would expand further is refused, and never held.
 
-Each `un` function gives all the decoded bytes, or raises ValueError where the data are damaged, end early, go on behind
+Each `un` function returns all decoded bytes, or raises ValueError where the data are damaged, end early, continue past
 their end, or decode to more than `limit` bytes.
 """
 
@@ -41,7 +41,7 @@ def unlzma(data: bytes | memoryview, limit: int, filters: list[dict[str, int]] |
     try:
         raw = decoder.decompress(data, max_length=limit + 1)
         _check(len(raw), limit)
-        if not decoder.eof and not filters:  # the end of an xz file holds a check sum, which may be still to read
+        if not decoder.eof and not filters:  # an xz file ends with a check sum, which may still be unread
             raw += decoder.decompress(b"", max_length=1)
             _check(len(raw), limit)
     except (lzma.LZMAError, EOFError) as error:
@@ -88,7 +88,7 @@ def unzstd(data: bytes | memoryview, limit: int) -> bytes:
 
 
 def unique_json(text: str | bytes) -> Any:
-    """What JSON says; ValueError also where an object has a key twice, of which readers would take one or the other."""
+    """The value of JSON; ValueError also where an object has a key twice, as readers differ in which one they take."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -107,12 +107,12 @@ def _check(size: int, limit: int) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says with its type, in one line of bearable length."""
+    """An exception's type and message, in one line of bearable length."""
     return shortened(f"{type(error).__name__}: {error}")
 
 
 def printable(text: str) -> str:
-    """A text with what a terminal would obey, in names of a hostile file, written out."""
+    """A text, such as a name in a hostile file, with all that a terminal would obey written out."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 

@@ -2,7 +2,7 @@
 
 A .pt file is a zip archive of a pickle and the tensors' bytes. A pickle is a program; `read_torch` runs the few
 instructions that torch.save writes for dictionaries of tensors on a machine of its own, which knows three functions,
-all of them here, and holds every size against the archive's members. That is narrower than what
+all of them in this file, and checks every size against the archive's members. That is less than what
 `torch.load(weights_only=True)` runs, and the same with every version of torch. A .safetensors file is a JSON table of
 contents and bytes.
 
@@ -54,7 +54,7 @@ _SAFETENSORS = {
     "BOOL": torch.bool,
 }
 _FUNCTIONS = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"}
-# What packers of fewer bits leave in a pickle beside tensors: bytes, and float8, which has no storage of its own.
+# What packers of few bits leave in a pickle beside tensors: bytes, and float8, which has no storage class of its own.
 _PACKED = {"_codecs encode", "torch._utils _rebuild_tensor_v3", "torch.storage UntypedStorage"}
 _PACKERS = re.compile(rb"X(.)\0\0\0(ternary\w*|binary\w*|fp8\w*|fp4\w*|nf4\w*|int4\w*)", re.DOTALL)
 
@@ -68,7 +68,7 @@ def read_torch(file: BinaryIO) -> Any:
     try:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
-        # Counted before zipfile makes an object of each.
+        # Counted before zipfile makes an object for each.
         if sum(piece.count(b"PK\1\2") for piece in iter(lambda: file.read(_PIECE), b"")) > _MAX_MEMBERS:
             raise InputError(f"an archive of more than {_MAX_MEMBERS} members")
         with zipfile.ZipFile(file) as archive:
@@ -146,12 +146,12 @@ def read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
 
 
 def packed(kinds: Iterable[str]) -> str:
-    """What to say of tensors in packings that nobody here unpacks."""
+    """The error for tensors in packings that nothing here unpacks."""
     return f"its tensors are packed as {' and '.join(sorted(set(kinds)))}: such packing is not supported"
 
 
 def _packing(program: bytes) -> str | None:
-    """What to say of a pickle that names packings; None where it names none."""
+    """The error for a pickle that names packings; None where it names none."""
     names = (match[2][: match[1][0]].decode() for match in _PACKERS.finditer(program))
     kinds = {name for name in names if name.isidentifier()}
     return packed(kinds) if kinds else None
@@ -159,13 +159,13 @@ def _packing(program: bytes) -> str | None:
 
 @dataclass(frozen=True)
 class _Function:
-    """A function that a pickle names; it is only ever compared with those that are known."""
+    """A function that a pickle names; it is never called, only compared with those that are known."""
 
     name: str
 
 
 class _Mark:
-    """Where a tuple, or a dictionary's next items, begin on the stack."""
+    """Marks where a tuple, or a dictionary's next items, begin on the stack."""
 
 
 class _Machine:
@@ -284,7 +284,7 @@ def _call(function: Any, arguments: tuple) -> Any:
         raise InputError("a tensor of impossible shape")
     if len(stride) != len(shape) or len(shape) > 8:
         raise InputError("a tensor of impossible strides")
-    # A view may repeat its storage without end, a copy of it may not.
+    # A view may repeat its storage without end; a copy of that would fill the memory.
     last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     if math.prod(shape) and (offset + last >= storage.numel() or math.prod(shape) > storage.numel()):
         raise InputError(f"a tensor {list(shape)} in a storage of {storage.numel()} values")
@@ -319,7 +319,7 @@ def _dictionary(value: Any) -> dict:
 
 
 def _set(place: Any, key: Any, value: Any) -> None:
-    if not isinstance(key, str | int):  # a tuple nested deep enough would exhaust the stack when it is hashed
+    if not isinstance(key, str | int):  # hashing a tuple that is nested deep enough would exhaust the stack
         raise InputError(f"a key of type {type(key).__name__}")
     if key in _dictionary(place):
         raise InputError(f"key {shortened(str(key), 100)!r} is given twice")

@@ -16,8 +16,8 @@ from ..errors import InputError
 from . import rans
 from .bounded import unbrotli, unlzma
 
-# Only repetitions let brotli and LZMA do better than rANS on a matrix. Brotli at this quality finds them in a hundredth
-# of the time: where it does not come below rANS, the others are not tried.
+# On a matrix, brotli and LZMA beat rANS only where there are repetitions. Brotli at this quality finds these in a
+# hundredth of the time: where it does not beat rANS, the others are not tried.
 _PROBE_QUALITY = 5
 
 
@@ -75,7 +75,7 @@ def decode(codec: str, data: memoryview, dtype: np.dtype, shape: tuple[int, ...]
 
 
 def order0_bytes(codes: np.ndarray) -> float:
-    """Bytes that the entropy of the codes' frequencies comes to: the bound of coders that treat all codes alike.
+    """Bytes that the entropy of the codes' frequencies comes to: a bound for coders that treat every code alike.
 
     Args:
         codes: int8, any shape.

@@ -11,8 +11,8 @@
 "m" says of each parameter which. PR #1855 adds gates of 8 bits (`name.gq`, `name.gs`) and low-rank corrections of the
 rounding error (`name.lqA...`, LQER), which are added here: a corrected matrix has no codes any more. Shuffled: "BSHF",
 the stride, then every stride-th byte from the first, from the second, and so on. None of these says how large it is, so
-they are decompressed as a stream under a bound from the file's size; none is trusted with its pickle (`checkpoints`).
-Which model the tensors belong to, their names and shapes say in part (`architecture`); the rest has to be told
+they are decompressed as a stream, under a bound from the file's size; no pickle is trusted (`checkpoints`). The
+tensors' names and shapes say in part which model they belong to (`architecture`); the rest has to be told
 (`generations`). The scripts' own loaders round embeddings to bfloat16; so does a bfloat16 forward here, and a float32
 forward does not.
 """
@@ -95,7 +95,7 @@ class Decoded:
         return Artifact(description.config, tensors, self.metadata(description, overrides))
 
     def metadata(self, description: Description, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """Its form, the generation that was named, what it resembles if not that, what is assumed, what is left out."""
+        """Its form, the generation that was named, what it resembles if not that, and what is assumed and left out."""
         named = {"generation": overrides["generation"]} if "generation" in overrides else {}
         if named and named["generation"] not in description.likely:
             named["resembles"] = description.likely
@@ -284,7 +284,7 @@ def _quantized(weights: Mapping[Any, Any], meta: Mapping[Any, Any]) -> Tensors:
                 factors = parts(name, kind, *(f".{part}{end}" for part in ("lqA", "lqAs", "lqB", "lqBs")))
                 matrix = _corrected(name, matrix, *factors)
             tensors[name] = matrix
-    for name, tensor in weights.items():  # what no meta name is left to be refused, or known
+    for name, tensor in weights.items():  # tensors that no meta names are refused later, unless they are known
         if name not in taken:
             if not isinstance(tensor, Tensor):
                 raise InputError(f"tensor {str(name)!r} is missing")
@@ -361,7 +361,7 @@ def _unbanked(tensors: Tensors) -> Tensors:
 
 
 def _checked(name: str, tensor: Tensor | QuantizedMatrix) -> Tensor | QuantizedMatrix:
-    """Finite, and float32 where it is no quantised matrix."""
+    """A tensor checked to be finite, as float32 unless it is a quantised matrix."""
     values = tensor.scale if isinstance(tensor, QuantizedMatrix) else tensor
     if not values.is_floating_point():
         raise InputError(f"tensor {name!r} holds {values.dtype}, expected floats")

@@ -15,8 +15,8 @@ from ..model import GPT, GPTConfig, PackedLinear
 from ..ops import Backend
 from ..quantize import QuantizedMatrix, quantize_rows, stored_bits
 
-# A trained model shrinks by a factor of two, one of ternary weights by five, an all-zero one without limit: more than
-# this is taken for a bomb. The slack is for files of a few bytes.
+# A trained model compresses by a factor of two, one of ternary weights by five, an all-zero one without limit: more
+# than this is held to be a bomb. The slack is for files of a few bytes.
 _MAX_EXPANSION = 8
 _SLACK_BYTES = 1 << 20
 
@@ -43,7 +43,7 @@ class Artifact:
         return cls(model.config, model.state_dict(), dict(metadata), unigram).quantized()
 
     def quantized(self) -> "Artifact":
-        """The same with every matrix rounded that is not yet: those of the blocks to 6 bits, embeddings to 8."""
+        """The same with all remaining matrices rounded: those of the blocks to 6 bits, embeddings to 8."""
         tensors: dict[str, QuantizedMatrix | Tensor] = {}
         for name, tensor in self.tensors.items():
             if isinstance(tensor, QuantizedMatrix):
@@ -85,7 +85,7 @@ class Artifact:
 
 
 class CalibratedRates(BaseModel):
-    """What `slotfast.calibrate` stored; anything else that it says is kept and shown."""
+    """What `slotfast.calibrate` stored; anything else in it is kept and shown."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -97,7 +97,7 @@ class CalibratedRates(BaseModel):
 
 
 class Metadata(BaseModel):
-    """What of an artifact's metadata is acted on; anything else is kept and shown."""
+    """The part of an artifact's metadata that is acted on; anything else is kept and shown."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
@@ -106,12 +106,12 @@ class Metadata(BaseModel):
 
 
 def expansion_limit(size: int) -> int:
-    """Bytes, or weights, that `size` bytes of a file may come to."""
+    """Bytes, or weights, that `size` bytes of a file may expand to."""
     return _SLACK_BYTES + _MAX_EXPANSION * size
 
 
 def parameter_shapes(config: GPTConfig, limit: int) -> dict[str, tuple[int, ...]]:
-    """Shape of each of a model's parameters; raises InputError where they come to more than `limit` weights."""
+    """The shape of each of a model's parameters; raises InputError where they come to more than `limit` weights."""
     with torch.device("meta"):  # shapes only: nothing is allocated
         shapes = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
     needed = sum(math.prod(shape) for shape in shapes.values())

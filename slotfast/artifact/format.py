@@ -134,7 +134,7 @@ def read_entries(path: str | os.PathLike) -> list[Entry]:
     """How each tensor of an artifact is stored.
 
     Raises:
-        InputError: as `read_artifact`, less what only the tensors show.
+        InputError: as `read_artifact`, except for what only the tensors show.
     """
     header, _ = _verified(Path(path))
     with _described(Path(path)):
@@ -178,7 +178,7 @@ def _verified(path: Path) -> tuple[bytes, bytes]:
 
 @contextmanager
 def _described(path: Path) -> Iterator[None]:
-    """What malformed JSON leads to, in one line."""
+    """Turn what malformed JSON leads to into an InputError of one line."""
     try:
         yield
     except InputError as error:
@@ -241,7 +241,7 @@ def _tensor(array: np.ndarray) -> Tensor:
 
 
 def _expected_shapes(config: GPTConfig, limit: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all that a file of this model may hold; raises InputError where it has more than `limit` weights."""
+    """Shapes of everything that a file of this model may hold; raises InputError above `limit` weights."""
     parameters = parameter_shapes(config, limit)
     scales = {f"{name}.scale": shape[:1] for name, shape in parameters.items() if len(shape) == 2}
     return {**scales, **parameters, UNIGRAM: (config.vocab_size,)}

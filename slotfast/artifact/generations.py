@@ -1,7 +1,7 @@
-"""Generations of the contest's scripts: what their files leave unsaid, and by which traces to tell them apart.
+"""Generations of the contest's scripts: what their files leave unsaid, and the traces that tell them apart.
 
-Settings are those of the scripts as they were run for their entries. A file has some of them in its tensors; the rest
-only the generation knows, and somebody who knows the generation has to name it.
+Settings are those of the scripts as they were run for their entries. A file shows some of them in its tensors; the
+rest depends on the generation, which somebody who knows it has to name.
 """
 
 import difflib
@@ -51,7 +51,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 GENERATIONS = ("baseline", *sorted(set(_SETTINGS) - {"baseline"}, key=lambda name: int(name[2:])))
-# What settings given one by one need not repeat: the same in every generation or, the window's length, not the model's.
+# What need not be given with settings one by one: the same in every generation or, as the window's length, no part of
+# the model.
 COMMON = {key: _PR1019[key] for key in ("seq_len", "softcap", "rope_base")}
 
 # How a file's matrices are stored.
@@ -76,7 +77,7 @@ _TRACES: dict[str, tuple[tuple[str, bool, bool, bool], tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Shown:
-    """What a file shows of its model.
+    """What a file shows about its model.
 
     Args:
         settings: of GPTConfig, by the tensors' names and shapes.
@@ -96,7 +97,7 @@ class Shown:
 
 
 def generation_settings(name: Any, shown: Shown) -> dict[str, Any]:
-    """What a generation says of a model that its file does not show.
+    """The settings of a generation that a model's file does not show.
 
     Raises:
         InputError: no such generation.
@@ -110,7 +111,7 @@ def generation_settings(name: Any, shown: Shown) -> dict[str, Any]:
     settings["rope_dims"] = min(settings["rope_dims"], head_width // 2 * 2)
     settings["xsa_layers"] = min(settings["xsa_layers"], shown.layers)
     if len(settings["value_layers"]) != shown.value_scales or max(settings["value_layers"]) >= shown.layers:
-        # a model of another depth: the last ones, as the entry's are
+        # a model of another depth: its last layers, like the entry's
         settings["value_layers"] = tuple(range(shown.layers - shown.value_scales, shown.layers))
     if not loops_fit(settings, shown):
         settings |= {"loops": 0, "loop_start": 0, "loop_end": 0}
@@ -118,7 +119,7 @@ def generation_settings(name: Any, shown: Shown) -> dict[str, Any]:
 
 
 def loops_fit(settings: Mapping[str, Any], shown: Shown) -> bool:
-    """Whether layers that repeat as settings say have as many skips as the file."""
+    """Whether layers that repeat as the settings say have as many skips as the file."""
     start, end = settings["loop_start"], settings["loop_end"]
     return end < shown.layers and (shown.layers + settings["loops"] * (end + 1 - start)) // 2 == shown.skips
 

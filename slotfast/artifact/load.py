@@ -25,7 +25,7 @@ def load_artifact(path: str | os.PathLike, overrides: Mapping[str, Any] | None =
     """Read a model from our artifact, a community artifact or a checkpoint; executes nothing.
 
     Args:
-        path: of the file; what it is, its first bytes say.
+        path: of the file; its first bytes say what it is.
         overrides: settings of the model that other people's files do not say; `generation` names one that gives the
             rest, see `read_community`.
 

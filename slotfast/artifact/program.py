@@ -57,11 +57,11 @@ def show(settings: config.ShowSettings) -> tuple[dict[str, Any], str]:
 def _show_community(
     file: str, overrides: Mapping[str, Any]
 ) -> tuple[dict[str, Any], Mapping[str, Tensor | QuantizedMatrix]]:
-    """What can be said of somebody else's file, and all its tensors, whether or not this model has a place for them."""
+    """What can be said about somebody else's file, and all its tensors, even those that this model has no place for."""
     decoded = decode_community(file)
     description = decoded.describe(overrides)
     if not description.unsaid and not description.lacks:
-        decoded.artifact(overrides)  # complete, so it has to be sound
+        decoded.artifact(overrides)  # complete, so it must be sound
     about = {
         "config": description.known,
         "metadata": decoded.metadata(description, overrides),
@@ -75,7 +75,7 @@ def _show_community(
 
 
 def _order0_bytes(tensor: Tensor | QuantizedMatrix) -> float | None:
-    """Of a matrix's codes and its scales as they are."""
+    """For a matrix's codes, plus its scales as they are."""
     if not isinstance(tensor, QuantizedMatrix):
         return None
     return order0_bytes(tensor.codes.numpy()) + 2 * len(tensor.scale)

@@ -4,7 +4,7 @@ Trained weights are close to Gaussian, but rows and columns differ in size. So e
 the sum of a class of its row and a class of its column, both found from the codes' magnitudes: the logarithms of the
 fitted row and column sizes, in whole steps. The steps (none, or 1, 2 or 4 a doubling) are those that give the fewest
 bytes: 1 to 2% fewer than the order-0 entropy, on the shipped model and on larger ones drawn like it
-(bench/artifact_sizes.py). What did not pay: coding differences of neighbours (9% more), classes of rows alone.
+(bench/artifact_sizes.py). What did not pay: coding differences between neighbours (9% more), and classes of rows alone.
 
 Layout, little-endian:
 
@@ -39,7 +39,7 @@ _PRECISION = 24  # bits of a frequency
 _LEVELS = 4  # levels a doubling of frequency: half a step costs a thousandth of a bit a code
 _STEPS = (0, 1, 2, 4)  # classes a doubling of size
 _MAX_TABLES = 64
-_CHUNK = 1 << 18  # codes decoded at a time: constriction gives four bytes for each
+_CHUNK = 1 << 18  # codes decoded at a time: constriction returns four bytes for each
 # 2^(l / _LEVELS) in 1/65536
 _FRACTIONS = np.array([65536, 77936, 92682, 110218], np.int64)
 
@@ -157,7 +157,7 @@ def decode(data: bytes | memoryview, shape: tuple[int, int]) -> np.ndarray:
 
 
 class _Stack:
-    """Codes that come off a stack of words, by constriction.
+    """Takes codes off a stack of words, by constriction.
 
     Args:
         words: uint32, the last one not zero.
@@ -214,7 +214,7 @@ def _frequencies(levels: np.ndarray) -> np.ndarray:
 
 
 def _model(levels: np.ndarray) -> "constriction.stream.model.Categorical":
-    # Exact multiples of 2^-24: the best approximation, which `perfect` asks for, is the frequencies themselves.
+    # Exact multiples of 2^-24, so the best approximation, which `perfect` asks for, is these frequencies themselves.
     return constriction.stream.model.Categorical(_frequencies(levels) / 2.0**_PRECISION, perfect=True)
 
 
@@ -231,8 +231,8 @@ def _classes(codes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _side(shifted: np.ndarray, symbols: int, lowest: int, rows: np.ndarray, columns: np.ndarray) -> tuple[float, _Side]:
-    """Bytes that a choice of classes comes to, and its side."""
-    # Sums beyond what nearly all codes have share the outermost tables.
+    """The bytes that a choice of classes comes to, and its `_Side`."""
+    # The few codes whose sums lie further out share the outermost tables.
     share = np.bincount((rows[:, None] + columns).ravel()).cumsum() / shifted.size
     first, last = (int(np.searchsorted(share, edge)) for edge in (0.002, 0.998))
     last = min(last, first + _MAX_TABLES - 1)

@@ -15,10 +15,10 @@ _EXPECTED = (
     "expected from kernels import NAME, ..., or the same from slotfast.kernels, or from a copy of that folder beside "
     "the script"
 )
-# What an import binds its name to: its module and, of a `from` import, the name there.
+# What an import binds its name to: a module and, in a `from` import, the name in it.
 ImportKey = tuple[str, str | None]
-# Kernels say of their constants tl.constexpr. The compiler looks the annotation up, so `tl` would have to be ours;
-# the interpreter compares its words, so it may not be renamed: hence the last of them alone, imported as itself.
+# Kernels annotate constants with tl.constexpr. The compiler looks the annotation up, so `tl` would have to be ours; the
+# interpreter compares its text, so it may not be renamed: hence `constexpr` alone, imported under its own name.
 _CONSTEXPR = "constexpr"
 
 
@@ -57,7 +57,7 @@ def inline(script: Path, kernels: Sequence[str] = (), folder: Folder | None = No
 
 
 class _Script:
-    """Somebody's script: what it wants of the kernels folder, and what it binds itself."""
+    """Somebody's script: what it wants from the kernels folder, and what it binds itself."""
 
     def __init__(self, path: Path, folder: Folder | None):
         self.path = path
@@ -112,7 +112,7 @@ class _Script:
         self.imports.append((node, targets))
 
     def binds(self, name: str, key: ImportKey | Name) -> bool:
-        """Whether the script binds a name to something else than a kernel does; one import may serve both."""
+        """Whether the script binds a name to something other than a kernel does; one import may serve both."""
         return name in self._others or self._imported.get(name, {key}) != {key}
 
     def with_block(self, block: str, names: dict[Name, str]) -> str:
@@ -126,7 +126,7 @@ class _Script:
     def _edited(self, edits: dict[ast.stmt, str], block: str = "") -> str:
         """The text with some statements replaced, and a block in front of the first that may come second."""
         body = self.text.encode()
-        starts = [0]  # of each line, in bytes as ast counts them
+        starts = [0]  # where each line starts, in bytes, as ast counts them
         for line in body.split(b"\n"):
             starts.append(starts[-1] + len(line) + 1)
         replaced = [

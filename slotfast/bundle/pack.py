@@ -3,9 +3,9 @@
 import base64
 import lzma
 
-# Raw LZMA2 with the dictionary that decoders take for granted, so that the wrapper need not say.
+# Raw LZMA2 with the dictionary size that decoders assume, so that the wrapper need not state it.
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": 1 << 23, "lc": 4, "pb": 0}]
-# Triton compiles from source, which it asks `inspect` for, which asks `linecache`. A time of None keeps an entry there
+# Triton compiles from source: it asks `inspect`, which asks `linecache`. An entry there with a time of None is kept
 # although no such file exists.
 _WRAPPER = """\
 import base64,linecache,lzma

@@ -1,7 +1,7 @@
 """The kernels folder read as source: which statement binds which name, which names it needs, and where those are bound.
 
-Reading decides what is taken along: a public function, and whatever can be reached from it by name. References, specs
-and cases are reached from nothing that runs, so they stay behind unless somebody asks for them.
+Reading decides what is taken along: a public function, and whatever can be reached from it by name. Nothing that runs
+reaches references, specs and cases, so they stay behind unless somebody asks for them.
 """
 
 import ast
@@ -26,7 +26,7 @@ class Name(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Statement:
-    """One top-level statement, an import of a single name among them."""
+    """One top-level statement; an import of several names counts as one statement for each."""
 
     module: str
     node: ast.stmt
@@ -110,7 +110,7 @@ class Folder:
     def _read(self, module: str, is_package: bool, tree: ast.Module) -> None:
         package = module.split(".") if is_package else module.split(".")[:-1]
         statements, needed = [], []
-        # Of an import with a stand-in for what may be absent, the import: one file needs what it launches.
+        # Where a stand-in replaces an import that may fail, the import: one file needs what it launches.
         for node in (each for top in tree.body for each in (top.body if isinstance(top, ast.Try) else [top])):
             if isinstance(node, ast.ImportFrom) and node.level:
                 source = [part for part in package[: len(package) - node.level + 1] if part]
@@ -170,7 +170,7 @@ class Folder:
         return [each for module in self.modules() for each in self.statements[module] if each in taken]
 
     def modules(self, roots: Iterable[str] | None = None) -> list[str]:
-        """The modules that some need, themselves included, each behind those it imports from; all by default."""
+        """The modules that some need, themselves included, each after those it imports from; all by default."""
         order: list[str] = []
 
         def visit(module: str) -> None:

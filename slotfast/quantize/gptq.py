@@ -1,10 +1,10 @@
-"""GPTQ: rounding one column after another, later columns making up for the error of the earlier ones.
+"""GPTQ: columns are rounded one after another, and later columns make up for the errors of earlier ones.
 
 A layer's output error over calibration inputs X is tr(E H E^T), with E the error of the weights and H = X^T X. Rows are
-independent. Once column j is rounded, the best answer of the columns after it is -(w_j - q_j) / [H^-1]_jj * [H^-1]_j,
-with H of the columns from j on; divided by its first element, row j of U is that row of H^-1, where H^-1 = U^T U with U
-upper triangular. With e_j = (w_j - q_j) / U_jj, w_j as corrected so far, E = e U and so tr(E H E^T) = |e|^2: the search
-for the best scale gets the error that it minimises for nothing.
+independent. Once column j is rounded, the best correction of the columns after it is -(w_j - q_j) / [H^-1]_jj *
+[H^-1]_j, with H of the columns from j on; divided by its first element, row j of U is that row of H^-1, where H^-1 =
+U^T U with U upper triangular. With e_j = (w_j - q_j) / U_jj, w_j as corrected so far, E = e U and so tr(E H E^T) =
+|e|^2: the search for the best scale gets the error that it minimises at no cost.
 
 Source: Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ", arXiv 2210.17323; clipping as in PR #1019 of
 openai/parameter-golf.
@@ -43,7 +43,7 @@ def quantize_gptq(
             matrix, by the squared error of the weights, as PR #1019 has it; GPTQ raises that error on purpose, so it
             tells little about the outputs.
         damping: share of the mean diagonal that is added to the diagonal; positive.
-        block: columns that are corrected one by one; those behind them get their corrections in one product.
+        block: columns that are corrected one by one; all later ones get their corrections in one product.
 
     Returns:
         Codes and scales on the weight's device. Columns that no input reaches become 0.
@@ -59,7 +59,7 @@ def quantize_gptq(
     limit = 2 ** (bits - 1) - 1
     weight = weight.masked_fill(hessian.diagonal() == 0, 0.0)
     scales = clip_scales(weight, bits, clip, sdclip_k)  # (candidates, N)
-    # The columns with the largest inputs are rounded while there are most others to make up for them.
+    # Columns with the largest inputs come first, while most others are left to make up for them.
     order = hessian.diagonal().argsort(descending=True, stable=True)
     corrections = _corrections(hessian, order, damping)
     columns = weight.T[order].repeat(1, len(scales))  # (K, candidates * N): every candidate in one sweep
@@ -81,7 +81,7 @@ def _corrections(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     live = diagonal > 0
     mean = diagonal[live].mean() if live.any() else diagonal.new_ones(())
-    # A column without input is made independent of the others.
+    # A column that no input reaches is made independent of the others.
     damped = hessian + torch.diag(torch.where(live, damping * mean, mean))
     factor, failed = torch.linalg.cholesky_ex(damped[order][:, order])
     if not failed:

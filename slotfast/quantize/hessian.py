@@ -1,4 +1,4 @@
-"""Second moments of what a model's matrices are multiplied with, collected while it reads calibration tokens."""
+"""Second moments of the inputs of a model's matrices, collected while it reads calibration tokens."""
 
 import time
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..model import GPT
 
-# Activations of so many tokens are held at a time, however large a batch is.
+# Activations of at most so many tokens are held at a time, however large a batch is.
 _TOKENS_AT_ONCE = 1 << 14
 
 
@@ -44,13 +44,13 @@ def collect_hessians(
 
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not model.lm_head:
-            # Queries, keys and values are made of one input.
+            # Queries, keys and values have the same input.
             first = name.replace(".c_k", ".c_q").replace(".c_v", ".c_q")
             readers.setdefault(first, []).append(name)
     output = "tok_emb" if model.lm_head is None else "lm_head"
     tokens = 0
     for part in _parts(calibration, model, deadline):
-        # Only now: between batches the model may be at work on sampling the next one.
+        # Only here: between batches the model may be busy sampling the next one.
         hooks = [
             model.get_submodule(first).register_forward_pre_hook(lambda _, inputs, first=first: add(first, *inputs))
             for first in readers
@@ -89,6 +89,6 @@ def _parts(calibration: Iterable[Tensor], model: GPT, deadline: float | None) ->
             if not 0 <= int(batch.min()) <= int(batch.max()) < model.config.vocab_size:
                 raise InputError(f"calibration: token ids outside 0..{model.config.vocab_size - 1}")
             yield from batch.to(device, torch.int64).split(max(1, _TOKENS_AT_ONCE // batch.size(1)))
-        if device.type == "cuda":  # launches return at once; the clock is to show the work
+        if device.type == "cuda":  # launches return at once; the clock must see the work itself
             torch.cuda.synchronize(device)
         slowest = max(slowest, time.perf_counter() - started)

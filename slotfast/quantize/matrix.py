@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import InputError
 
 Clip = Literal["percentile", "sdclip"]
-# Shares of a row's magnitudes that its scale may cover; the one with the least error is kept.
+# Shares of a row's magnitudes that its scale may cover; the scale with the least error is kept.
 _CLIP_PERCENTILES = (0.999, 0.9995, 0.9999, 0.99999, 1.0)
 # Standard deviations that the largest code stands for, by bits. Source: PR #1394.
 SDCLIP_K = {6: 12.85, 8: 20.0}
@@ -38,7 +38,7 @@ class QuantizedMatrix:
 def clip_scales(
     weight: Tensor, bits: int, clip: Clip = "percentile", sdclip_k: Mapping[int, float] = SDCLIP_K
 ) -> Tensor:
-    """Scales that a row may get, already rounded to what is stored: codes chosen for them need no second thought.
+    """Candidates for the scale of each row, already rounded as they are stored, so that codes fit the stored scale.
 
     Args:
         weight: float [N, K], finite.
@@ -62,11 +62,11 @@ def clip_scales(
     elif clip == "sdclip":
         if not sdclip_k.get(bits, 0) > 0:
             raise InputError(f"sdclip_k {dict(sdclip_k)}: expected a positive number for {bits} bits")
-        # correction=0: a row of one weight has a deviation, too
+        # correction=0: even a row of one weight has a deviation
         reach = sdclip_k[bits] * weight.std(1, correction=0)[None]
     else:
         raise InputError(f"clip {clip!r}: expected percentile or sdclip")
-    return (reach / limit).clamp(2**-24, 65504).half()  # float16's range; a row below it is all but zero
+    return (reach / limit).clamp(2**-24, 65504).half()  # float16's range; a row below it is almost zero
 
 
 def quantize_rows(

@@ -1,4 +1,4 @@
-"""A whole model quantised in one call: calibrate, round, prune, report."""
+"""Quantises a whole model in one call: calibrate, round, prune, report."""
 
 import math
 import time
@@ -22,7 +22,7 @@ Method = Literal["rows", "gptq"]
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of a tensor; all of it can be written as JSON.
+    """What became of a tensor; JSON-able.
 
     Args:
         name: the parameter's.
@@ -159,7 +159,7 @@ def quantize_model(
 
 
 def stored_bits(name: str, tensor: Tensor) -> int:
-    """Bits a weight of a parameter: 6 for the blocks' matrices, 8 for other matrices, 16 for what is no `.weight`."""
+    """Bits a weight: 6 for the blocks' matrices, 8 for other matrices, 16 for parameters that are not a `.weight`."""
     if tensor.ndim != 2 or not name.endswith(".weight"):
         return 16
     return 6 if name.startswith("blocks.") else 8
@@ -203,7 +203,7 @@ def _tensor_report(
 
 
 def _ratio(error: Tensor, of: Tensor) -> float:
-    """Of two squared norms; a tensor of zeros is kept exactly."""
+    """The ratio of two norms, from their squares; a tensor of zeros is kept exactly."""
     return math.sqrt(max(float(error), 0.0) / float(of)) if float(of) > 0 else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Pruning a quantised model to a file size: the cheapest of the smallest codes become zero, no more than it takes."""
+"""Prunes a quantised model to a file size: the cheapest of the smallest codes become zero, no more than necessary."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -77,7 +77,7 @@ def prune_to_size(
 
 
 def output_costs(tensors: Tensors, hessians: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What zeroing a code of +-1 adds to its layer's squared output error, other errors apart: scale^2 H_jj.
+    """What zeroing a code of +-1 adds to its layer's squared output error, leaving other errors aside: scale^2 H_jj.
 
     At one size, this order leaves a model's predictions closer to those of the float model than squared scales alone
     (bench/bench_gptq.py). The other errors' cross terms are left out: they changed next to nothing.

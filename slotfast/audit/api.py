@@ -44,10 +44,10 @@ def audit(
             this stream alone.
         bos_id: the token that starts a document, or None.
         hints: windows, batches and ranks, for loops whose events do not show them.
-        seeds: of the altered streams; a round of everything for each.
-        reruns: runs of the whole stream a round, about; default: 48, or for 0.3 s where a loop is quick.
-        seconds: time for all rounds instead, about.
-        fresh: makes the loop anew, without a memory of its runs: those that repeat what they said are found so.
+        seeds: of the altered streams; each gets a full round.
+        reruns: about how many runs of the whole stream a round takes; default: 48, or as many as take 0.3 s if more.
+        seconds: about how long all rounds may take, instead.
+        fresh: makes the loop anew, without a memory of its runs; finds loops that repeat what they said before.
         name: of the loop in the report.
 
     Returns:

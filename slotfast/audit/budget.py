@@ -10,12 +10,12 @@ _FRESH_SHARE = 0.15
 
 @dataclass
 class Budget:
-    """How much a round of an audit may run, and what each of its phases has used.
+    """How much a round of an audit may run, and how much each of its phases has used.
 
     Args:
         reruns: runs of the whole stream; shorter ones count for less.
         seconds: that quick loops may use beyond that; all that may be used, where `reruns` is 0.
-        limit: seconds after which slow loops are run no further, whatever is left of `reruns`.
+        limit: seconds after which a slow loop is not run again, whatever is left of `reruns`.
     """
 
     reruns: float
@@ -25,7 +25,7 @@ class Budget:
     spent: dict[str, list[float]] = field(default_factory=lambda: {name: [0.0, 0.0] for name in PHASES})
 
     def share(self, sums: float) -> None:
-        """Divide it: the totals over the vocabulary get the given share."""
+        """Divide the budget: totals over the vocabulary get the given share."""
         self.shares = {"probes": 1 - sums - _FRESH_SHARE, "fresh": _FRESH_SHARE, "sums": sums}
 
     def left(self, phase: str, rounds: int) -> float:
@@ -43,6 +43,6 @@ class Budget:
         return self.shares[phase] * rounds * self.limit - self.spent[phase][1] if self.shares[phase] else 0.0
 
     def seconds_since(self, begin: tuple[float, float]) -> float:
-        """Seconds; where the caller set no time, a busy machine's other work counts for little."""
+        """Seconds; where the caller set no time, other work on a busy machine counts for little."""
         wall, used = time.perf_counter() - begin[0], time.process_time() - begin[1]
         return max(used, wall / 4) if self.reruns else wall

@@ -1,4 +1,4 @@
-"""The audit itself: which streams a loop is run on, and what may be spent on them. What runs show, the checks say."""
+"""The audit itself: which streams a loop is run on, and what may be spent on them. The checks judge what runs show."""
 
 import math
 import time
@@ -47,8 +47,8 @@ class Auditor:
         self._run, self.names, self.stream, self.tokens = run, list(names), stream, stream.tokens
         self.hints, self._byte_rule, self.budget = hints or Hints(), byte_rule, budget
         self.runs, self._cost, self._seconds, self._drawn = 0, 0.0, 0.0, 0
-        self.shortest, self.longest = 3, math.inf  # lengths of streams that the loops are known to refuse lie outside
-        self.refusal = ""  # what they said to such a stream
+        self.shortest, self.longest = 3, math.inf  # stream lengths that the loops have not refused
+        self.refusal = ""  # what they said when they refused one
         self.found: dict[str, Findings] = {}
 
     def audit(self, seeds: Sequence[int]) -> list[Findings]:
@@ -59,7 +59,7 @@ class Auditor:
         """
         self._start()
         for number, seed in enumerate(seeds, 1):
-            # The order differs from seed to seed, so that nothing is always asked first; what each phase asks follows
+            # The order of phases differs from seed to seed, so that none always comes first; what each asks follows
             # from the seed alone, however far the one before it came
             phases = [self._probe, self._fresh, lambda source, rounds: take_totals(self, source, rounds)]
             for phase in np.random.default_rng(seed).permutation(len(phases)):
@@ -92,7 +92,7 @@ class Auditor:
 
     @property
     def fixed_length(self) -> str | None:
-        """Why streams of another length cannot be asked for; None where some can."""
+        """Why streams of another length cannot be run; None where some can."""
         return self.refusal if self.shortest >= len(self.tokens) else None
 
     def takes(self, tokens: Tensor) -> bool:
@@ -103,7 +103,7 @@ class Auditor:
         if not self.shortest <= length <= self.longest:
             return False
         try:
-            self.records(tokens, names=self.names[:1])  # what shares its runs shares its windows
+            self.records(tokens, names=self.names[:1])  # loops that share their runs share their windows
         except InputError as error:
             self.refusal = str(error)
             if length < len(self.tokens):
@@ -153,7 +153,7 @@ class Auditor:
         self._find_shortest()
 
     def _finish(self) -> None:
-        """The stream of the start once more: what ran in between must not have left anything behind."""
+        """The first stream once more: what ran in between must not have left anything behind."""
         for name, record in self.records(self.tokens).items():
             self.found[name].fixed_length = self.fixed_length
             self.found[name].show("see_last", record)
@@ -161,7 +161,7 @@ class Auditor:
     # -- the future, and a token's own value --------------------------------------------------------------------------
 
     def _probe(self, source: Source, rounds: int) -> None:
-        """Altered copies of the given stream, every kind of place in turn."""
+        """Run altered copies of the given stream, every kind of place in turn."""
         bases, bos_id = {name: found.reference for name, found in self.found.items()}, self.stream.bos_id
         for change in _LENGTH_CHANGES:
             at = int(source.rng.integers(len(self.tokens) // 2, len(self.tokens)))
@@ -178,14 +178,14 @@ class Auditor:
                 self._compare(probe, self.records(probe.tokens, "probes", self._unsettled()), bases, "given")
 
     def _fresh(self, source: Source, rounds: int) -> None:
-        """Streams that the loop has never seen, of another length, the altered ones before their original."""
+        """Run streams of another length that the loop has never seen, the altered ones before their original."""
         length = max(3, len(self.tokens) - int(source.rng.integers(1, max(2, len(self.tokens) // 8))))
         if not self.takes(torch.cat([self.tokens[:1], source.draw(self.tokens[:1], length - 1)[0]])):
             length = len(self.tokens)
         bos_id = self.stream.bos_id
         while True:
             names, self._drawn = self._unsettled(), self._drawn + 1
-            # Every second one is a single document: what a loop does late in a long one needs it
+            # Every second one is a single document, to reach what a loop does late in a long document
             avoid = torch.full((length - 1,), bos_id) if bos_id is not None and self._drawn % 2 == 0 else None
             drawn, chance = source.draw(self.tokens[:1], length - 1, avoid)
             tokens = torch.cat([self.tokens[:1], drawn])
@@ -203,7 +203,7 @@ class Auditor:
                     return
 
     def _unsettled(self) -> list[str]:
-        """Loops without a leak, while there are any: of several, those that leak are not asked again and again."""
+        """The loops without a leak, or all where all leak: those that leak need not be run again and again."""
         return [name for name, found in self.found.items() if found.leak is None] or self.names
 
     def _compare(self, probe: Probe, records: dict[str, Record], bases: dict[str, Record], of: str) -> None:

@@ -1,4 +1,4 @@
-"""First runs of loops made anew: what a loop remembers from other runs cannot help it there."""
+"""First runs of loops made anew, where what a loop remembers from other runs cannot help it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,7 +23,7 @@ def with_first_runs(
     stream: Stream,
     rng: np.random.Generator,
 ) -> Report:
-    """A report with one more test: first runs, of the stream and of copies with another future, are compared.
+    """A report with one more test, which compares first runs on the stream and on copies with another future.
 
     Args:
         report: of the loop's other runs.

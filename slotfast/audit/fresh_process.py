@@ -20,8 +20,8 @@ def run_in_process(score: str, tokens: Tensor, vocab_size: int) -> Record:
     Raises:
         InputError: the loop failed there, or its process ended.
     """
-    # A process forked from this one would remember too; one forked from a server that has imported us, and no loop,
-    # begins at once
+    # A process forked from this one would remember too; one forked from a server that has imported slotfast, and no
+    # loop, remembers nothing and starts at once
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     ours, theirs = context.Pipe()

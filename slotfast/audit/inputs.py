@@ -76,7 +76,7 @@ def load_function(flag: str, name: str) -> Callable[..., Any]:
 
 
 def excerpt(stream: TokenStream, bos_id: int | None, n: int) -> Tensor:
-    """Up to n tokens of a stream with several documents in them: its start, or the starts of several documents."""
+    """Up to n tokens of a stream, with several documents among them: its start, or the starts of several documents."""
     head = torch.from_numpy(stream.read(0, n))
     if bos_id is None or int((head[1:] == bos_id).sum()) >= _PIECES // 2:
         return head
@@ -90,7 +90,7 @@ def excerpt(stream: TokenStream, bos_id: int | None, n: int) -> Tensor:
 
 
 def code_hashes(score: Callable | None) -> dict[str, str]:
-    """SHA-256 of our own source, and of the loop's: its file, and what it imported from beside it."""
+    """SHA-256 of our own source and of the loop's: its file, and files beside it that it imported."""
     root = Path(str(resources.files("slotfast")))
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -105,7 +105,9 @@ def code_hashes(score: Callable | None) -> dict[str, str]:
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
         path = Path(file).resolve() if file else folder
-        if path.suffix == ".py" and path.is_relative_to(folder) and path.is_file():  # some modules name no real file
+        if (
+            path.suffix == ".py" and path.is_relative_to(folder) and path.is_file()
+        ):  # some modules name a file that does not exist
             hashes[str(path.relative_to(folder))] = sha256(path)
     return hashes
 

@@ -1,4 +1,4 @@
-"""A score that depends on what it must not: what moved it, how far that reaches, and the pattern it looks like."""
+"""A score that depends on what it must not: what moved it, how far that reaches, and which pattern it looks like."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -79,7 +79,7 @@ class Leak:
 
 
 def reach_of(base: Record, leak: Leak, moved_by: Callable[[int], Moved | None]) -> dict[str, Any]:
-    """How far a leak reaches: fields of a `Leak`.
+    """How far a leak reaches, as fields of a `Leak`.
 
     Args:
         base: the run of the unaltered stream.
@@ -91,7 +91,7 @@ def reach_of(base: Record, leak: Leak, moved_by: Callable[[int], Moved | None]) 
     def early(score: int) -> bool:
         return base.event[score] == base.event[base.event >= 0].min() if parts else score <= last // 4
 
-    # Where tokens move the scores of their like alone, the last one may have none among the first
+    # Where tokens move only the scores of equal tokens, the last token may have no equal among the first ones
     ends = (moved_by(at) for at in range(last, max(0, last - _ENDS), -1))
     whole = any(end is not None and early(end.score) for end in ends)
     if whole or not parts:
@@ -110,7 +110,7 @@ def reach_of(base: Record, leak: Leak, moved_by: Callable[[int], Moved | None]) 
 
 
 def _block(base: Record, event: int, near: int, moved_by: Callable[[int], Moved | None]) -> int:
-    """Events that a batch holds, where tokens of event `near` move event `event`: the last one whose tokens do."""
+    """How many events a batch holds, where tokens of event `near` move event `event`, by the last one that does."""
     last = int(base.event.max())
     far = last + 1
     while far - near > 1:
@@ -120,7 +120,7 @@ def _block(base: Record, event: int, near: int, moved_by: Callable[[int], Moved 
             near, event = middle, int(base.event[moved.score])
         else:
             far = middle
-    # The tokens of a block's last windows may be in no context of it: where does the next block begin?
+    # The tokens of a block's last windows may be in no context of that block, so look for the next block's start
     for later in range(near + 1, min(near + 4, last + 1)):
         moved = moved_by(_last_of(base, later))
         if moved is not None and base.event[moved.score] > near:
@@ -134,7 +134,7 @@ def _last_of(base: Record, event: int) -> int:
 
 
 def looks_like(leak: Leak) -> str:
-    """The pattern that usually moves what moved."""
+    """The pattern that usually shows itself so."""
     distance = leak.token - leak.moved.score
     if leak.relation == "own":
         return (

@@ -21,7 +21,7 @@ _CHUNK_VALUES = 1 << 22
 
 
 class Log:
-    """Takes a loop's reports in the order in which they come, and copies them: later changes have no effect."""
+    """Takes a loop's reports in the order in which they come, and copies them, so that later changes have no effect."""
 
     def __init__(self) -> None:
         self.scores: list[tuple[int, Tensor, Tensor, Tensor | None, Tensor | None]] = []
@@ -67,8 +67,9 @@ class Record:
         rows: float32 [N, V], the distributions, NaN where none was given; None without any, or with too many to keep.
         row_precision, nll_precision: relative precision of the coarsest type that distributions, charges were given in.
         ordered: whether the loop reported events; one that only returns losses says nothing about order.
-        misordered, early, narrow, endless: the first wrong order of charges, of updates, the first distribution of
-            another size than the vocabulary's, and the first charge that is NaN or -inf, in words; None without.
+        misordered, early, narrow, endless: in words, the first charge in the wrong order, the first update too early,
+            the first distribution that is not as long as the vocabulary, and the first charge of NaN or -inf; None
+            without.
         updates: how many updates were reported.
     """
 
@@ -105,7 +106,7 @@ class Record:
 
 @contextlib.contextmanager
 def kept_generators() -> Iterator[None]:
-    """Runs of loops seed the global random generators: they are afterwards as they were."""
+    """Restore the global random generators, which runs of loops seed."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -164,7 +165,7 @@ def read_log(log: Log, tokens: Tensor, vocab_size: int, returned: Any = None) ->
             raise InputError(f"log.score, call {call}: logprobs of shape {list(rows.shape)}, expected {expected}")
     position = _positions([call[1] for call in scores], length, "log.score")
     losses = torch.cat([call[2] for call in scores]).double().numpy()
-    # A loss of NaN or -inf is no charge. A loss of inf is one: the loop held its token for impossible.
+    # A loss of NaN or -inf is not a charge. A loss of inf is one: the loop thought its token impossible.
     real = losses > -np.inf
     first = int((~real).argmax()) if not real.all() else None
     event = np.repeat(np.arange(len(scores)), sizes)
@@ -198,7 +199,7 @@ def read_log(log: Log, tokens: Tensor, vocab_size: int, returned: Any = None) ->
 
 
 def _read_rows(record: Record, scores: Sequence[tuple], vocab_size: int) -> None:
-    """Sums and charged entries of the distributions, and the distributions themselves where they are not too many."""
+    """Take down the distributions' sums and charged entries, and themselves where there are not too many."""
     given = [(call[1], call[2], call[4]) for call in scores if call[4] is not None]
     for position, _, rows in given:
         if rows.size(1) != vocab_size and len(rows):
@@ -238,7 +239,7 @@ def _misordered(position: np.ndarray, sizes: Sequence[int]) -> str | None:
 
 
 def _first(position: np.ndarray, values: np.ndarray, into: np.ndarray) -> np.ndarray:
-    """Put values at positions; of several for one position the first stays."""
+    """Put values at positions; where a position gets several, the first stays."""
     into[position[::-1]] = values[::-1]
     return into
 

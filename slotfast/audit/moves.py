@@ -1,4 +1,4 @@
-"""Whether scores moved that could not: two runs side by side, and how far reruns of one stream differ."""
+"""Whether scores moved that must not: two runs side by side, and how far reruns of one stream differ."""
 
 from dataclasses import dataclass
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from .log import Record
 
-MARGIN = 4.0  # over the largest difference between reruns of one stream
-_SAME_SHAPE = 1e-6  # relative: what a float32 sum may differ by where nothing but other rows' values changed
-_OTHER_SHAPE = 2e-5  # relative: where batches or documents have other sizes, matrix products round otherwise
+MARGIN = 4.0  # factor on the largest difference between reruns of one stream
+_SAME_SHAPE = 1e-6  # relative: how far a float32 sum may differ where only the values of other rows changed
+_OTHER_SHAPE = 2e-5  # relative: where batches or documents have other sizes, matrix products round differently
 STREAM_NOISE = 1e-3  # nats: reruns that differ by more cannot certify anything
-COARSE = 1e-4  # relative: a type coarser than that (half precision) can hide what a record is won by
+COARSE = 1e-4  # relative: a coarser type (half precision) can hide the margin of a record
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Noise:
     rows: float = 0.0
 
     def limit(self, values: np.ndarray, same_shape: bool, noise: float | None = None) -> np.ndarray:
-        """How far values may differ without being held for moved."""
+        """How far values may differ without counting as moved."""
         rounding = (_SAME_SHAPE if same_shape else _OTHER_SHAPE) * (1 + np.abs(values))
         return np.maximum(MARGIN * (self.nll if noise is None else noise), rounding)
 

@@ -104,5 +104,5 @@ class OwnLoop:
         loop.run(text.stream.read, len(text.stream) - 1, report)
 
     def byte_rule(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes of every token of a stream; of the first, which nobody is charged for, none."""
+        """Bytes of every token of a stream; none for the first, which is never charged."""
         return np.concatenate([[0], self.byte_table.count(tokens[1:], tokens[:-1])])

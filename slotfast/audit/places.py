@@ -9,9 +9,9 @@ import numpy as np
 from ..windows import Plan
 from .log import Record
 
-# What is done at a place, in turn. A whole new future moves whatever depends on any of it. A copy of the token before
-# moves what looks one token ahead: it raises that token's chance, and its charge is watched. A change of one token
-# leaves all else alike, so that a loop cannot tell that it is being audited.
+# What is done at a place, in turn. A whole new future moves whatever depends on any part of it. A copy of the token
+# before moves what looks one token ahead: the copy's chance rises, and so the charge of the token before it moves. A
+# change of one token leaves all else as it is, so that a loop cannot tell that it is being audited.
 CHANGES = (
     "scramble",
     "copy",
@@ -64,7 +64,7 @@ class Hints:
 def visits(
     record: Record, bos_id: int | None, hints: Hints, rng: np.random.Generator
 ) -> Iterator[tuple[str, str, int]]:
-    """Kind of place, change and position 2..N-1, endlessly; what every kind does is spread evenly over the changes."""
+    """Endless kinds of place, changes and positions 2..N-1, with the changes spread evenly over every kind."""
     found = places(record, bos_id, hints, rng)
     turns = {kind: int(rng.integers(len(CHANGES))) for kind in found}
     for number in count():
@@ -99,7 +99,7 @@ def places(record: Record, bos_id: int | None, hints: Hints, rng: np.random.Gene
 
 
 def _planned(length: int, starts: np.ndarray, hints: Hints) -> dict[str, np.ndarray]:
-    """Borders that follow from the hints: the first token that a window, a batch, a rank charges."""
+    """Borders that follow from the hints: the first token that a window, a batch or a rank charges."""
     if hints.seq_len and hints.stride:
         plan = Plan(length - 1, hints.seq_len, hints.stride)
         first = np.array([plan[index].start + plan[index].context_end + 1 for index in range(len(plan))])
@@ -108,7 +108,7 @@ def _planned(length: int, starts: np.ndarray, hints: Hints) -> dict[str, np.ndar
         batches = [index for part in owned for index in part[::batch]]
         ranks = [part.start for part in owned[1:] if part]
         return {"window border": first[1:], "batch border": first[batches][1:], "rank border": first[ranks]}
-    # Without windows, ranks are taken to share the tokens evenly; where nobody says how many, there may be two
+    # Without windows, ranks are assumed to share the tokens evenly; where nobody says how many, there may be two
     found = {"rank border": length * np.arange(1, hints.ranks or 2) // (hints.ranks or 2)}
     if hints.stride and len(starts):
         inside = [np.arange(a, b, hints.stride)[1:] for a, b in zip(starts, [*starts[1:], length], strict=True)]
@@ -117,7 +117,7 @@ def _planned(length: int, starts: np.ndarray, hints: Hints) -> dict[str, np.ndar
 
 
 def _around(borders: np.ndarray, length: int, rng: np.random.Generator) -> Iterator[int]:
-    """Borders in shuffled order, the tokens there, one behind, and one before."""
+    """Borders in shuffled order: the tokens there, then those one later and one earlier."""
     while True:
         for offset in (0, 1, 0, -1):
             for border in rng.permutation(borders):
@@ -132,6 +132,6 @@ def _inside(starts: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> 
 
 
 def _spread(length: int, rng: np.random.Generator) -> Iterator[int]:
-    """Positions 1..N-1 that fill the stream ever more finely, each once before any comes twice."""
+    """Positions 1..N-1 that cover the stream ever more finely, each once before any comes twice."""
     shares = (rng.random() + 0.6180339887 * np.arange(length - 1)) % 1  # leaves no gap twice as wide as another
     return cycle((1 + shares.argsort().argsort()).tolist())

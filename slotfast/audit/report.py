@@ -40,7 +40,7 @@ class Report:
 
     @property
     def conditions(self) -> dict[str, Verdict]:
-        """Each condition's verdict: FAIL where any test of it fails, PASS where what is needed to say so passed."""
+        """Each condition's verdict: FAIL where any test of it fails, PASS where all passed that are needed for it."""
         return {name: self._condition(name) for name in NEEDED}
 
     def _condition(self, name: str) -> Verdict:

@@ -98,7 +98,7 @@ def _own(settings: AuditSettings) -> Subject:
         tokenizer.bos_id,
         hints,
         Worker(device, backend=settings.backend),
-        # Blocks of another size than the windows' batches, so that their borders are seen apart
+        # Blocks of another size than the windows' batches, so that their borders can be told apart
         Streaming(settings.sinks, 3 * hints.stride) if settings.forward == "stream" else None,
     )
     tokens = excerpt(inputs.stream, tokenizer.bos_id, settings.max_tokens or _enough(hints))

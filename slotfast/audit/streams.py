@@ -51,7 +51,7 @@ class Stream:
 
 
 class Source:
-    """Draws tokens that look like a stream's own: they repeat what followed last time, and are mostly frequent ones.
+    """Draws tokens that look like a stream's own: they tend to repeat what followed last time, and to be frequent.
 
     Every token is drawn from a distribution that is known and positive everywhere, given what came before it.
 
@@ -78,7 +78,7 @@ class Source:
         Args:
             before: int64 [M], M >= 1.
             n: tokens to draw.
-            avoid: int64 [K], what token i, where i < K, must not be.
+            avoid: int64 [K], which token i must not be, for i < K.
             uniform: all tokens equally likely, which no text is.
 
         Returns:
@@ -96,7 +96,7 @@ class Source:
         drawn, chance = [], np.empty(n)
         for i, unwanted in enumerate(avoided):
             repeated = follower.get(previous, -1)
-            # The repeat's share falls to the frequent tokens where nothing came before
+            # Where nothing can be repeated, the repeat's share goes to the frequent tokens
             repeat = _REPEAT if repeated >= 0 and not uniform else 0.0
             plenty = 0.0 if uniform else _REPEAT + _FREQUENT - repeat
             token = repeated if kind[i] < repeat else frequent[i] if kind[i] < repeat + plenty else any_[i]
@@ -194,17 +194,17 @@ def alter(source: Source, tokens: Tensor, kind: str, change: str, at: int) -> Pr
     length, bos = len(tokens), source.bos_id
     drawn = None
     if change in ("resample", "scramble", "extend"):
-        # A longer or equal stream: tokens that it had are all different ones
+        # A stream as long or longer, whose old tokens from there on are all replaced by others
         more = 1 + int(source.rng.integers(max(1, length // 8))) if change == "extend" else 0
         start = length if change == "extend" else at
         fresh, chance = source.draw(tokens[:start], length + more - start, tokens[start:], change == "scramble")
         repeats = change == "scramble" or (change == "resample" and source.rng.random() < 0.5)
         if repeats and tokens[at] != tokens[at - 1]:
-            fresh[0] = tokens[at - 1]  # a look ahead raises its chance, and the charge of the one before is watched
+            fresh[0] = tokens[at - 1]  # a look ahead raises its chance, which moves the charge of the token before
             start, chance = start + 1, chance[1:]
         new, drawn = torch.cat([tokens[:at] if change != "extend" else tokens, fresh]), (start, chance)
     elif change == "echo":
-        # A loop that has seen these tokens ahead raises their chance, also where they came before: there it is watched
+        # A loop that has seen these tokens ahead raises their chance, which moves their charges where they came before
         copied = min(at, length - at, _ECHO)
         new = torch.cat([tokens[:at], tokens[at - copied : at].flip(0), tokens[at + copied :]])
     elif change == "constant":
@@ -224,9 +224,9 @@ def alter(source: Source, tokens: Tensor, kind: str, change: str, at: int) -> Pr
 
 
 def recurring(source: Source, tokens: Tensor, at: int) -> Tensor:
-    """A drawn stream whose last tokens before a position were there before, with one follower, some times over.
+    """A drawn stream whose last tokens before a position occurred several times before, always with the same follower.
 
-    Caches of every order have met them there, and are sure of themselves: where a total is wrong, it shows.
+    Caches of every order have met them and are confident, so that a wrong total shows.
 
     Args:
         tokens: int64 [N], N > at; its length and its first token, which may have to be a BOS, are kept.
@@ -234,7 +234,7 @@ def recurring(source: Source, tokens: Tensor, at: int) -> Tensor:
     """
     stream = torch.cat([tokens[:1], source.draw(tokens[:1], len(tokens) - 1)[0]])
     copied = min(int(source.rng.integers(1, 9)), at // 2)
-    last = max(1, at - 2 * copied)  # behind it, a copy would reach into the tokens before the position
+    last = max(1, at - 2 * copied)  # any later, a copy would reach into the tokens before the position
     begin, *others = source.rng.integers(0, last, 1 + int(source.rng.integers(1, 8))).tolist()
     piece = stream[begin : begin + copied + 1].clone()
     for place in others:
@@ -245,7 +245,7 @@ def recurring(source: Source, tokens: Tensor, at: int) -> Tensor:
 
 
 def likely(source: Source, stream: Tensor, at: int, n: int) -> list[int]:
-    """Up to n tokens for a position: the one there, followers of the one before, close, frequent ones, any."""
+    """Up to n tokens for a position: the one there, followers of the one before, nearby ones, frequent ones, any."""
     tokens = stream[:at].tolist()
     followed = [after for token, after in pairwise(tokens) if token == tokens[-1]]
     near = [int(stream[at]), *followed[::-1], *tokens[: -n - 1 : -1]]
@@ -256,13 +256,13 @@ def likely(source: Source, stream: Tensor, at: int, n: int) -> list[int]:
 
 
 def rarest(tokens: Tensor, rng: np.random.Generator) -> Iterator[int]:
-    """The tokens of a stream, the rarest first, equally rare ones in any order; endlessly."""
+    """The tokens of a stream, the rarest first and equally rare ones in any order, endlessly."""
     kinds, counts = np.unique(tokens.numpy(), return_counts=True)
     return cycle(kinds[np.lexsort([rng.random(len(kinds)), counts])].tolist())
 
 
 def synthetic(n: int, vocab_size: int, bos_id: int | None, rng: np.random.Generator) -> Tensor:
-    """A text-like stream for a loop that comes without one: Zipf's frequencies, repetition, documents."""
+    """A text-like stream for a loop that comes without one, with Zipf's frequencies, repetition and documents."""
     rank = torch.from_numpy(rng.permutation(vocab_size))
     counts = (1000 / (1 + rank)).ceil().long()
     if bos_id is not None:

@@ -1,4 +1,4 @@
-"""Totals by substitution: tokens of the vocabulary in one position, and what they are charged added up."""
+"""Totals by substitution: the vocabulary's tokens are put in one position in turn, and their charges added up."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .streams import Source, likely, rarest, recurring
 if TYPE_CHECKING:
     from .engine import Auditor
 
-SHORTEST_SUM = 24  # tokens: closer to the start a loop has hardly any state
-_SHARE, _FEW_SHARE = 0.4, 0.1  # of the budget: where all tokens can be put, and where only a few can
+SHORTEST_SUM = 24  # tokens: nearer the start a loop has hardly any state
+_SHARE, _FEW_SHARE = 0.4, 0.1  # shares of the budget: where all tokens can be tried, and where only a few can
 # Positions whose totals are taken, one kind after another: the last of a stream; the first of an event; one of the
 # given stream, where experts may be as good as each other and choices close; one with more tokens behind it, since a
 # loop that reads them may score the token again; the first of a document; and one behind a rare token. Rare tokens are
 # many, and short streams are enough for them.
 _KINDS = ("end", "event", "given", "rare", "inside", "rare", "document", "rare", "rare")
 _LATE_KINDS = ("end", "given", "inside", "event")
-_LATE_SHARE = 1 / 3  # of what totals cost: each late one takes every token over most of the stream
+_LATE_SHARE = 1 / 3  # share of what totals cost: a late one takes every token over most of the stream
 
 
 def share_budget(auditor: Auditor) -> None:
-    """Divide the budget; distributions need no totals, and where not all tokens can be put, a few tell little."""
+    """Divide the budget; distributions need no totals, and where not all tokens can be tried, a few tell little."""
     auditor.budget.share(_SHARE)
     length, vocab_size = len(auditor.tokens), auditor.stream.vocab_size
     complete = _affordable(auditor, 1) * length >= SHORTEST_SUM * vocab_size
@@ -43,24 +43,25 @@ def _checks(auditor: Auditor) -> list[Totals]:
 def take_totals(auditor: Auditor, source: Source, rounds: int) -> None:
     """Add up what the tokens of the vocabulary are charged in one position, and in others while the budget lasts.
 
-    All tokens where the budget has room for that, else those that a loop is likeliest to favour: these alone can only
-    show that a total is too large. Late positions come first: what takes most of the stream to fill shows there.
+    It takes all tokens where the budget has room for that, else those that a loop is likeliest to favour, which can
+    only show that a total is too large. Late positions come first: a state that takes most of the stream to fill shows
+    there.
     """
     tokens, budget, length = auditor.tokens, auditor.budget, len(auditor.tokens)
     behind, turn = rarest(tokens, source.rng), rounds - 1
     reference = auditor.found[auditor.names[0]].reference
-    starts = reference.starts[reference.starts > 0]  # nothing foretells token 0
+    starts = reference.starts[reference.starts > 0]  # nothing predicts token 0
     silent = np.flatnonzero(np.isnan(reference.total[1:])) + 1
     late, vocab_size = max(totals.late for totals in _checks(auditor)), auditor.stream.vocab_size
     taken = refused = 0
     cost = late_cost = 0.0  # in runs of the whole stream
     while budget.shares["sums"] and (not taken or budget.left("sums", rounds)) and refused < 8:
         affordable = _affordable(auditor, rounds)
-        # One late total comes on top where a round's reruns would pay for it: nothing else clears such a loop
+        # One late total is added where a round's reruns would pay for it: nothing else can clear such a loop
         extra = min(budget.reruns, budget.limit_left("sums", rounds) * auditor.speed)
         on_top = not taken and late * vocab_size / length <= extra
         affordable = extra if on_top else affordable
-        # A stream that ends early costs less: as long a one as every token can be put in
+        # A stream that ends early costs less: the longest in which every token can be tried
         reach = min(int(affordable * length / vocab_size), length - 1)
         cut = auditor.fixed_length is None
         shortest = max(SHORTEST_SUM, auditor.shortest - 1)
@@ -73,7 +74,7 @@ def take_totals(auditor: Auditor, source: Source, rounds: int) -> None:
         if kind == "rare" and short:  # there are many rare tokens
             reach = min(reach, max(2 * SHORTEST_SUM, shortest))
         first = late if is_late else min(shortest, reach)
-        last = at = int(first * ((reach + 1) / first) ** source.rng.random())  # short and long ones alike
+        last = at = int(first * ((reach + 1) / first) ** source.rng.random())  # both short and long ones
         if kind in ("inside", "given"):
             at = int(source.rng.integers(first, last + 1))
         if kind == "event":

@@ -1,6 +1,6 @@
-"""What is asked of a loop: a file for each question, with what it takes notes of and what it concludes.
+"""The questions asked about a loop: each is a file that says what it takes note of and what it concludes.
 
-A further question is a file with a `Check`, and its name in the two lists below.
+To add a question, write a file with a `Check` and name it in the two lists below.
 """
 
 from .base import ByteRule, Check, Findings, Pair, Test, Verdict

@@ -30,7 +30,7 @@ class Test:
     Args:
         name: what was asked.
         verdict: PASS, FAIL or UNTESTED.
-        conditions: which it speaks about, and which fail with it.
+        conditions: those that it is about, and that fail with it.
         covered: how much was looked at, in words.
         detail: what was seen.
         pairs: of changed token and watched score, or positions, that were looked at.
@@ -54,7 +54,7 @@ class Pair:
         of: which stream: `given`, or `drawn` with its number.
         probe: the copy.
         base, other: the runs of the stream and of the copy.
-        moved: scores before the change that are not the same.
+        moved: scores before the change that differ.
     """
 
     of: str
@@ -69,10 +69,10 @@ class Pair:
 
 
 class Check:
-    """One question about one loop: it takes notes of what it is shown, and answers with tests.
+    """One question about one loop: it takes note of what it is shown, and answers with tests.
 
     Args:
-        found: what is known of the loop besides, and the way to run it once more.
+        found: what else is known about the loop, and a way to run it again.
     """
 
     def __init__(self, found: Findings):
@@ -148,7 +148,7 @@ class Findings:
             getattr(check, hook)(*what)
 
     def differs(self, noise: Noise) -> None:
-        """Take down how far two runs of one stream differed."""
+        """Note how far two runs of one stream differed."""
         self.noise = Noise(max(self.noise.nll, noise.nll), max(self.noise.rows, noise.rows))
 
     @property

@@ -6,7 +6,7 @@ from ..log import Record
 from .base import Check, Findings, Pair, Test
 from .totals import Totals
 
-_EVIDENCE = 1e6  # odds that a bet must reach before totals above 1 are held for proven
+_EVIDENCE = 1e6  # odds that a bet must reach before totals above 1 count as proven
 _STAKES = np.array([0.003, 0.01, 0.03, 0.1, 0.3, 0.9])
 
 
@@ -41,7 +41,7 @@ class Gamblers:
     Whatever a predictor has seen, p_t(x) / q(x) has mean sum_x p_t(x) where x is drawn from q. If that never exceeds 1,
     a gambler who stakes a part of his money on each ratio cannot expect to gain: he reaches c times what he had with a
     chance of at most 1 / c (Ville's inequality). Several gamblers with fixed stakes play for their mean, which starts
-    at 1: a third of it on every token, a third on one position each, a third behind one token each.
+    at 1: a third of the money is staked on every token, a third on one position each, a third after one token each.
 
     Args:
         length: N of the stream; positions beyond it count as its last.

@@ -9,7 +9,7 @@ _LOOKS_LIKE = "a leading space counted twice (#1719), byte pieces counted as 3 (
 
 
 class Bytes(Check):
-    """What the loop counts tokens as, beside the byte rule."""
+    """How many bytes the loop counts for tokens, compared with the byte rule."""
 
     def __init__(self, found: Findings):
         super().__init__(found)

@@ -1,4 +1,4 @@
-"""Distributions that come with charges: does each hold its charge, and sum to 1."""
+"""Whether each distribution that comes with a charge agrees with it, and sums to 1."""
 
 import numpy as np
 
@@ -77,7 +77,7 @@ class Charges(Check):
         return f"{self.rows:,} distributions"
 
     def _if_all(self, name: str) -> Test:
-        """Passed only where every charge came with its distribution: the others could be anything."""
+        """PASS only where every charge came with its distribution, since the others could be anything."""
         if self.rows >= self.charges and not self.blurred:
             return Test(name, "PASS", ("C2",), self._about, "", self.rows)
         if self.rows >= self.charges:

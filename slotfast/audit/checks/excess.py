@@ -1,4 +1,4 @@
-"""What a wrong total looks like: which tokens' charges, in one position, move with which earlier tokens."""
+"""What a wrong total looks like: whose charges in one position move with which earlier tokens."""
 
 from dataclasses import dataclass
 
@@ -109,7 +109,7 @@ class _Past:
         return changes
 
     def followed(self) -> tuple[Tensor, set[int]]:
-        """The stream with one new token behind the last one wherever that came early, and more often than any other."""
+        """The stream with one new token after the last one wherever that came early, and more often than any other."""
         ids, tokens, half = self.stream.tolist(), self.stream.clone(), self.at // 2
         avoided = {self.before, ids[self.at], self.found.stream.bos_id}
         new = next(token for token in range(len(self.nll)) if token not in avoided)
@@ -125,7 +125,7 @@ class _Past:
         return tokens, changed
 
     def moved_by(self, tokens: Tensor, changed: set[int]) -> _MovedBy:
-        """Which of the asked tokens are charged otherwise in an altered stream."""
+        """Which of these tokens are charged differently in an altered stream."""
         after = []
         for token in self.asked.tolist():
             altered = tokens.clone()

@@ -1,4 +1,4 @@
-"""Whether a score moves with tokens that come later, and which of them it is."""
+"""Whether a score moves with tokens that come later, and with which of them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,14 +29,14 @@ class Future(Check):
         self.bases[pair.of] = pair.base.tokens
         self.probes.setdefault(pair.of, []).append(pair.probe)
         if not pair.same_length:
-            # Where the windows end may follow the length; what tokens are there must not show
+            # The length may decide where windows end; which tokens are there must not show
             self.lengths += 1
             self.by_length = max(self.by_length, pair.moved.largest if pair.moved else 0.0)
         elif pair.moved and found.leak is None and (found.noise == Noise() or self._moves_again(pair)):
             found.leak = trace(found, pair.base, pair.probe, pair.moved, pair.of)
 
     def _moves_again(self, pair: Pair) -> bool:
-        """Whether a noisy loop's score moves a second time; if not, its noise is what was seen."""
+        """Whether a noisy loop's score moves a second time; if not, only noise was seen."""
         base, other = (self.found.run(torch.from_numpy(record.tokens)) for record in (pair.base, pair.other))
         for first, second in ((pair.base, base), (pair.other, other)):
             self.found.differs(noise_between(first, second))

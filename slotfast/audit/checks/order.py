@@ -63,14 +63,14 @@ class Order(Check):
         verdict, about = verdict_of(self.once), f"{len(reference.nll) - 1:,} tokens"
         tests.append(Test("every token once", verdict, ("C4",), about, self.once, looks_like=self.once_looks_like))
         verdict, about = verdict_of(self.order), counted(len(reference.starts), "event")
-        # tokens that are scored again stand behind later ones
+        # tokens that are scored again come after later ones
         looks_like = _TAIL_LOOKS_LIKE if self.once_looks_like == _TAIL_LOOKS_LIKE else _ORDER_LOOKS_LIKE
         tests.append(Test("left to right", verdict, ("C4",), about, self.order, looks_like=looks_like))
         return tests
 
 
 def charged_amiss(record: Record) -> str:
-    """What tokens that are charged never, or more than once, look like."""
+    """What it looks like when tokens are charged never, or more than once."""
     length, charges = len(record.charges), record.charges[1:]
     again, never = np.flatnonzero(charges > 1) + 1, np.flatnonzero(charges == 0) + 1
     if record.charges[0] and record.ordered:

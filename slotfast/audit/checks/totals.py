@@ -26,14 +26,14 @@ class Totals(Check):
         super().__init__(found)
         self.sums: list[tuple[int, int, float]] = []  # position, tokens substituted, total
         self.worst: tuple[int, int, float] | None = None
-        self.rounded = 0.0  # how far totals are off that charges in half precision explain
+        self.rounded = 0.0  # how far off totals may be that charges in half precision explain
         self._wrong: tuple[Tensor, int, np.ndarray] | None = None  # the first complete one: stream, position, charges
         self._explained: str | None = None
-        self.late_reruns = 0  # runs of a round that have room for a late total; whoever divides the budget says it
+        self.late_reruns = 0  # runs of a round that leave room for a late total; set when the budget is divided
 
     @property
     def late(self) -> int:
-        """First position behind three quarters of the stream and two events: totals from there on can clear a loop."""
+        """First position after three quarters of the stream and two events: totals from there on can clear a loop."""
         length, starts = len(self.found.reference.tokens), self.found.reference.starts
         behind = int(starts[2]) if len(starts) > 2 else 0
         return min(max(3 * length // 4, behind), length - 1)
@@ -68,7 +68,7 @@ class Totals(Check):
         if self.rounded:
             why = f"up to {self.rounded:.1e} beside 1: charges in half precision leave that open"
             return [Test(name, "UNTESTED", ("C2",), f"{tried} runs", why)]
-        # A state that takes most of the stream to fill has no part in earlier totals
+        # A state that takes most of the stream to fill plays no part in earlier totals
         deepest = max((at for at, _ in complete), default=0)
         if complete and deepest < self.late and not clear:
             why = (
@@ -92,7 +92,7 @@ class Totals(Check):
 
     @property
     def looks_like(self) -> str:
-        """What totals beside 1 look like, by substitution or by bets."""
+        """What totals other than 1 look like, by substitution or by bets."""
         return _OF_A_LEAK if self.found.leak or self.found.own else self._explained or _LOOKS_LIKE
 
     def unreached(self) -> list[str]:

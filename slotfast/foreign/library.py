@@ -1,4 +1,4 @@
-"""What is asked of other people's code, and how it fails."""
+"""The library that Hugging Face folders need."""
 
 import importlib
 from pathlib import Path

@@ -30,7 +30,7 @@ _PADDING_ROWS = 1024  # embeddings are padded to round sizes, by fewer rows than
 
 
 class ForeignConfig(BaseModel):
-    """What is known of somebody else's model."""
+    """What is known about somebody else's model."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -140,7 +140,7 @@ class _Autocast:
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
-    """Narrow types by autocast: which weights of somebody else's model may be narrowed is not ours to know."""
+    """Use narrow types by autocast, as we cannot know which weights of somebody else's model may be narrowed."""
     return torch.autocast(device.type, dtype, enabled=dtype in _NARROW)
 
 
@@ -227,7 +227,7 @@ def _from_factory(name: str) -> tuple[nn.Module, LanguageModel]:
 
 
 def _wrapped(module: nn.Module) -> LanguageModel:
-    """A module of nobody's library behind our interface."""
+    """A module that belongs to no library, behind our interface."""
     apart = callable(getattr(module, "hidden", None)) and callable(getattr(module, "head", None))
     own = getattr(module, "stream", None)
     stream = (lambda window, sinks: OwnStream(own, sinks)) if callable(own) else None
@@ -266,7 +266,8 @@ def _wrapped_transformers(module: nn.Module) -> LanguageModel:
     def hidden(tokens: Tensor) -> Tensor:
         return module.base_model(tokens)[0]
 
-    # Some architectures scale or cap what their output matrix gives: apart only where that is all there is.
+    # Some architectures scale or cap the output matrix's product: states and head are apart only where nothing follows
+    # it.
     head = module.get_output_embeddings()
     tokens = _probe_tokens(_PROBE_TOKENS).to(next(module.parameters()).device)
     with torch.inference_mode():

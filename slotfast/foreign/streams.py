@@ -1,4 +1,4 @@
-"""Models of other projects that read a stream block by block: through a cache of transformers, or a way of their own.
+"""Models of other projects that read a stream block by block, through a cache of transformers or in their own way.
 
 Each is called as `slotfast.stream.CachedForward` is. Keys of such a model are rotated for good when they are made, and
 its positions end somewhere, so a stream of transformers starts again from position 0 at fixed places of the text: there
@@ -26,7 +26,7 @@ class TransformersStream:
     Args:
         module: in evaluation mode, with `config`.
         states: the module, or the part of it, whose output begins with what is wanted: logits, or states.
-        longest: positions that the model has.
+        longest: how many positions the model has.
         window: tokens that one attends to, itself among them, >= 1.
         sinks: first tokens of the stream that stay visible, >= 0.
 
@@ -70,12 +70,12 @@ class TransformersStream:
         return torch.cat(parts, 1)[:, first:]
 
     def skip(self, position: int) -> None:
-        """Go on at a later position of the stream, as if all but the sinks before it did not exist."""
+        """Skip to a later position of the stream, as if nothing before it but the sinks existed."""
         self.position, self._recent = position, self._recent[:, :0]
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next block depends on, the model apart."""
+        """All that the next block depends on, apart from the model."""
         kept = [(layer.keys, layer.values) for layer in self._cache.layers]
         names = ("position", "_first", "_recent", "_seen", "_next")
         return {"kept": kept, **{name: getattr(self, name) for name in names}}
@@ -97,7 +97,7 @@ class TransformersStream:
     def _forget(self) -> None:
         from transformers import DynamicCache
 
-        self._cache = DynamicCache()  # without the configuration: it keeps everything, and what goes is decided here
+        self._cache = DynamicCache()  # without the configuration it keeps everything; what is dropped is decided here
         self._seen = torch.empty(0, dtype=torch.int64, device=self.device)  # places in the stream of what it keeps
         self._next = 0  # the next token's position, as the model counts
 
@@ -144,11 +144,11 @@ class TransformersStream:
 
 
 class OwnStream:
-    """A module with `stream(tokens, state) -> (states, state)`; what a token attends to is the module's affair.
+    """A module with `stream(tokens, state) -> (states, state)`; the module decides what a token attends to.
 
     Args:
         stream: of the module; the first state is None.
-        sinks: 0, which of its tokens stay is the module's affair too.
+        sinks: 0, as the module decides which tokens stay visible too.
 
     Attributes:
         position: tokens read so far.
@@ -186,7 +186,7 @@ class WindowStream:
     Args:
         states: tokens int64 [1, T] to states, or logits, [1, T, ...].
         window: tokens of one forward, >= 1; longer blocks are forwarded as they are.
-        sinks: 0, there is nothing to keep.
+        sinks: 0, as nothing is kept.
 
     Attributes:
         position: tokens read so far.

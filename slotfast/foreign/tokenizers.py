@@ -16,8 +16,8 @@ from .library import transformers_library
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library and the byte count of each of its pieces.
 
-    A document starts with the tokenizer's BOS, or its EOS where it has none. Special tokens written out in a text are
-    text.
+    A document starts with the tokenizer's BOS, or its EOS where it has none. Special tokens that are written out in a
+    text are text.
 
     Args:
         path: a folder with tokenizer.json, or with what transformers makes one of.
@@ -73,7 +73,8 @@ class HuggingFaceTokenizer(Tokenizer):
     def byte_table(self) -> ByteTable:
         """UTF-8 bytes of each piece, from how its decoder spells it; `encode_documents` holds their sums to the text.
 
-        A byte-level piece has a character a byte. Another one spells spaces as U+2581, and single bytes as <0x0A>.
+        A byte-level piece has a character for each byte. Other pieces spell spaces as U+2581, and single bytes as
+        <0x0A>.
         """
         stored = json.loads(self._model)
         decoder = stored["decoder"] or {}

@@ -1,4 +1,4 @@
-"""The whole model."""
+"""The GPT: layers, embeddings and the output matrix, put together."""
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ class GPT(nn.Module):
     Args:
         config: shape and parts.
 
-    `looping` is for training, which may run every layer once at first: False leaves the repetitions out.
+    `looping` is for training, which may start with every layer run once: False leaves out the repetitions.
     """
 
     def __init__(self, config: GPTConfig):
@@ -54,7 +54,7 @@ class GPT(nn.Module):
         return self.states(tokens, attend, dtype or self.tok_emb.weight.dtype, first=first)
 
     def cast_matrices(self, dtype: torch.dtype) -> "GPT":
-        """Cast linear weights and embeddings for good, not in each forward; every state has the same bits."""
+        """Cast linear weights and embeddings once instead of in each forward; every state keeps the same bits."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.data = module.weight.data.to(dtype)
@@ -102,7 +102,7 @@ class GPT(nn.Module):
         return rms_norm(x)
 
     def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
-        """States x joined by those of the skip that step `index` of the second half takes; both [B, T, width]."""
+        """States x joined with those of the skip that step `index` of the second half takes; both [B, T, width]."""
         if self.skip_weights is None:
             raise ValueError("a model without U-Net skips has none to add")
         skip = self.skip_weights[index].to(x.dtype) * skip

@@ -69,7 +69,7 @@ class PackedLinear(nn.Module):
 
 
 def document_starts(tokens: Tensor, bos_id: int | None) -> Tensor:
-    """Positions that look at none before them: the first one, and every BOS where `bos_id` is given; bool [B, T]."""
+    """Positions that look at none before them: the first, and every BOS if `bos_id` is given; bool [B, T]."""
     starts = torch.zeros_like(tokens, dtype=torch.bool) if bos_id is None else tokens == bos_id
     return torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], dim=1)
 
@@ -86,7 +86,7 @@ class BigramHash(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.05))
 
     def index(self, tokens: Tensor) -> Tensor:
-        """Bucket of each position; where a document starts there is no predecessor, and it is the last bucket."""
+        """The bucket of each position; where a document starts, which has no predecessor, the last bucket."""
         tokens = tokens.to(torch.int64)
         last = self.buckets - 1
         hashed = ((36313 * tokens) ^ (27191 * tokens.roll(1, dims=1))) % last

@@ -39,10 +39,9 @@ def compiling():
 @pytest.fixture(scope="session")
 def tiny_model():
     """A random model with every part, in evaluation mode: V = 64, length 32."""
-    from slotfast.model import GPT, GPTConfig
+    from tests.models import randomised
 
-    torch.manual_seed(0)
-    config = GPTConfig(
+    config = dict(
         vocab_size=64,
         seq_len=32,
         layers=3,
@@ -56,11 +55,7 @@ def tiny_model():
         value_width=8,
         value_layers=(2,),
     )
-    model = GPT(config)
-    with torch.no_grad():
-        for parameter in model.parameters():  # zero-initialised parts would hide their mistakes
-            parameter.normal_(0, 0.5)
-    return model.eval().requires_grad_(False)
+    return randomised(config, spread=0.5)
 
 
 # Files whose tests take most of the time: processes, compilers, the interpreter, or many reruns of a loop

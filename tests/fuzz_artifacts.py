@@ -32,8 +32,8 @@ from slotfast.artifact.community import decode_community
 from slotfast.artifact.format import _PREFIX, MAGIC
 from slotfast.artifact.load import is_ours
 from slotfast.errors import InputError
-from slotfast.model import GPT, GPTConfig
 from tests.community_files import FORMS, pr1855, saved
+from tests.models import randomised
 
 _SLACK_BYTES = 24 << 20  # the allocator's own, and what Python and torch make on the way
 _NOT_EVALUATED = "final_model.int6.ptz of PR #1855"
@@ -52,12 +52,9 @@ class _Malice:
 
 def genuine(folder: Path) -> dict[str, bytes]:
     """A file of every form, all of one model."""
-    torch.manual_seed(0)
     small = dict(vocab_size=512, width=128, heads=4, kv_heads=2, mlp_width=256, seq_len=2048, rope_dims=16)
-    model = GPT(GPTConfig(layers=2, xsa_layers=2, value_layers=(0, 1), bigram_width=32, value_width=32, **small))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
+    tables = dict(layers=2, xsa_layers=2, value_layers=(0, 1), bigram_width=32, value_width=32)
+    model = randomised(small | tables, spread=0.3)
     write_artifact(folder / "ours", Artifact.from_model(model, {"seed": 1}, torch.rand(512).softmax(0)))
     files = {"slotfast": (folder / "ours").read_bytes()}
     forms = FORMS | {_NOT_EVALUATED: pr1855}

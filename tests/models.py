@@ -55,14 +55,19 @@ VARIANTS = {
 }
 
 
-def random_model(**changes):
-    """A float64 model of `SMALL` with the changes, every weight of it random."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**SMALL, **changes})).double()
+def randomised(config, seed=0, spread=0.4, dtype=torch.float32):
+    """A model of a `GPTConfig`, or of what one is made of, in evaluation mode, every weight of it random."""
+    torch.manual_seed(seed)
+    model = GPT(config if isinstance(config, GPTConfig) else GPTConfig(**config)).to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():  # zero-initialised parts would hide their mistakes
-            parameter.normal_(0, 0.4)
+            parameter.normal_(0, spread)
     return model.eval().requires_grad_(False)
+
+
+def random_model(**changes):
+    """A float64 model of `SMALL` with the changes, every weight of it random."""
+    return randomised({**SMALL, **changes}, dtype=torch.float64)
 
 
 SENTENCES = ["the cat sat on the mat", "a dog and a cat", "  two  spaces  here"] * 20

@@ -12,21 +12,17 @@ from slotfast.command.run import run_command
 from slotfast.config import AuditSettings
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main as evaluate
-from slotfast.model import GPT, GPTConfig
 from slotfast.quantize import QuantizedMatrix
 from tests.community_files import pr1394, pr1855, safetensors
+from tests.models import randomised
 
 
 @pytest.fixture
 def model():
     """Small, and such as PR #1019 has it."""
-    torch.manual_seed(1)
     sizes = dict(vocab_size=1024, layers=2, width=16, heads=1, kv_heads=1, mlp_width=24, xsa_layers=2)
-    model = GPT(GPTConfig(bigram_buckets=16, bigram_width=4, value_width=4, value_layers=(1,), **sizes))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
-    return model.eval().requires_grad_(False)
+    tables = dict(bigram_buckets=16, bigram_width=4, value_width=4, value_layers=(1,))
+    return randomised(sizes | tables, seed=1, spread=0.3)
 
 
 @pytest.fixture

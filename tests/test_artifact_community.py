@@ -11,7 +11,7 @@ import zstandard
 from slotfast.artifact import Artifact, load_artifact, parse_overrides, read_community, write_artifact, write_community
 from slotfast.artifact.community import decode_community
 from slotfast.errors import InputError
-from slotfast.model import GPT, GPTConfig, rotary_table
+from slotfast.model import GPT, rotary_table
 from slotfast.quantize import QuantizedMatrix
 from tests.community_files import (
     FORMS,
@@ -25,6 +25,7 @@ from tests.community_files import (
     safetensors,
     saved,
 )
+from tests.models import randomised
 
 # All else is as PR #1019 has it.
 SHAPES = {
@@ -53,14 +54,9 @@ BASELINE = dict(
 
 
 def _model(**settings):
-    torch.manual_seed(3)
     small = dict(vocab_size=70, mlp_width=40, bigram_width=8, value_width=8) | settings
     rope = min(16, small["width"] // small["heads"])
-    model = GPT(GPTConfig(**dict(rope_dims=rope, xsa_layers=small["layers"]) | small))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.4)
-    return model.eval().requires_grad_(False)
+    return randomised(dict(rope_dims=rope, xsa_layers=small["layers"]) | small, seed=3)
 
 
 def _nll(model):

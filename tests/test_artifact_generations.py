@@ -10,8 +10,9 @@ from slotfast.artifact.community import decode_community
 from slotfast.artifact.generations import GENERATIONS
 from slotfast.config import ConvertSettings, EvalSettings, ShowSettings
 from slotfast.errors import InputError
-from slotfast.model import GPT, GPTConfig
+from slotfast.model import GPTConfig
 from tests.community_files import baseline, pr287, pr1019, pr1179, pr1394, safetensors
+from tests.models import randomised
 
 # Each generation's small likeness: its parts and settings, from the published descriptions, and the form of its files.
 SMALL = dict(vocab_size=70, layers=11, width=32, heads=2, kv_heads=1, mlp_width=24, rope_dims=16, seq_len=2048)
@@ -43,14 +44,10 @@ LIKENESSES = {
 
 
 def _model(settings, state=None):
-    torch.manual_seed(5)
-    model = GPT(GPTConfig(**SMALL | settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.4)
+    model = randomised(SMALL | settings, seed=5)
     if state is not None:
         model.load_state_dict(state)
-    return model.eval().requires_grad_(False)
+    return model
 
 
 def _nll(model):

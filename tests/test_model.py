@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 
 from slotfast.model import GPT, GPTConfig
-from tests.models import PLAIN, SMALL, random_model
+from tests.models import PLAIN, SMALL, random_model, randomised
 
 VARIANTS = {
     "every part": {},
@@ -31,12 +31,7 @@ VARIANTS = {
 
 
 def _random_model(**changes) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**SMALL, **changes})).double()
-    with torch.no_grad():
-        for parameter in model.parameters():  # zero-initialised parts would hide their mistakes
-            parameter.normal_(0, 0.4)
-    return model
+    return randomised({**SMALL, **changes}, dtype=torch.float64).requires_grad_(True)
 
 
 def _naive(model: GPT, tokens: list[int]) -> torch.Tensor:

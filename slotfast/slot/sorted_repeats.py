@@ -11,6 +11,11 @@ a scan in log2(n) steps for all lengths at once, in which a place's sum covers e
 context of n tokens, c_j(t) is r of the run of n + 1 tokens that ends with t; and c_j, the sum over all tokens, r of the
 context itself, one token earlier: a run that came again ends with the same token, which leaves the same of a count.
 
+For example, the five tokens a b a b c, without decay. Sorted, the runs of one token are a at places 0 and 2, b at 1 and
+3, c at 4, with r = 0 1, 0 1, 0; those of two are ab at 1 and 3, ba at 2, bc at 4, with r = 0 1, 0, 0. The last token is
+c after b: c_1(c) is r of bc, 0, as no c has followed a b before; and c_1 is r of the b at place 3, 1: one token has, an
+a.
+
 That is `Repeats` but for rounding, and for what weighs less than 1e-12: where a stream is cut into batches decides what
 of that still counts.
 """

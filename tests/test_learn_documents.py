@@ -217,6 +217,32 @@ def test_only_a_chunks_rows_go_through_head_and_last_layer(model):
     assert ledger["backward"] < ledger["forward"] and loop.forwards > 2 and min(loop.seconds.values()) > 0
 
 
+@pytest.mark.parametrize("keys", ["recompute", "stale"])
+def test_memory_is_that_of_the_slots(model, keys):
+    """What a loop holds after a stream three times as long is no more."""
+
+    def held(lengths):
+        loop = _loop(model, f"{DOC},keys={keys}")
+        _run(loop, _tokens(lengths))
+        found, seen, todo = 0, set(), [loop]
+        while todo:
+            each = todo.pop()
+            if id(each) in seen or isinstance(each, torch.nn.Module):
+                continue
+            seen.add(id(each))
+            if isinstance(each, torch.Tensor):
+                found += each.numel()
+            elif isinstance(each, dict):
+                todo += each.values()
+            elif isinstance(each, (list, tuple, set)):
+                todo += each
+            elif hasattr(each, "__dict__"):
+                todo += vars(each).values()
+        return found
+
+    assert held(LENGTHS) == held(LENGTHS * 3) > 3 * 1000
+
+
 def test_the_model_is_left_as_it_was(model):
     own = copy.deepcopy(model).requires_grad_(True)
     kept = [parameter.detach().clone() for parameter in own.parameters()]

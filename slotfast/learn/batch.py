@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..model import GPT, Attend, WindowAttention
-from .keys import LOOK_BACK, SlotAttention, SlotKeys
+from .keys import LOOK_BACK, SlotAttention, SlotKeys, upload
 from .schedule import Document, Read
 from .top import OnTop
 
@@ -80,7 +80,7 @@ class Batch:
             inputs[number, : len(tokens) - 1] = tokens[:-1]
             targets[number, : end - done] = tokens[1 + self.before + done - begin :]
             rows[number, :, 0] = np.minimum(np.arange(count) + done - begin, length - 1) - self.first
-        arrays = (torch.from_numpy(array).to(device) for array in (inputs, rows, targets))
+        arrays = (upload(torch.from_numpy(array), device) for array in (inputs, rows, targets))
         self.inputs, self.rows, self.targets = arrays
         self.cached, self.window = cached, window
 

@@ -15,6 +15,11 @@ from ..model import GPT, rotary_table, rotate
 LOOK_BACK = 2  # tokens that smear gate and bigram hash reach back together
 
 
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on a device, without waiting for what that does meanwhile."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 class SlotKeys:
     """What later chunks of some documents see of earlier ones.
 
@@ -66,19 +71,19 @@ class SlotAttention:
         begin = torch.tensor(begins)
         position = begin[:, None] + torch.arange(length)
         table = rotary_table(window, keys.config, position.flatten())
-        self.rope = tuple(part.unflatten(0, position.shape).to(device) for part in table)
-        self.slots = torch.tensor(slots, device=device)
+        self.rope = tuple(upload(part.unflatten(0, position.shape), device) for part in table)
+        self.slots = upload(torch.tensor(slots), device)
         # Ring cells, in row-major order of the batch; padding is kept nowhere
         real = (position < torch.tensor(ends)[:, None]).numpy()
-        rows, places = (torch.from_numpy(found).to(device) for found in np.nonzero(real))
-        cells = (position % room).to(device)[rows, places]
+        rows, places = (upload(torch.from_numpy(found), device) for found in np.nonzero(real))
+        cells = upload(position % room, device)[rows, places]
         self.kept = (self.slots[rows], cells), (rows, places) if keep else None
         if cached:
             last = begin[:, None] - 1
             held = last - (last - torch.arange(room)) % room  # the position whose key a cell holds
             held = torch.cat([torch.where(held < 0, -window, held), position], 1)[:, None]
             apart = position[..., None] - held
-            self.seen = ((apart >= 0) & (apart < window))[:, None].to(device)
+            self.seen = upload(((apart >= 0) & (apart < window))[:, None], device)
 
     def __call__(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool) -> Tensor:
         first = k.size(1) - q.size(1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import GPT
+from .keys import upload
 from .row import Learning
 
 # Of every block; the factors of attn and mlp are branches beside the whole of them.
@@ -138,7 +139,7 @@ class SlotLora:
         first, last = slots[0], slots[-1]
         if list(slots) == list(range(first, last + 1)):
             return self.values[first : last + 1]
-        return self.values[torch.tensor(slots, device=self.values.device)]
+        return self.values[upload(torch.tensor(slots), self.values.device)]
 
     def _note_run(self, _block: nn.Module, args: tuple) -> None:
         self._run = args[4]

@@ -78,14 +78,32 @@ class _Launch(NamedTuple):
     num_stages: int
 
 
-def _config(m: int, n: int, k: int, group: int, dtype: torch.dtype, cached: bool = False) -> _Launch | None:
+def _stays_in_l2(n_bytes: int, device: torch.device) -> bool:
+    """Whether so many bytes that every product reads stay in a GPU's L2 cache: half of it, for the rows pass through it
+    too, and where it has two partitions, each keeps what its own multiprocessors read."""
+    if device.type != "cuda":
+        return False
+    return n_bytes <= getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) // 2
+
+
+def _most_rows(dense: torch.Tensor | None) -> int:
+    """Rows of x up to which the fused kernel runs; the rest is the library's product. unmeasured
+
+    Packed weights save bytes of memory. Where a dense matrix is there and stays in the cache, nothing is left to save.
+    """
+    if dense is None:
+        return 256
+    return 0 if _stays_in_l2(dense.nbytes, dense.device) else 64
+
+
+def _config(m: int, n: int, k: int, group: int, dtype: torch.dtype, most_rows: int = 256) -> _Launch | None:
     """How to launch the fused kernel, or None where the library's product with dequantised weights is the choice.
 
     Every figure below is unmeasured: no GPU has run it. Where a choice rests on a compilation, the comment gives what
     that showed: sm_90, bf16, Triton 3.9.0, instructions of the whole hot loop per weight, nothing spilled; printed by
     `python -m bench.static_report --kernel int6_matmul` in slotfast's repository.
     """
-    if m > (64 if cached else 256):  # unmeasured
+    if m > most_rows:
         return None
     if dtype == torch.float32:
         # No tensor cores: multiply-adds, operands in registers. unmeasured
@@ -224,7 +242,7 @@ def _int6_matmul_fwd(x: torch.Tensor, weight: PackedInt6, dense: torch.Tensor | 
     if m == 0 or n == 0 or k == 0:
         return x.new_zeros(*x.shape[:-1], n)
     group = _group(weight.scale, k)
-    launch = _config(m, n, k, group, x.dtype, cached=dense is not None)
+    launch = _config(m, n, k, group, x.dtype, _most_rows(dense))
     if launch is None:
         return F.linear(x, _dequantize_int6(weight, x.dtype) if dense is None else dense)
 
@@ -284,7 +302,8 @@ def int6_matmul(x: torch.Tensor, weight: PackedInt6, dense: torch.Tensor | None 
         x: [..., K] float16, bfloat16 or float32, any strides. NaN and infinite entries spoil their own rows only.
         weight: from `pack_int6`, with scales as they are there.
         dense: [N, K] in x's dtype, `dequantize_int6(weight, x.dtype)` kept by the caller. Saves dequantising at large M
-            for 2.7 times the memory; the result's meaning does not change.
+            for 2.7 times the memory, and is what gets multiplied at every M where it stays in the GPU's L2 cache; the
+            result's meaning does not change.
     Returns:
         [..., N] in x's dtype, summed in float32.
     Raises:

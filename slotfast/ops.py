@@ -26,6 +26,7 @@ from .kernels import (
 from .kernels._inputs import _scores_ref, _targets_ref
 from .kernels.attention import _banded_attention_bwd, _banded_attention_fwd, _check_banded_attention
 from .kernels.cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd
+from .kernels.int6_product import _stays_in_l2
 from .kernels.lbfgs import LARGEST_V
 from .kernels.solver import MOST_COLUMNS, MOST_PAIRS
 
@@ -177,34 +178,40 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 # linear layers on packed weights
 
 
-def int6_linear(x: Tensor, weight: PackedInt6, backend: Backend = "auto") -> Tensor:
+def keeps_dense(backend: Backend, device: torch.device | str, n_bytes: int) -> bool:
+    """Whether layers on packed weights also keep dense ones, `n_bytes` in all: on a GPU in whose L2 cache they stay."""
+    return uses_triton(backend, device) and _stays_in_l2(n_bytes, torch.device(device))
+
+
+def int6_linear(x: Tensor, weight: PackedInt6, backend: Backend = "auto", dense: Tensor | None = None) -> Tensor:
     """x @ dequantize(weight)^T.
 
     Args:
         x: [..., K] float16, bfloat16 or float32; float64 on the torch backend.
         weight: packed [N, K].
         backend: triton, torch or auto.
+        dense: [N, K] in x's dtype, the same weights, or None; for kernels.
 
     Returns:
         [..., N] in x's dtype. Gradients reach x only, and not through `auto`.
     """
     if backend == "auto":
-        return _int6_linear(x, weight.low, weight.high, weight.scale, *weight.shape)
-    return choose(backend, x.device, int6_matmul, int6_matmul_ref)(x, weight)
+        return _int6_linear(x, weight.low, weight.high, weight.scale, *weight.shape, dense)
+    return choose(backend, x.device, int6_matmul, int6_matmul_ref)(x, weight, dense)
 
 
 @torch.library.custom_op("slotfast::int6_linear", mutates_args=(), device_types="cpu")
-def _int6_linear(x: Tensor, low: Tensor, high: Tensor, scale: Tensor, n: int, k: int) -> Tensor:
-    return int6_matmul_ref(x, PackedInt6(low, high, scale, (n, k)))
+def _int6_linear(x: Tensor, low: Tensor, high: Tensor, scale: Tensor, n: int, k: int, dense: Tensor | None) -> Tensor:
+    return int6_matmul_ref(x, PackedInt6(low, high, scale, (n, k)), dense)
 
 
 @_int6_linear.register_kernel("cuda")
-def _(x, low, high, scale, n, k):
-    return int6_matmul(x, PackedInt6(low, high, scale, (n, k)))
+def _(x, low, high, scale, n, k, dense):
+    return int6_matmul(x, PackedInt6(low, high, scale, (n, k)), dense)
 
 
 @_int6_linear.register_fake
-def _(x, low, high, scale, n, k):
+def _(x, low, high, scale, n, k, dense):
     return x.new_empty(*x.shape[:-1], n)
 
 

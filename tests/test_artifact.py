@@ -11,10 +11,13 @@ import brotli
 import pytest
 import torch
 
+from slotfast import ops
 from slotfast.artifact import Artifact, read_artifact, write_artifact
 from slotfast.artifact.codecs import _lzma_filters
 from slotfast.artifact.format import _PREFIX, MAGIC
 from slotfast.errors import InputError
+from slotfast.kernels import dequantize_int6_ref
+from slotfast.model import PackedLinear
 from slotfast.quantize import QuantizedMatrix, quantize_rows
 
 
@@ -238,3 +241,30 @@ def test_only_linear_layers_are_packed(artifact):
     tokens = torch.arange(32)[None]
     dense, packed = artifact.model().hidden(tokens), artifact.model("int6").hidden(tokens)
     assert (dense - packed).abs().max() < 1e-4
+
+
+def test_packed_layers_keep_matrices_where_those_of_all_stay_in_the_cache(artifact, monkeypatch):
+    """As on a GPU whose L2 cache holds them, or not: what decides is their bytes together."""
+    asked, given = set(), []
+    product = ops.int6_linear
+
+    def spy(x, weight, backend, dense):
+        given.append(dense)
+        return product(x, weight, backend, dense)
+
+    monkeypatch.setattr(ops, "int6_linear", spy)
+    tokens = torch.arange(32)[None]
+    for fits in (False, True):
+        monkeypatch.setattr(ops, "keeps_dense", lambda backend, device, n: asked.add(n) or fits)  # noqa: B023
+        model = artifact.model("int6").cast_matrices(torch.float32)
+        packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+        assert asked == {4 * sum(n * k for n, k in (module.shape for module in packed))}
+        given.clear()
+        model.hidden(tokens)
+        assert len(given) >= len(packed) and all((dense is not None) == fits for dense in given)
+        assert not any("dense" in name for name in model.state_dict())
+    for module in packed:
+        assert torch.equal(module.dense, dequantize_int6_ref(module.packed, torch.float32))
+    given.clear()
+    model.hidden(tokens, torch.bfloat16)
+    assert given and not any(dense is not None for dense in given)

@@ -204,12 +204,30 @@ def test_dispatch():
     assert _config(1, 512, 1536, 1536, bf16).SPLIT_K > 1
     assert _config(256, 8192, 512, 512, bf16).SPLIT_K == 1
     assert _config(65536, 512, 512, 512, bf16) is None
-    assert _config(100, 512, 512, 512, bf16) is not None and _config(100, 512, 512, 512, bf16, cached=True) is None
+    assert _config(100, 512, 512, 512, bf16) is not None and _config(100, 512, 512, 512, bf16, 64) is None
     weight = pack_int6(*draw(12, 100))
     dense = dequantize_int6(weight, torch.float32) * 2
     for m, factor in ((65, 2), (1, 1)):
         x = draw_x(m, 100, dtype=torch.float32)
         torch.testing.assert_close(int6_matmul(x, weight, dense), factor * int6_matmul(x, weight))
+
+
+def test_a_dense_matrix_that_stays_in_the_cache_is_used_for_every_row_count(monkeypatch):
+    monkeypatch.setattr(int6_product, "_stays_in_l2", lambda n_bytes, device: n_bytes <= 12 * 100 * 4)
+    for n, factor in ((12, 2), (13, 1)):
+        weight, x = pack_int6(*draw(n, 100)), draw_x(1, 100, dtype=torch.float32)
+        dense = dequantize_int6(weight, torch.float32) * 2
+        torch.testing.assert_close(int6_matmul(x, weight, dense), factor * int6_matmul(x, weight))
+
+
+def test_what_stays_in_the_cache_is_half_of_it(monkeypatch):
+    sizes = {"cuda:0": {"L2_cache_size": 50 << 20}, "cuda:1": {}}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(**sizes[str(device)]))
+    gpu, unknown = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert int6_product._stays_in_l2(25 << 20, gpu) and not int6_product._stays_in_l2((25 << 20) + 1, gpu)
+    assert not int6_product._stays_in_l2(1, unknown) and not int6_product._stays_in_l2(1, torch.device("cpu"))
+    small, large = (SimpleNamespace(nbytes=size << 20, device=gpu) for size in (25, 26))
+    assert [int6_product._most_rows(dense) for dense in (small, large, None)] == [0, 64, 256]
 
 
 def test_counters_of_arrivals_are_back_at_zero(monkeypatch):

@@ -69,9 +69,10 @@ def test_int6_operator_is_well_formed(dtype):
     codes = torch.randint(-31, 32, (20, 33), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     weight = pack_int6(codes, torch.rand(20, generator=torch.Generator().manual_seed(1)).half())
     x = torch.randn(4, 33, generator=torch.Generator().manual_seed(2)).to(dtype)
-    arguments = (x, weight.low, weight.high, weight.scale, *weight.shape)
-    torch.library.opcheck(torch.ops.slotfast.int6_linear.default, arguments)
     dense = codes.float() * weight.scale.float()[:, None]
+    for kept in (None, dense.to(dtype)):
+        arguments = (x, weight.low, weight.high, weight.scale, *weight.shape, kept)
+        torch.library.opcheck(torch.ops.slotfast.int6_linear.default, arguments)
     expected = x.float() @ dense.T
     near = 2**-7 if dtype == torch.bfloat16 else 1e-5
     assert (ops.int6_linear(x, weight).float() - expected).abs().max() < near * expected.abs().max()

@@ -1,12 +1,25 @@
 """The GPT: layers, embeddings and the output matrix, put together."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from .config import GPTConfig
-from .layers import Attend, BigramHash, Block, Linear, SmearGate, ValueEmbedding, WindowAttention, rms_norm, softcap
+from .layers import (
+    Attend,
+    BigramHash,
+    Block,
+    Linear,
+    PackedLinear,
+    SmearGate,
+    ValueEmbedding,
+    WindowAttention,
+    rms_norm,
+    softcap,
+)
 
 
 class GPT(nn.Module):
@@ -54,10 +67,19 @@ class GPT(nn.Module):
         return self.states(tokens, attend, dtype or self.tok_emb.weight.dtype, first=first)
 
     def cast_matrices(self, dtype: torch.dtype) -> "GPT":
-        """Cast linear weights and embeddings once instead of in each forward; every state keeps the same bits."""
+        """Cast linear weights and embeddings once instead of in each forward; every state keeps the same bits.
+
+        Packed layers keep matrices of the dtype besides, which rounds their weights, where those of all stay in a GPU's
+        L2 cache together: unpacking would save no bytes of memory there.
+        """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 module.weight.data = module.weight.data.to(dtype)
+        packed = [module for module in self.modules() if isinstance(module, PackedLinear)]
+        n_bytes = dtype.itemsize * sum(math.prod(module.shape) for module in packed)
+        for module in packed:
+            if ops.keeps_dense(module.backend, module.low.device, n_bytes):
+                module.keep_dense(dtype)
         return self
 
     @property

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..kernels import PackedInt6
+from ..kernels import PackedInt6, dequantize_int6
 from .config import GPTConfig
 
 
@@ -56,6 +56,7 @@ class PackedLinear(nn.Module):
     low: Tensor
     high: Tensor
     scale: Tensor
+    dense: Tensor | None
 
     def __init__(self, weight: PackedInt6, backend: ops.Backend = "auto"):
         super().__init__()
@@ -63,9 +64,19 @@ class PackedLinear(nn.Module):
         self.register_buffer("low", weight.low)
         self.register_buffer("high", weight.high)
         self.register_buffer("scale", weight.scale)
+        self.register_buffer("dense", None, persistent=False)
+
+    @property
+    def packed(self) -> PackedInt6:
+        return PackedInt6(self.low, self.high, self.scale, self.shape)
+
+    def keep_dense(self, dtype: torch.dtype) -> None:
+        """Keep the weights as a matrix [n_out, n_in] of this dtype besides, for inputs of it."""
+        self.dense = dequantize_int6(self.packed, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.int6_linear(x, PackedInt6(self.low, self.high, self.scale, self.shape), self.backend)
+        dense = self.dense if self.dense is not None and self.dense.dtype == x.dtype else None
+        return ops.int6_linear(x, self.packed, self.backend, dense)
 
 
 def document_starts(tokens: Tensor, bos_id: int | None) -> Tensor:

@@ -150,7 +150,7 @@ def test_it_learns_what_repeats_and_leaves_the_model_as_it_was(model):
         ("learn:chunk=13", "chunk=13 is longer than the window of 12"),
         ("learn:projections=q/w", "projections=q/w: no projection 'w'"),
         ("learn:projections=q/q", "expected different projections"),
-        ("learn:keys=old", "keys=old: expected 'stale', 'refresh' or 'recompute'"),
+        ("learn:keys=old", "keys=old: expected 'stale', 'refresh', 'recompute' or 'windows'"),
         ("learn:keys=recompute,what=all", "keys 'recompute' need what 'lora'"),
         ("learn:keys=recompute,scope=document", "keys 'recompute' with scope 'document' need slots"),
         ("learn:keys=recompute,every=2", "'every' does nothing here"),

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..foreign.models import LanguageModel, language_model
 from ..model import GPT
-from .charged import FrozenLoop
+from .charged import Charged, FrozenLoop
 from .documents import DocumentLoop
 from .loop import LearningLoop
 from .presets import parse_row
@@ -68,12 +68,14 @@ def learn(
     where = (window or length, sinks)
     on_top = OnTop.of([parsed], where[0], bos_id=bos_id)
     loop, ids = make_loop(known, parsed, *where, bos_id, dtype, on_top=on_top), tokens.cpu().numpy()
-    charged, plain = [], []
+    charged: list[Charged] = []
+    plain: list[Charged] = []
     loop.run(lambda start, stop: ids[start:stop], len(ids) - 1, charged.append)
     charged.sort(key=lambda part: part.start)
-    nll, seconds = torch.cat([part.on_top[0] if on_top else part.nll for part in charged]), loop.seconds
-    if charged[0].unlearned is not None:
-        return Learned(nll, torch.cat([part.unlearned for part in charged]), loop.forwards, seconds)
+    nll = torch.cat([part.nll if part.on_top is None else part.on_top[0] for part in charged])
+    unlearned, seconds = [part.unlearned for part in charged if part.unlearned is not None], loop.seconds
+    if unlearned:
+        return Learned(nll, torch.cat(unlearned), loop.forwards, seconds)
     frozen = FrozenLoop(known, *where, dtype, parsed.chunk)
     frozen.run(lambda start, stop: ids[start:stop], len(ids) - 1, plain.append)
     return Learned(nll, torch.cat([part.nll for part in plain]), loop.forwards, seconds | frozen.seconds)

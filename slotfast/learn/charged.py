@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import ops
 from ..foreign.models import cached_forward
+from ..model import CausalModel
 
 Read = Callable[[int, int], np.ndarray]  # tokens [start, stop) of a stream, integers
 _BLOCK = 256  # tokens of a forward that only catches up
@@ -49,7 +50,7 @@ class FrozenLoop:
     """
 
     def __init__(
-        self, model: nn.Module, window: int, sinks: int = 0, dtype: torch.dtype | None = None, block: int = 256
+        self, model: CausalModel, window: int, sinks: int = 0, dtype: torch.dtype | None = None, block: int = 256
     ):
         self.model, self.block, self.seconds = model, block, {"unlearned": 0.0}
         self._cached = cached_forward(model, window, sinks, dtype)
@@ -92,7 +93,7 @@ class FrozenLoop:
 
 
 @torch.no_grad()
-def catch_up(cached: Any, read: Read, start: int, model: nn.Module) -> None:
+def catch_up(cached: Any, read: Read, start: int, model: CausalModel) -> None:
     """Forward what a fresh cache needs of the stream before token `start`, with the weights as they are."""
     begin = max(0, start - cached.reach)
     device = next(model.parameters()).device
@@ -109,7 +110,7 @@ def catch_up(cached: Any, read: Read, start: int, model: nn.Module) -> None:
     forward(cached.position, start)
 
 
-def read_tokens(read: Callable[[int, int], np.ndarray], start: int, stop: int, model: nn.Module) -> Tensor:
+def read_tokens(read: Callable[[int, int], np.ndarray], start: int, stop: int, model: CausalModel) -> Tensor:
     """int64 [stop - start + 1], on the model's device: what predictions [start, stop) read, and are charged for."""
     tokens = torch.from_numpy(np.asarray(read(start, stop + 1)).astype(np.int64))
     return tokens.to(next(model.parameters()).device)
@@ -125,7 +126,7 @@ def losses_of(
 class Clock:
     """Seconds since the last lap, of the device too."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: CausalModel):
         self._cuda = next(model.parameters()).is_cuda
         self._last = time.perf_counter()
 

@@ -11,11 +11,11 @@ Source: PR #1530 and its successors; theirs computes the whole window's losses, 
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops
 from ..errors import InputError
@@ -59,7 +59,7 @@ class DocumentLoop:
 
     def __init__(
         self,
-        model: GPT,
+        model: nn.Module,
         row: Learning,
         window: int,
         bos_id: int | None = None,
@@ -84,7 +84,8 @@ class DocumentLoop:
         kept = () if row.keys == "recompute" else (True, False) if self.unlearned else (True,)
         self._keys = {learned: SlotKeys(model, row.slots or 1, window, row.chunk) for learned in kept}
         self._watch = Stopwatch(model.tok_emb.weight.device)
-        self._front, self._waiting = 0, defaultdict(list)  # the document whose charges are handed out, and later ones'
+        self._front = 0  # the document whose charges are handed out
+        self._waiting: dict[int, list[Charged | None]] = defaultdict(list)  # those of later ones
         self._held = 0
 
     @property
@@ -128,12 +129,13 @@ class DocumentLoop:
         for group in rounds(self.row, documents(self._read, predictions, self.bos_id)):
             chunk, places = self.row.chunk, len(self._slots)
             if self.row.order == "longest":
-                group = list(group)
-                chunk, places = chunk_of(self.row, group[-1].targets + 1), len(group)
+                together = list(group)
+                chunk, places = chunk_of(self.row, together[-1].targets + 1), len(together)
+                group = iter(together)
             if self.row.start == "warm" and (redraw or places < len(self._slots)):
                 self._draw_anew(phase, places)
             redraw = places < len(self._slots)  # its factors were its own
-            taken = self._run_round(iter(group), chunk)
+            taken = self._run_round(group, chunk)
             if self.row.order == "longest" and self.row.start == "warm":
                 self._shrink_to_the_end(taken, chunk)
             if phase < len(borders):
@@ -165,7 +167,7 @@ class DocumentLoop:
 
     # -- a round
 
-    def _run_round(self, queue, chunk: int) -> list[Document]:
+    def _run_round(self, queue: Iterator[Document], chunk: int) -> list[Document]:
         """Charge documents, each in the first slot that is free; those that a phase may need."""
         taken, left = [], True
         while True:
@@ -183,7 +185,7 @@ class DocumentLoop:
             if not live:
                 return taken
             if self._held >= _WAITING:
-                live = [slot for slot in live if self._slots[slot].document.number == self._front]
+                live = [slot for slot in live if self._at(slot).document.number == self._front]
             for slots in self._alike(live):
                 self._step(slots)
 
@@ -196,11 +198,18 @@ class DocumentLoop:
         top = self.on_top and self.on_top.fresh()
         self._slots[slot] = Slot(document, chunk, self.row.order == "longest", top)
 
+    def _at(self, slot: int) -> Slot:
+        """The document under way in a slot that has one."""
+        under_way = self._slots[slot]
+        if under_way is None:
+            raise ValueError(f"slot {slot} is free")
+        return under_way
+
     def _alike(self, live: Sequence[int]) -> list[list[int]]:
         """Slots whose windows are of about one length, those that learn and those that do not."""
-        batches = defaultdict(list)
+        batches: dict[tuple, list[int]] = defaultdict(list)
         for slot in live:
-            at = self._slots[slot]
+            at = self._at(slot)
             cached = self._cached(at)
             length = at.chunk if cached else at.end - at.begin(self.window)
             batches[at.goes_on, cached and min(LOOK_BACK, at.done), -(-length // _ALIKE)].append(slot)
@@ -214,7 +223,7 @@ class DocumentLoop:
 
     def _step(self, slots: Sequence[int]) -> None:
         """The next chunk of some documents: charged, and learned from where another one follows."""
-        under_way, device = [self._slots[slot] for slot in slots], self.model.tok_emb.weight.device
+        under_way, device = [self._at(slot) for slot in slots], self.model.tok_emb.weight.device
         batch = Batch(under_way, self._read, self.window, device, self._cached(under_way[0]))
         learns = under_way[0].goes_on
         with self._watch("learned"), torch.set_grad_enabled(learns), self.lora.using(slots, self.dtype) as leaf:
@@ -257,7 +266,7 @@ class DocumentLoop:
     # -- charges on their way out
 
     def _charge(self, slot: int, losses: Tensor, logits: Tensor, targets: Tensor) -> None:
-        at = self._slots[slot]
+        at = self._at(slot)
         count = at.end - at.done
         losses, logits = losses[:, :count], logits[:count]
         logprobs = [torch.log_softmax(logits, -1)] if self.keep_logprobs else []
@@ -281,8 +290,8 @@ class DocumentLoop:
         parts = losses.split([own.size(1) for _, own, _ in at.charges], 1)
         number = at.document.number
         for (start, _, logprobs), (nll, unlearned, *top) in zip(at.charges, parts, strict=True):
-            own, *others = logprobs or [None]
             on_top = torch.stack(top) if top else None
+            own, others = (logprobs[0], logprobs[1:]) if logprobs else (None, ())
             charged = Charged(start, nll, unlearned if self.unlearned else None, own, on_top, others)
             self._waiting[number].append(charged)
             self._held += len(nll)

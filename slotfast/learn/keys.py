@@ -4,6 +4,8 @@ A slot keeps those of its document's last tokens in a ring of `room` cells: the 
 in cell p mod room. Keys are kept rotated, at their positions in the document: distances are all that rotation shows.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -38,8 +40,8 @@ class SlotKeys:
         """Keys and values of a layer's run, [slots, room, kv_heads, head_width] each."""
         found = self._rings[run]
         if found is None:
-            found = tuple(like.new_zeros(self.slots, self.room, *like.shape[2:]) for _ in range(2))
-            self._rings[run] = found
+            shape = self.slots, self.room, *like.shape[2:]
+            found = self._rings[run] = like.new_zeros(shape), like.new_zeros(shape)
         return found
 
 
@@ -59,7 +61,7 @@ class SlotAttention:
     def __init__(
         self,
         keys: SlotKeys,
-        slots: list[int],
+        slots: Sequence[int],
         begins: list[int],
         ends: list[int],
         length: int,
@@ -91,9 +93,9 @@ class SlotAttention:
         seen = self.keys.ring(run, k.detach())
         if self.cached:
             together = (torch.cat([ring[self.slots], new], 1) for ring, new in zip(seen, (k, v), strict=True))
-            heads = (x.transpose(1, 2) for x in (q, *together))
-            mask = self.seen[:, :, first:]
-            y = F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+            queries, keys, values = (x.transpose(1, 2) for x in (q, *together))
+            y = F.scaled_dot_product_attention(queries, keys, values, self.seen[:, :, first:], enable_gqa=True)
+            y = y.transpose(1, 2)
         else:
             y = ops.attention(q, k, v)
         cells, places = self.kept

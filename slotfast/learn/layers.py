@@ -65,7 +65,7 @@ def is_linear(module: nn.Module) -> bool:
 
 def widths(layer: nn.Module) -> tuple[int, int]:
     """Outputs and inputs of a linear layer."""
-    n_out, n_in = layer.weight.shape
+    n_out, n_in = layer.get_parameter("weight").shape
     return (n_out, n_in) if isinstance(layer, nn.Linear) else (n_in, n_out)
 
 

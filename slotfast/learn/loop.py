@@ -139,7 +139,8 @@ class LearningLoop:
         """Charge predictions of tokens [n + 1], and learn from them; how many: n, or fewer where a document ends."""
         clock, count = Clock(self.model), len(tokens) - 1
         if self.row.scope == "document":
-            borders = (tokens[:-1] == self.bos_id).nonzero()[:, 0].tolist()
+            starts = torch.eq(tokens[:-1], self.bos_id) if self.bos_id is not None else tokens.new_zeros(0)
+            borders = starts.nonzero()[:, 0].tolist()
             if borders[:1] == [0]:
                 self._learner.reset()
                 self._optimizer.state.clear()
@@ -148,7 +149,7 @@ class LearningLoop:
                     self.on_top.reset()
             count = next((border for border in borders if border), count)
         ends = count < len(tokens) - 1 or start + count == predictions  # nothing that is learned here is used
-        before = self._cached.state_dict() if ends or self.row.steps > 1 else None
+        before: dict[str, Any] = self._cached.state_dict() if ends or self.row.steps > 1 else {}
         with self._learner.attached():
             losses, logits = self._forward(tokens)
             nll = losses.detach()[:count]
@@ -156,7 +157,8 @@ class LearningLoop:
             self._check(start, nll)
             rows = torch.log_softmax(logits.detach()[:count], -1) if self.keep_logprobs else None
             self.seconds["learned"] += clock.lap()
-            top, top_rows = None, []
+            top: Tensor | None = None
+            top_rows: list[Tensor] = []
             if self.on_top:
                 # All of the chunk, for the same reason as below: what it takes in behind a BOS is forgotten there.
                 top, top_rows = self.on_top.charge(logits.detach(), tokens[1:], self.keep_logprobs)
@@ -177,7 +179,7 @@ class LearningLoop:
         self.seconds["learned"] += clock.lap()
         return count
 
-    def _learn(self, losses: Tensor, tokens: Tensor, before: dict | None) -> None:
+    def _learn(self, losses: Tensor, tokens: Tensor, before: Mapping[str, Any]) -> None:
         """Steps on the losses of a chunk; what is remembered of it stays as it was charged."""
         after = self._cached.state_dict() if self.row.steps > 1 else None
         for step in range(self.row.steps):
@@ -229,7 +231,6 @@ def _learner(row: Learning, model: nn.Module) -> Learner:
 
 
 def _optimizer(row: Learning, learner: Learner) -> torch.optim.Optimizer:
-    options = {"lr": row.lr, "weight_decay": row.decay}
     if row.optimizer == "sgd":
-        return torch.optim.SGD(learner.parameters, momentum=row.momentum, **options)
-    return torch.optim.AdamW(learner.parameters, betas=row.betas, eps=row.eps, **options)
+        return torch.optim.SGD(learner.parameters, row.lr, row.momentum, weight_decay=row.decay)
+    return torch.optim.AdamW(learner.parameters, row.lr, row.betas, row.eps, row.decay)

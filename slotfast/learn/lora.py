@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import GPT
+from ..model import GPT, CausalModel
 from .layers import is_linear, linear_layers, widths
 
 
@@ -30,7 +30,7 @@ class Learner(Protocol):
         """Within, the model computes with what has been learned; afterwards it is what it was."""
         ...
 
-    def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
+    def head(self, model: CausalModel, hidden: Tensor) -> Tensor:
         """Logits of hidden states, soft-capped where the model does."""
         ...
 
@@ -61,14 +61,15 @@ class Lora:
         def factors(n_out: int, n_in: int, like: Tensor) -> tuple[Tensor, Tensor]:
             dtype = torch.promote_types(like.dtype, torch.float32)  # a step is smaller than what bfloat16 can add
             drawn = torch.empty(rank, n_in).uniform_(-1, 1, generator=source) / math.sqrt(n_in)
-            pair = tuple(nn.Parameter(x.to(like.device, dtype)) for x in (drawn, torch.zeros(n_out, rank)))
-            self.parameters += pair
-            return pair
+            a, b = (nn.Parameter(x.to(like.device, dtype)) for x in (drawn, torch.zeros(n_out, rank)))
+            self.parameters += [a, b]
+            return a, b
 
         for layer in linear_layers(model, projections):
-            self._layers.append((layer, *factors(*widths(layer), layer.weight)))
+            self._layers.append((layer, *factors(*widths(layer), layer.get_parameter("weight"))))
         if isinstance(model, GPT) and "head" in projections:
-            self._head = factors(*model.tok_emb.weight.shape, model.tok_emb.weight)
+            vocabulary, width = model.tok_emb.weight.shape
+            self._head = factors(vocabulary, width, model.tok_emb.weight)
         self._start = [parameter.detach().clone() for parameter in self.parameters]
 
     @property
@@ -88,7 +89,7 @@ class Lora:
                 stack.enter_context(_removed(layer.register_forward_hook(add)))
             yield
 
-    def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
+    def head(self, model: CausalModel, hidden: Tensor) -> Tensor:
         """See `Learner`; the factors of our models' output matrix add to its logits before the soft cap."""
         return model.head(hidden, None if self._head is None else self._product(hidden, *self._head))
 
@@ -136,7 +137,7 @@ class Weights:
             parameter.requires_grad_(learns)
             parameter.grad = None
 
-    def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
+    def head(self, model: CausalModel, hidden: Tensor) -> Tensor:
         """See `Learner`."""
         return model.head(hidden)
 

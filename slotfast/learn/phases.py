@@ -36,8 +36,9 @@ class PackedAttention:
     def __call__(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool) -> Tensor:
         first = k.size(1) - q.size(1)
         q, k = rotate(q, *(table[first:] for table in self.rope)), rotate(k, *self.rope)
-        heads = (x.transpose(1, 2) for x in (q, k, v))
-        y = F.scaled_dot_product_attention(*heads, attn_mask=self.seen[:, :, first:], enable_gqa=True).transpose(1, 2)
+        queries, keys, values = (x.transpose(1, 2) for x in (q, k, v))
+        y = F.scaled_dot_product_attention(queries, keys, values, self.seen[:, :, first:], enable_gqa=True)
+        y = y.transpose(1, 2)
         return ops.without_own(y, v[:, first:]) if exclude_own else y
 
 

@@ -58,9 +58,9 @@ def rounds(row: Learning, found: Iterator[Document]) -> Iterator[Iterator[Docume
     the shortest on, and the last group, which may be short of documents, is the first to be charged.
     """
     if row.order == "longest":
-        ordered = sorted(found, key=lambda document: document.targets)
-        for first in reversed(range(0, len(ordered), row.slots)):
-            yield iter(ordered[first : first + row.slots])
+        ordered, size = sorted(found, key=lambda document: document.targets), row.slots or 1
+        for first in reversed(range(0, len(ordered), size)):
+            yield iter(ordered[first : first + size])
         return
     done = 0
     for boundary in boundaries(row):

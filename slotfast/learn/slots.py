@@ -158,16 +158,17 @@ class SlotLora:
 
 def _shape(model: GPT, layer: int, name: str) -> tuple[int, int]:
     """Outputs and inputs of a place."""
+    weight = model.tok_emb.weight
     if name == "head":
-        return tuple(model.tok_emb.weight.shape)
+        return weight.size(0), weight.size(1)
     if name in ("attn", "mlp"):
         return model.config.width, model.config.width
-    return tuple(model.blocks[layer].get_submodule(_PLACES[name]).weight.shape)
+    weight = model.blocks[layer].get_submodule(_PLACES[name]).get_parameter("weight")
+    return weight.size(0), weight.size(1)
 
 
 def _optimizer(row: Learning, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """One launch for all slots; those without a gradient are left out."""
-    options = {"lr": row.lr, "weight_decay": row.decay, "fused": True}
     if row.optimizer == "sgd":
-        return torch.optim.SGD(parameters, momentum=row.momentum, **options)
-    return torch.optim.AdamW(parameters, betas=row.betas, eps=row.eps, **options)
+        return torch.optim.SGD(parameters, row.lr, row.momentum, weight_decay=row.decay, fused=True)
+    return torch.optim.AdamW(parameters, row.lr, row.betas, row.eps, row.decay, fused=True)

@@ -81,8 +81,8 @@ class OnTop:
         count = len(targets)
         if self._past is not None:
             logits, targets = (torch.cat(pair) for pair in zip(self._past, (logits, targets), strict=True))
-        ends = (torch.tensor([end], device=logits.device) for end in (len(targets) - count, len(targets)))
-        batch = WindowBatch(logits[None], targets[None], *ends)
+        context, end = (torch.tensor([x], device=logits.device) for x in (len(targets) - count, len(targets)))
+        batch = WindowBatch(logits[None], targets[None], context, end)
         adjusted = [adapter.step(batch, keep_logprobs) for adapter in self._adapters]
         if self._context:
             self._past = logits[-self._context :].clone(), targets[-self._context :]

@@ -85,7 +85,7 @@ class WindowsLoop:
         return {"pass": self._pass.state_dict() if begun else None, "trained": self._training.trained}
 
     def load_state_dict(self, state: Mapping[str, Any], read: Read) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         if state["pass"] is not None:
             self._pass.load_state_dict(state["pass"])
             self._training.trained = state["trained"]

@@ -111,7 +111,7 @@ class LearningPass:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave.
+        """Continue from what `state_dict` returned.
 
         Raises:
             KeyError, TypeError, ValueError, AttributeError, RuntimeError: it is of another pass.

@@ -1,12 +1,13 @@
-"""Score first, then learn: the model goes on learning from the stream, chunk by chunk, each charged before.
+"""Score first, then learn: the model learns from the stream chunk by chunk, and from each only once it is charged.
 
 - what learns: `lora`, factors of rank r beside the linear layers; `norms`, gains and gates; `all` weights.
 - from what: chunks of C tokens, `steps` of the optimiser on each.
-- scope: `stream`, it goes on to the end; `document`, it starts afresh at each BOS, also with documents side by side in
-  slots.
+- scope: `stream`, what it learns lasts to the end; `document`, it starts afresh at each BOS, also with documents side
+by
+  side in slots.
 - optimiser: SGD with momentum or AdamW, with weight decay and a bound on the gradient's norm.
-- keys: `stale`: those of earlier chunks stay as the weights of their time made them; `refresh`, `recompute`: the
-  window is forwarded again, every few chunks or for each.
+- keys: `stale`: those of earlier chunks stay as the weights made them then; `refresh`, `recompute`: the window is
+  forwarded again, every few chunks or for each.
 - order: that of the stream, or the longest document first.
 
 Whether a row is causal follows from these choices, and the auditor measures it.

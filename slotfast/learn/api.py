@@ -1,4 +1,4 @@
-"""A stream charged while a model learns from it: the loop that a row asks for, run in one call."""
+"""Charges a stream while a model learns from it: runs the loop that a row asks for in one call."""
 
 from dataclasses import dataclass
 
@@ -92,7 +92,7 @@ def make_loop(
     unlearned: bool = True,
     on_top: OnTop | None = None,
 ) -> LearningLoop | DocumentLoop:
-    """The loop that a row asks for; see there. Documents with windows of their own have no sinks.
+    """The loop that a row asks for; see the loops. Documents with windows of their own have no sinks.
 
     Args:
         unlearned: of documents with windows of their own, run the same forwards without learning too.

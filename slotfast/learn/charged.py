@@ -1,4 +1,4 @@
-"""What a loop charges; and the loop that learns nothing, which those that learn are compared with."""
+"""What a loop charges, and the loop that learns nothing, with which those that learn are compared."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from ..foreign.models import cached_forward
 from ..model import CausalModel
 
 Read = Callable[[int, int], np.ndarray]  # tokens [start, stop) of a stream, integers
-_BLOCK = 256  # tokens of a forward that only catches up
+_BLOCK = 256  # tokens of one forward that only catches up
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Charged:
 
 
 class FrozenLoop:
-    """Charges a stream block by block and learns nothing: what rows that learn are compared with.
+    """Charges a stream block by block and learns nothing: rows that learn are compared with it.
 
     Args:
         model, window, sinks, dtype: of `LearningLoop`.
@@ -82,11 +82,11 @@ class FrozenLoop:
             clock.lap()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a loop with the same arguments needs to go on from here."""
+        """All that a loop with the same arguments needs to continue from here."""
         return {"done": self._done, "seconds": dict(self.seconds), "cached": self._cached.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], read: Read) -> None:
-        """Go on from what `state_dict` gave."""
+        """Continue from what `state_dict` returned."""
         self._done = state["done"]
         self.seconds.update(state["seconds"])
         self._cached.load_state_dict(state["cached"])
@@ -124,7 +124,7 @@ def losses_of(
 
 
 class Clock:
-    """Seconds since the last lap, of the device too."""
+    """Seconds since the last lap, including what the device still had to do."""
 
     def __init__(self, model: CausalModel):
         self._cuda = next(model.parameters()).is_cuda

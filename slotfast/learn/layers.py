@@ -1,4 +1,4 @@
-"""Which layers of a model LoRA stands beside: by the names that families of models give their projections."""
+"""Finds the layers of a model that LoRA goes beside, by the names that families of models give their projections."""
 
 from collections.abc import Sequence
 
@@ -28,12 +28,12 @@ _THEIRS = {
     "down": ("down_proj", "fc2", "fc_out", "dense_4h_to_h", "lin2", "w2"),
     "head": ("lm_head", "embed_out", "output", "head", "unembed"),
 }
-_JOINT = ("c_attn", "query_key_value", "qkv_proj", "qkv", "wqkv", "in_proj")  # queries, keys and values of one matrix
+_JOINT = ("c_attn", "query_key_value", "qkv_proj", "qkv", "wqkv", "in_proj")  # queries, keys and values in one matrix
 _OUT_OF_EITHER = ("c_proj", "proj", "out_proj", "dense")  # of attention or of the MLP: the module around it says which
 
 
 def linear_layers(model: nn.Module, projections: Sequence[str]) -> list[nn.Module]:
-    """Linear layers of the chosen kinds; of somebody else's model all of them where every kind is chosen.
+    """Linear layers of the chosen kinds; in somebody else's model, all of them where every kind is chosen.
 
     The output matrix of this package's models is a table's, and no layer.
 
@@ -59,7 +59,7 @@ def linear_layers(model: nn.Module, projections: Sequence[str]) -> list[nn.Modul
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a matrix: torch's linear layer, or GPT-2's, which is stored the other way round."""
+    """Whether a module is a matrix: torch's linear layer, or GPT-2's, which is stored transposed."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

@@ -106,7 +106,7 @@ class LearningLoop:
                 parameter.requires_grad_(True)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a loop with the same arguments needs to go on from here."""
+        """All that a loop with the same arguments needs to continue from here."""
         return {
             **{name: getattr(self, f"_{name}") for name in _COUNTED},
             "seconds": dict(self.seconds),
@@ -117,13 +117,13 @@ class LearningLoop:
         }
 
     def load_state_dict(self, state: Mapping[str, Any], read: Read) -> None:
-        """Go on from what `state_dict` gave.
+        """Continue from what `state_dict` returned.
 
         Args:
             read: see `run`.
 
         Raises:
-            KeyError, TypeError, ValueError, AttributeError, RuntimeError: it is of another loop.
+            KeyError, TypeError, ValueError, AttributeError, RuntimeError: the state belongs to another loop.
         """
         for name in _COUNTED:
             setattr(self, f"_{name}", state[name])
@@ -160,7 +160,7 @@ class LearningLoop:
             top: Tensor | None = None
             top_rows: list[Tensor] = []
             if self.on_top:
-                # All of the chunk, for the same reason as below: what it takes in behind a BOS is forgotten there.
+                # All of the chunk, for the same reason as below; what it takes in after a BOS is forgotten there.
                 top, top_rows = self.on_top.charge(logits.detach(), tokens[1:], self.keep_logprobs)
                 top, top_rows = top[:, :count], [part[:count] for part in top_rows]
             self.seconds["on top"] += clock.lap()
@@ -180,7 +180,7 @@ class LearningLoop:
         return count
 
     def _learn(self, losses: Tensor, tokens: Tensor, before: Mapping[str, Any]) -> None:
-        """Steps on the losses of a chunk; what is remembered of it stays as it was charged."""
+        """Take steps on the losses of a chunk; keys and values stay as they were when it was charged."""
         after = self._cached.state_dict() if self.row.steps > 1 else None
         for step in range(self.row.steps):
             if step:

@@ -17,7 +17,7 @@ from .layers import is_linear, linear_layers, widths
 
 
 class Learner(Protocol):
-    """What learns of a model."""
+    """The part of a model that learns."""
 
     parameters: list[nn.Parameter]
 
@@ -103,11 +103,11 @@ class Lora:
 
 
 class Weights:
-    """A model's own weights: it has the learned ones while they are attached, and its own apart from that.
+    """A model's own weights: the model has the learned ones while they are attached, and otherwise its own.
 
     Args:
         model: where the weights are.
-        gains_only: those of no linear layer and no table.
+        gains_only: only those of neither a linear layer nor a table.
     """
 
     def __init__(self, model: nn.Module, gains_only: bool = False):

@@ -1,4 +1,4 @@
-"""Phases: all weights are trained on the documents charged so far, by SGD, and learning goes on from there.
+"""Phases: SGD trains all weights on the documents charged so far, and learning continues from there.
 
 Source: PR #1610 (one phase), #1626 (three).
 """
@@ -47,7 +47,7 @@ def train_phase(model: GPT, row: Learning, tokens: Tensor, window: int, bos_id: 
 
     Args:
         model: its weights are changed; no gradient is asked of them afterwards.
-        tokens: int64 [N], the documents one behind the other.
+        tokens: int64 [N], the documents one after the other.
         window: tokens of a sequence.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The rows that learn, published ones and ours, and the way from text to a row."""
+"""The rows that learn, published ones and ours, and how rows are read from text."""
 
 import re
 from typing import Any

@@ -58,7 +58,7 @@ class OnTop:
         return cls(tops, window, rows[0].chunk, calibration, bos_id) if tops else None
 
     def fresh(self) -> Self:
-        """Another one like it, of which nothing is charged."""
+        """Another one like it, before any charge."""
         return type(self)(*self._how)
 
     def reset(self) -> None:
@@ -89,7 +89,7 @@ class OnTop:
         return torch.stack([each.nll() for each in adjusted]), [x.logprobs() for x in adjusted if keep_logprobs]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that the next chunk depends on, the tokens that were charged apart."""
+        """All that the next chunk depends on, apart from the tokens that were charged."""
         return {"adapters": [adapter.state_dict() for adapter in self._adapters], "past": self._past}
 
     def load_state_dict(self, state: Mapping[str, Any], past: np.ndarray, device: torch.device | str) -> None:

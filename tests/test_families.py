@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from slotfast.calibrate import main as calibrate
 from slotfast.eval.__main__ import main
 
 from .folders import V, write_folder
@@ -67,6 +68,23 @@ def test_windows_with_a_stride(folder, capsys):
     short = run(folder, capsys, "--preset", "none")  # without more said: the model's own length
     assert short["plan"]["seq_len"] == POSITIONS
     assert short["base"]["bpb"] == pytest.approx(by_hand(folder, POSITIONS, 64), rel=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [("--forward", "stream"), ("--preset", "learn:chunk=16")])
+def test_a_stream_has_half_of_the_positions_where_nothing_is_said(folder, capsys, arguments):
+    found = run(folder, capsys, *arguments)
+    assert found["plan"]["seq_len"] == POSITIONS // 2
+    assert any(f"windows have {POSITIONS // 2} of the model's {POSITIONS} positions" in note for note in found["notes"])
+
+
+def test_a_calibration_with_nothing_said(folder, capsys):
+    """Windows of the model's own length, as no stream has such."""
+    lines = (json.dumps({"text": f"{n} ships sail over the sea, and {n} more do. " * 4}) for n in range(40))
+    (folder / "like.jsonl").write_text("\n".join(lines))
+    calibrate(["--model", str(folder), "--text", str(folder / "like.jsonl"), "--out", str(folder / "c.json")])
+    assert "forwards not compared" in capsys.readouterr().out
+    found = run(folder, capsys, "--calibration", folder / "c.json", "--preset", "causal")
+    assert found["calibrated"] and found["forward"] == "windows" and found["plan"]["seq_len"] == POSITIONS
 
 
 def test_every_token_once_and_learned_from(folder, capsys):

@@ -230,7 +230,7 @@ def own_tasks_alone(monkeypatch):
 
 
 def test_the_command_is_the_harness_s_with_our_model(folder, own_tasks_alone, capsys):
-    common = ["--tasks", "rolling", "--include_path", str(folder), "--batch_size", "auto", "--device", "cpu"]
+    common = ["--tasks", "rolling", "--include_path", str(folder), "--batch_size", "auto"]
     main(["run", "--model", "slotfast", "--model_args", "seq_len=64,stride=16,preset=causal", *common])
     assert "bits_per_byte" in capsys.readouterr().out
     # one with commas

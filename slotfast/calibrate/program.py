@@ -119,13 +119,18 @@ def _fit(
         if worker.world > 1:
             raise InputError(f"calibration runs on one process; WORLD_SIZE says {worker.world}")
         model: nn.Module = stored.model().to(worker.device)
-        length, stride = settings.seq_len or stored.config.seq_len, settings.stride or 64
-        how: dict[str, Any] = {"seq_len": length, "stride": min(stride, length), "forward": settings.forward}
+        length, stride, forward = settings.seq_len or stored.config.seq_len, settings.stride or 64, settings.forward
+        longest = stored.module.stream_window if isinstance(stored, ForeignModel) else None
+        if longest and longest < length and forward == "stream" and settings.seq_len is None:
+            length = longest
+        elif longest and longest < length and forward == "auto":
+            forward = "windows"  # no stream has windows so long
+        how: dict[str, Any] = {"seq_len": length, "stride": min(stride, length), "forward": forward}
         said = f"calibrating on {counted(len(text.stream), 'token')} of {settings.text}, on {worker.device_name}: "
-        compared = "windows and streams, then " * (settings.forward == "auto" and streams(model))
+        compared = "windows and streams, then " * (forward == "auto" and streams(model))
         print(f"{said}{compared}rates and repeats", file=sys.stderr, flush=True)
         found = calibrate(model, text, frequency, **how, worker=worker, shown=True)
-    if settings.seq_len not in (None, stored.config.seq_len):
+    if length != stored.config.seq_len:
         found["forward"] = None  # what was found at another length says nothing of the model's own
     print(summary(found), flush=True)
     return found

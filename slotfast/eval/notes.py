@@ -40,6 +40,11 @@ def notes(inputs: Inputs, setup: Setup, seen: Mapping[str, float], n_bytes: int)
     plan, trained = setup.plan, inputs.artifact.config.seq_len
     if plan.seq_len > trained and not isinstance(inputs.artifact, ForeignModel):
         found.append(f"windows have {plan.seq_len:,} positions, and the model was trained on {trained:,} (--seq-len)")
+    halved = isinstance(inputs.artifact, ForeignModel) and inputs.artifact.module.stream_window == plan.seq_len
+    if halved and plan.seq_len < trained:
+        found.append(
+            f"windows have {plan.seq_len:,} of the model's {trained:,} positions: a stream starts again where they end"
+        )
     last = plan[len(plan) - 1]
     if setup.training and (first_scored := last.start + last.context_end) < setup.training.chunk:
         how = f"--ttt-chunk {first_scored} or less makes more of it" if first_scored else "it has a single window"

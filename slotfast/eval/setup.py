@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from .. import ops
+from ..artifact import Artifact
 from ..config import EvalSettings
 from ..errors import InputError
 from ..foreign import ForeignModel
@@ -85,7 +86,7 @@ def set_up(settings: EvalSettings, rows: Sequence[Adaptation | Learning], worker
     sharing, learning = choose_learning(settings, rows, worker.world)
     training = choose_training(settings, sharing, worker.world)
     inputs = read_inputs(settings.pick(Sources))
-    plan = choose_plan(settings, inputs)
+    plan = choose_plan(settings, inputs, rows)
     batch_windows, adapt_windows = choose_batch(settings, sharing, plan, inputs.artifact.config.vocab_size, worker)
     streaming = choose_streaming(settings, rows, inputs, plan, worker)
     setup = Setup(
@@ -117,9 +118,20 @@ def choose_worker(settings: EvalSettings, worker: Worker) -> Worker:
     return replace(worker, dtype=dtype, backend=settings.backend)
 
 
-def choose_plan(settings: EvalSettings, inputs: Inputs) -> Plan:
-    """Windows as long as the training's, and a stride of no more than that, unless the settings say otherwise."""
-    length = settings.seq_len or inputs.artifact.config.seq_len
+def choose_length(
+    settings: EvalSettings, artifact: Artifact | ForeignModel, rows: Sequence[Adaptation | Learning]
+) -> int:
+    """Positions of a window: as long as the training's, or as a stream can have of the model, where none are chosen."""
+    length = settings.seq_len or artifact.config.seq_len
+    as_stream = settings.forward == "stream" or any(isinstance(row, Learning) and not row.apart for row in rows)
+    if settings.seq_len is None and as_stream and isinstance(artifact, ForeignModel):
+        return min(length, artifact.module.stream_window or length)
+    return length
+
+
+def choose_plan(settings: EvalSettings, inputs: Inputs, rows: Sequence[Adaptation | Learning] = ()) -> Plan:
+    """Windows of `choose_length`, and a stride of no more than that, unless the settings say otherwise."""
+    length = choose_length(settings, inputs.artifact, rows)
     chosen = "stride" in settings.model_fields_set
     return Plan(len(inputs.stream) - 1, length, settings.stride if chosen else min(settings.stride, length))
 

@@ -50,6 +50,7 @@ class LanguageModel(nn.Module):
             where it gives the last position's alone and takes `targets`, it is called with the tokens as those.
         hidden, head: where they are apart, tokens -> hidden states [B, T, D], and hidden states -> logits.
         stream: window and sinks -> what reads a stream as `slotfast.stream.CachedForward` does; None: nothing does.
+        stream_window: longest window of a stream; None where the module has no last position.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class LanguageModel(nn.Module):
         hidden: Callable[[Tensor], Tensor] | None = None,
         head: Callable[[Tensor], Tensor] | None = None,
         stream: Callable[[int, int], Any] | None = None,
+        stream_window: int | None = None,
     ):
         super().__init__()
         self.module, self._hidden, self._head, self.stream = module, hidden, head, stream
-        self._needs_targets = False
+        self.stream_window, self._needs_targets = stream_window, False
 
     @property
     def head_apart(self) -> bool:
@@ -276,13 +278,10 @@ def _wrapped_transformers(module: nn.Module) -> LanguageModel:
             apart = head is not None and torch.allclose(head(hidden(tokens)), logits, rtol=1e-5, atol=1e-5)
         except (AttributeError, TypeError, RuntimeError):
             apart = False
-    stream = functools.partial(
-        transformers_stream,
-        module,
-        module.base_model if apart else module,
-        _declared_length(module) or _LONGEST_DEFAULT,
-    )
-    return LanguageModel(module, *((hidden, head) if apart else (None, None)), stream)
+    longest = _declared_length(module) or _LONGEST_DEFAULT
+    stream = functools.partial(transformers_stream, module, module.base_model if apart else module, longest)
+    # half: where the positions end, a window's tokens are read again from position 0, and as many must follow
+    return LanguageModel(module, *((hidden, head) if apart else (None, None)), stream, max(1, longest // 2))
 
 
 def language_model(module: nn.Module) -> tuple[GPT | LanguageModel, int]:

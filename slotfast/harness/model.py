@@ -15,7 +15,7 @@ from ..data import TokenStream
 from ..errors import InputError
 from ..eval import Scored, SlidingPass
 from ..eval.inputs import Inputs, Sources, choose_rows, read_model
-from ..eval.setup import choose_batch, choose_streaming, choose_worker
+from ..eval.setup import choose_batch, choose_length, choose_streaming, choose_worker
 from ..learn import Charged, Learning, OnTop, make_loop
 from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
@@ -30,6 +30,8 @@ ARGUMENTS = (
     *("seq_len", "stride", "batch_windows", "weights", "backend", "device", "dtype", "config"),
 )
 
+_THEIR_DEVICE = "cuda:0"  # what the harness's command asks for where nobody asks for anything
+
 
 class SlotfastLM(TemplateLM):
     """Any model that `slotfast eval` reads, as a model of the harness.
@@ -42,7 +44,7 @@ class SlotfastLM(TemplateLM):
         add_bos_token: whether contexts of `loglikelihood` begin with the tokenizer's BOS, or its EOS where it has none.
         batch_size: windows of one forward; None or `auto`: what fits.
         max_batch_size: not used.
-        device: auto, cpu, cuda, cuda:1; None is auto.
+        device: auto, cpu, cuda, cuda:1; None is auto, and so is the harness's own default, cuda:0, without a GPU.
         options: `ARGUMENTS`: flags of `slotfast eval` with underscores, one `preset` among them. The stride is the
             whole window where it is not given, and the preset `none`: the harness's own numbers.
 
@@ -67,9 +69,9 @@ class SlotfastLM(TemplateLM):
             raise InputError(f"documents={documents}: expected apart or joined")
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise InputError("the model slotfast runs on one process; WORLD_SIZE says there are more")
-        if batch_size not in (None, "auto"):
+        if batch_size is not None and not str(batch_size).startswith("auto"):
             options["batch_windows"] = batch_size
-        if device is not None:
+        if device is not None and (device != _THEIR_DEVICE or torch.cuda.is_available()):
             options["device"] = device
         self.joined, self.add_bos_token = documents == "joined", add_bos_token
         self.settings = _settings(options)
@@ -84,7 +86,7 @@ class SlotfastLM(TemplateLM):
         elif isinstance(model, GPT) and not isinstance(self.row, Learning):
             model.cast_matrices(self._worker.dtype)
         self._model = model
-        self._length = self.settings.seq_len or self._artifact.config.seq_len
+        self._length = choose_length(self.settings, self._artifact, [self.row] if self.row else [])
         self._stride = self.settings.stride if "stride" in self.settings.model_fields_set else self._length
 
     @property

@@ -302,8 +302,9 @@ def int6_matmul(x: torch.Tensor, weight: PackedInt6, dense: torch.Tensor | None 
         x: [..., K] float16, bfloat16 or float32, any strides. NaN and infinite entries spoil their own rows only.
         weight: from `pack_int6`, with scales as they are there.
         dense: [N, K] in x's dtype, `dequantize_int6(weight, x.dtype)` kept by the caller. Saves dequantising at large M
-            for 2.7 times the memory, and is what gets multiplied at every M where it stays in the GPU's L2 cache; the
-            result's meaning does not change.
+            for 2.7 times the memory, and is what gets multiplied at every M where it stays in the GPU's L2 cache. Only
+            its own size is known here: where a model's matrices exceed the cache together, leave it out at small M.
+            The result's meaning does not change.
     Returns:
         [..., N] in x's dtype, summed in float32.
     Raises:

@@ -370,6 +370,29 @@ def test_kernels_compile_whole(m):
     torch.testing.assert_close(torch.compile(int6_matmul, fullgraph=True)(x, weight), int6_matmul(x, weight))
 
 
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU: streams and graphs")
+def test_launches_that_overlap_do_not_count_for_each_other():
+    """On two streams, and in a graph that is replayed beside them."""
+    weight = pack_int6(*draw(512, 4096))
+    x = draw_x(3, 4096, dtype=torch.bfloat16)
+    expected = int6_matmul(x, weight)
+    assert _config(3, 512, 4096, 4096, torch.bfloat16).SPLIT_K > 1
+    torch.cuda.synchronize()
+    streams, graph = [torch.cuda.Stream() for _ in range(3)], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = [int6_matmul(x, weight) for _ in range(50)]
+    found = []
+    for _ in range(50):
+        for stream in streams[:2]:
+            with torch.cuda.stream(stream):
+                found.append(int6_matmul(x, weight))
+    for _ in range(4):
+        with torch.cuda.stream(streams[2]):
+            graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(each, expected) for each in (*found, *replayed))
+
+
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU: the tensor is 8 GiB")
 def test_offsets_beyond_32_bits():
     weight = pack_int6(*draw(8, 256))

@@ -364,9 +364,7 @@ def test_the_public_kernels_library_loads_the_hub_folder(tmp_path):
         pytest.skip("the public kernels library is not installed")
     pytest.importorskip("triton", reason="interpreter launches need triton")
     written = write_hub(tmp_path / "whole", "slotfast-kernels")
-    assert [path.relative_to(tmp_path).as_posix() for path in written] == [
-        f"whole/build/torch-{b}" for b in ("cuda", "cpu")
-    ]
+    assert written == [tmp_path / "whole" / "build" / f"torch-{backend}" for backend in ("cuda", "cpu")]
     write_hub(tmp_path / "part", "slotfast-slot-solve", ["solver"])
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(

@@ -28,13 +28,13 @@ _HELD_OUT = 4  # one document of so many is not counted, but calibrated on
 
 def run(settings: config.CalibrateSettings) -> None:
     """Calibrate a model and write what was found; raises InputError on bad input."""
+    config.check_outputs(settings)
     if settings.artifact is not None and settings.model is not None:
         raise InputError("--artifact (or ARTIFACT_PATH) and --model: give one of them")
     needed = ("text", "out") if settings.model is not None else ("artifact", "tokenizer", "text", "out")
     for name in needed:
         if getattr(settings, name) is None:
             raise InputError(f"--{name}: needed")
-    config.check_outputs(settings)
     if settings.model is None:
         _calibrate_artifact(settings)
     else:

@@ -31,10 +31,10 @@ def _config(T, V, itemsize):
 
     | kernel                   | V    | registers | SASS instructions a logit, in the row loop | barriers a trip |
     |--------------------------|------|-----------|--------------------------------------------|-----------------|
-    | value and bias gradient  | 1024 | 127 / 124 | 12.6 / 11.5                                | 0               |
-    |                          | 4096 | 128 / 128 | 12.0 / 10.9                                | 4               |
-    |                          | 8192 | 128 / 124 | 12.1 / 11.2                                | 4               |
-    | the same, logits capped  | 1024 | 163 / 162 | 32.4 / 31.3, three of them on the MUFU     | 0               |
+    | value and bias gradient  | 1024 | 128 / 128 | 9.7 / 8.8                                  | 0               |
+    |                          | 4096 | 127 / 126 | 10.4 / 9.3                                 | 4               |
+    |                          | 8192 | 127 / 124 | 10.5 / 9.5                                 | 4               |
+    | the same, logits capped  | 1024 | 166 / 156 | 28.8 / 27.8, three of them on the MUFU     | 0               |
     | forward                  | 1024 |  64 /  82 | 9.0 / 8.1                                  | 0               |
     | backward                 | 1024 |  96 / 124 | 10.3 / 8.7                                 | 0               |
     """
@@ -45,7 +45,7 @@ def _config(T, V, itemsize):
     block_v = min(block_v, warps_per_row * per_warp)
     cols = min(block_v, warps_per_row * 32 * 16 // itemsize)
     rows = min(num_warps * per_warp // block_v, 64, max(triton.next_power_of_2(max(T, 1)), 4))
-    part = min(triton.next_power_of_2(max(T, 1)), 128)  # unmeasured
+    part = min(max(triton.next_power_of_2(max(T, 1)), 4), 128)  # not less than rows; unmeasured
     return _Tile(block_v // cols, rows, cols, num_warps, part)
 
 

@@ -23,6 +23,7 @@ targets and bad rows make loss and gradient of their window NaN if they weigh an
 an order that T and V fix: a window's bits are the same alone, in any batch, in any order.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -33,15 +34,18 @@ from ._rows import (
     _columns,
     _config,
     _empty_parts,
-    _load_logits,
+    _fold,
     _load_targets,
+    _repeat,
     _row_max,
     _row_sum,
     _score_arguments,
     _scores,
     _slope,
     _sum_parts,
+    _tile_columns,
     _tile_compilations,
+    _tile_rows,
 )
 from ._triton import _LN2, _LOG2E, _launch, tl, triton
 from .cases.cross_entropy_grad import CASES
@@ -76,14 +80,24 @@ def bias_cross_entropy_grad_ref(
 # Kernel
 
 
+def _ahead(tile, cap):
+    """Options: logits are loaded a trip ahead where one warp has a row. With more, it would halve the programs.
+
+    There 128 registers, four programs a multiprocessor, are enough without a spill; a softcap's terms need more.
+    """
+    ahead = tile.rows >= tile.num_warps
+    most = {"maxnreg": 128} if ahead and cap is None and not torch.version.hip else {}
+    return {"AHEAD": ahead}, most
+
+
 @triton.jit
 def _bias_cross_entropy_grad_kernel(
     logits_ptr,
     bias_ptr,
     targets_ptr,
     weights_ptr,
+    rows_ptr,
     nll_ptr,
-    hits_ptr,
     loss_ptr,
     dbias_ptr,
     T,
@@ -97,6 +111,7 @@ def _bias_cross_entropy_grad_kernel(
     CAP: tl.constexpr,
     MEAN: tl.constexpr,
     WHOLE: tl.constexpr,
+    AHEAD: tl.constexpr,
     EVEN_V: tl.constexpr,
     PART: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -106,66 +121,94 @@ def _bias_cross_entropy_grad_kernel(
     """Loss and dbias of PART rows of a window, each logit read once: a whole row is in registers, V <= CHUNKS * COLS.
 
     WHOLE: T <= PART, so these are the window's. Otherwise nll and sums are scratch, for the kernel below.
+    AHEAD: a tile of logits is loaded a trip before its own.
+
+    What belongs to a row and not to a logit is done for all PART rows at once, before and behind the loop. Between them
+    and it go four numbers a row, rows_ptr [programs, 4, PART]: its weight, its shift and its sum, and where scores are
+    capped what its target's gradient is (its hit), else the weight.
     """
     parts = tl.cdiv(T, PART)
     window = (tl.program_id(0) // parts).to(tl.int64)
     part = tl.program_id(0) % parts
     offs_v = _columns(CHUNKS, COLS)
-    logits_ptr += window * stride_lw
+    offs_p = tl.arange(0, PART)
+    offs_t = part * PART + offs_p
+    rows_ptr += tl.program_id(0).to(tl.int64) * (4 * PART)
+    logits_ptr += window * stride_lw + (part * PART).to(tl.int64) * stride_lt
+    target, used, bad = _load_targets(targets_ptr, window, offs_t, T, V, ignore_index)  # (PART,)
+    w = used.to(tl.float32)
+    if weights_ptr is not None:
+        w = tl.load(weights_ptr + window * T + offs_t, mask=used, other=0.0)
+    tl.store(rows_ptr + offs_p, tl.where(used & bad & (w != 0), float("nan"), w))
     bias = None  # not from a helper: one that returns None does not compile before Triton 3.7.1
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + window * stride_bw + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
     acc = tl.zeros((CHUNKS, ROWS, COLS), tl.float32)
-    loss = tl.zeros((ROWS,), tl.float64)
-    weight = tl.zeros((ROWS,), tl.float64)
-    for first in range(part * PART, min(part * PART + PART, T), ROWS):
-        offs_t = first + tl.arange(0, ROWS)
-        target, used, bad = _load_targets(targets_ptr, window, offs_t, T, V, ignore_index)
-        row = window * T + offs_t
-        w = used.to(tl.float32)
-        if weights_ptr is not None:
-            w = tl.load(weights_ptr + row, mask=used, other=0.0)
-            used &= w != 0
-        w = tl.where(used & bad, float("nan"), w)
+    # Every lane of a row's warps has its shift and its sum, one stores them; a store of (ROWS,) would go through shared
+    # memory, with barriers.
+    one = (tl.arange(0, 32) == 0)[None, :] & (tl.arange(0, ROWS) >= 0)[:, None]
 
-        x = _load_logits(logits_ptr, first, 0, used, V, stride_lt, stride_lv, EVEN_V, CHUNKS, ROWS, COLS)
-        z = _scores(x, bias, softcap, CAP)  # (CHUNKS, ROWS, COLS)
+    tl.debug_barrier()  # the weights are in memory
+    offs_r = tl.arange(0, ROWS)
+    w = tl.load(rows_ptr + offs_r)
+    if AHEAD:
+        x = _load_tile(logits_ptr, 0, w != 0, V, stride_lt, stride_lv, EVEN_V, CHUNKS, ROWS, COLS)
+        x = x.to(tl.float32) + 0.0  # without the addition LLVM carries 16 bits, and repacks them in every trip
+    for first in range(0, min(PART, T - part * PART), ROWS):
+        after = first + ROWS + offs_r
+        next_w = tl.load(rows_ptr + after, mask=after < PART, other=0.0)
+        if AHEAD:
+            next_x = _load_tile(
+                logits_ptr, first + ROWS, next_w != 0, V, stride_lt, stride_lv, EVEN_V, CHUNKS, ROWS, COLS
+            )
+        else:
+            x = _load_tile(logits_ptr, first, w != 0, V, stride_lt, stride_lv, EVEN_V, CHUNKS, ROWS, COLS)
+
+        z = _scores(_fold(x, CHUNKS, ROWS, COLS), bias, softcap, CAP)
         if not EVEN_V:
             z = tl.where(offs_v < V, z, float("-inf"))
         shift = _row_max(z) * _LOG2E
         e = tl.exp2(z * _LOG2E - shift[None, :, None])
         total = _row_sum(e)
-
-        offs_x = offs_t.to(tl.int64) * stride_lt + target.to(tl.int64) * stride_lv  # (ROWS,)
-        x_target = tl.load(logits_ptr + offs_x, mask=used, other=0.0)
-        bias_target = None
-        if bias_ptr is not None:
-            bias_target = tl.load(bias_ptr + window * stride_bw + target, mask=used, other=0.0).to(tl.float32)
-        z_target = _scores(x_target, bias_target, softcap, CAP)
-        nll = (tl.log2(total) - (z_target * _LOG2E - shift)) * _LN2
-        if WHOLE:
-            loss += tl.where(used, w.to(tl.float64) * nll.to(tl.float64), 0.0)
-            weight += w.to(tl.float64)
-        else:
-            tl.store(nll_ptr + row, tl.where(used, tl.where(bad, float("nan"), nll), 0.0), mask=offs_t < T)
-
         dz = e * (w / total)[None, :, None]
-        hit = w
         if CAP == "sum":
             dz *= _slope(z, softcap)
-            hit *= _slope(z_target, softcap)
         acc += dz
-        tl.store(hits_ptr + row, hit, mask=offs_t < T)
+        lane_ptr = rows_ptr + PART + 2 * (first + offs_r)[:, None] + tl.zeros((ROWS, 32), tl.int32)
+        tl.store(lane_ptr, tl.broadcast_to(shift[:, None], (ROWS, 32)), mask=one)
+        tl.store(lane_ptr + 1, tl.broadcast_to(total[:, None], (ROWS, 32)), mask=one)
+        if AHEAD:
+            x = next_x.to(tl.float32)
+        w = next_w
     dbias = tl.sum(acc, axis=1)  # (CHUNKS, COLS)
+
+    tl.debug_barrier()  # shifts and sums are in memory
+    target, used, bad = _load_targets(targets_ptr, window, offs_t, T, V, ignore_index)
+    w = tl.load(rows_ptr + offs_p)
+    used &= w != 0
+    shift = tl.load(rows_ptr + PART + 2 * offs_p, mask=used, other=0.0)
+    total = tl.load(rows_ptr + PART + 2 * offs_p + 1, mask=used, other=1.0)
+    offs_x = offs_p.to(tl.int64) * stride_lt + target.to(tl.int64) * stride_lv
+    x_target = tl.load(logits_ptr + offs_x, mask=used, other=0.0)
+    bias_target = None
+    if bias_ptr is not None:
+        bias_target = tl.load(bias_ptr + window * stride_bw + target, mask=used, other=0.0).to(tl.float32)
+    z_target = _scores(x_target, bias_target, softcap, CAP)
+    nll = (tl.log2(total) - (z_target * _LOG2E - shift)) * _LN2
     scale = 1.0
     if WHOLE:
-        window_loss = tl.sum(loss, axis=0)
+        window_loss = tl.sum(tl.where(used, w.to(tl.float64) * nll.to(tl.float64), 0.0), axis=0)
         if MEAN:
-            window_weight = tl.sum(weight, axis=0)
+            window_weight = tl.sum(w.to(tl.float64), axis=0)
             inverse = tl.where(window_weight == 0, 0.0, 1.0 / window_weight)
             window_loss *= inverse
             scale = inverse.to(tl.float32)
         tl.store(loss_ptr + window, window_loss.to(tl.float32))
+    else:
+        tl.store(nll_ptr + window * T + offs_t, tl.where(used, tl.where(bad, float("nan"), nll), 0.0), mask=offs_t < T)
+    if CAP == "sum":
+        rows_ptr += 3 * PART  # beside the weights, which other threads may still have to read
+        tl.store(rows_ptr + offs_p, tl.where(used, w * _slope(z_target, softcap), 0.0))
     offs_v = tl.arange(0, CHUNKS)[:, None] * COLS + tl.arange(0, COLS)[None, :]
     dbias_ptr += tl.program_id(0).to(tl.int64) * V
     tl.store(dbias_ptr + offs_v, dbias * scale, mask=offs_v < V)
@@ -173,17 +216,38 @@ def _bias_cross_entropy_grad_kernel(
     # The targets' share: PART^2 comparisons instead of PART * V. Rows with the same target find the same sum and store
     # the same bits, so that they need no atomics.
     tl.debug_barrier()  # dbias and hits are in memory
-    target, used, bad = _load_targets(targets_ptr, window, part * PART + tl.arange(0, PART), T, V, ignore_index)
     before = tl.load(dbias_ptr + target)
     hits = tl.zeros((PART,), tl.float32)
     SLICE: tl.constexpr = 16 if PART > 16 else PART
-    for first in range(part * PART, part * PART + PART, SLICE):
-        offs_t = first + tl.arange(0, SLICE)
-        other, _others_used, _others_bad = _load_targets(targets_ptr, window, offs_t, T, V, ignore_index)
-        hit = tl.load(hits_ptr + window * T + offs_t, mask=offs_t < T, other=0.0)
+    for first in range(0, PART, SLICE):
+        offs_o = first + tl.arange(0, SLICE)
+        other, _used, _bad = _load_targets(targets_ptr, window, part * PART + offs_o, T, V, ignore_index)
+        hit = tl.load(rows_ptr + offs_o)
         hits += tl.sum(tl.where(target[:, None] == other[None, :], hit[None, :], 0.0), axis=1)  # (PART, SLICE)
     tl.debug_barrier()  # everybody has read `before`
     tl.store(dbias_ptr + target, before - hits * scale)
+
+
+@triton.jit
+def _load_tile(
+    ptr,
+    first,
+    used,
+    V,
+    stride_lt,
+    stride_lv,
+    EVEN_V: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Logits of ROWS rows from `first` on, as memory sees them: (CHUNKS * ROWS, COLS); rows not `used` are not read."""
+    offs_t = first + _tile_rows(CHUNKS, ROWS)
+    offs_v = _tile_columns(CHUNKS, ROWS, COLS)
+    mask = _repeat(used, CHUNKS, ROWS)[:, None]
+    mask = mask if EVEN_V else mask & (offs_v < V)
+    ptrs = ptr + offs_t.to(tl.int64)[:, None] * stride_lt + offs_v.to(tl.int64) * stride_lv
+    return tl.load(ptrs, mask=mask, other=0.0)
 
 
 # Public function
@@ -239,8 +303,9 @@ def bias_cross_entropy_grad(
         _fill_gradients(logits, targets, bias, shift, total, options, dnll=dnll, dbias_parts=parts)
         return loss, _sum_parts(parts, T, nll, targets, weights, ignore_index, loss, mean)
     whole = tile.part >= T
-    hits = torch.empty((W, T), dtype=torch.float32, device=logits.device)
-    nll = None if whole else torch.empty_like(hits)
+    constants, most = _ahead(tile, _cap(softcap, cap_after_bias))
+    rows = torch.empty((W * parts.shape[1], 4, tile.part), dtype=torch.float32, device=logits.device)
+    nll = None if whole else torch.empty((W, T), dtype=torch.float32, device=logits.device)
     _launch(
         _bias_cross_entropy_grad_kernel,
         (W * parts.shape[1],),
@@ -248,12 +313,14 @@ def bias_cross_entropy_grad(
         logits_ptr=logits,
         targets_ptr=targets,
         weights_ptr=weights,
+        rows_ptr=rows,
         nll_ptr=nll,
-        hits_ptr=hits,
         loss_ptr=loss,
         dbias_ptr=parts,
         MEAN=mean,
         WHOLE=whole,
+        **constants,
+        **most,
         PART=tile.part,
         **_score_arguments(logits, bias, options, tile),
     )
@@ -267,8 +334,11 @@ def bias_cross_entropy_grad(
 
 def _compilations(*, W, T, V, softcap=None, cap_after_bias=False, **_):
     """Value and bias gradient in one pass, V that fits a tile."""
-    constants = {"CAP": _cap(softcap, cap_after_bias), "weights_ptr": None, "nll_ptr": None}
-    return _tile_compilations(_bias_cross_entropy_grad_kernel, T, V, **constants)
+    cap = _cap(softcap, cap_after_bias)
+    constants, most = _ahead(_config(T, V, 2), cap)  # a row's warps do not depend on the type
+    constants |= {"CAP": cap, "weights_ptr": None, "nll_ptr": None}
+    found = _tile_compilations(_bias_cross_entropy_grad_kernel, T, V, **constants)
+    return [replace(each, options={**each.options, **most}) for each in found]
 
 
 SPEC = KernelSpec(

@@ -154,6 +154,7 @@ SUITE = {
     ),
     "bias_cross_entropy_grad": (
         "float16", "two parts", "large vocabulary", "weights, rows that are NaN", "above a tile", "strided", "a tile",
+        "several tiles of rows", "capped after the bias",
     ),
     "channel_mix": ("primes, no skip", "above a tile", "several programs, bfloat16", "float16"),
     "int6_matmul": (

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -25,9 +25,9 @@ class Stopwatch:
     def __call__(self, phase: str) -> Iterator[None]:
         """Within, time counts for this phase."""
         if not self._on_gpu:
-            begin = time.perf_counter()
+            since = time.perf_counter()
             yield
-            self._add(phase, time.perf_counter() - begin)
+            self._add(phase, time.perf_counter() - since)
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -42,6 +42,11 @@ class Stopwatch:
         """By phase; waits for the work to end."""
         self._read()
         return dict(self._seconds)
+
+    def go_on(self, seconds: Mapping[str, float]) -> None:
+        """Count from these on."""
+        self._events.clear()
+        self._seconds = dict(seconds)
 
     def _read(self) -> None:
         for phase, begin, end in self._events:

@@ -87,7 +87,6 @@ def test_the_table_says_what_it_gains_and_costs(small, capsys):
         (["--preset", "learn:chunk=65"], "chunk=65 is longer than the window of 64"),
         (["--preset", ROW, "--ttt"], "with --ttt: both change the model"),
         (["--preset", ROW, "--weights", "int6"], "packed weights pass no gradients"),
-        (["--preset", "lora-doc:rank=2", "--resume", "p"], "with --resume is not built"),
         (["--preset", ROW, ROW], "given twice"),
     ],
 )

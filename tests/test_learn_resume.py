@@ -82,6 +82,42 @@ def test_a_pass_that_goes_on_ends_with_the_same_bits(tmp_path, of, row):
     _same(fresh.run(), whole)
 
 
+SLOTS = "chunk=4,lr=0.02,rank=2,slots=2"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        f"lora-doc:{SLOTS}",
+        f"lora-doc:{SLOTS},keys=stale,steps=2,start=warm+causal",
+        f"lora-doc:{SLOTS},keys=refresh,every=2,start=fresh,optimizer=sgd,momentum=0.5",
+        f"lora-1855:{SLOTS},phases=2,prefix=4,piece=8",
+    ],
+)
+def test_documents_in_slots_that_go_on_end_with_the_same_bits(tmp_path, row):
+    model = random_model(layers=2, value_layers=(1,))
+    whole = _pass(model, row).run()
+    for sweeps in (1, 4, 6, 8):  # within documents, between them, behind phases
+        killed, seen = _pass(model, row), []
+
+        def kill(killed=killed, seen=seen, sweeps=sweeps):
+            seen.append(1)
+            if len(seen) == sweeps:
+                checkpoint.save(tmp_path / "c", "slotfast.eval", {}, killed.state_dict())
+                raise _Killed
+
+        with pytest.raises(_Killed):
+            killed.run(on_chunk=kill)
+        assert 0 < killed.loop.ledger["charged"] < 57
+        going = _pass(model, row)
+        going.load_state_dict(checkpoint.load(tmp_path / "c", "slotfast.eval", {}))
+        _same(going.run(), whole)
+    ended, again = _pass(model, row), _pass(model, row)
+    ended.run()
+    again.load_state_dict(ended.state_dict())
+    _same(again.run(), whole)
+
+
 def _result(path):
     found = json.loads(path.read_text())
     for row in found["presets"]:

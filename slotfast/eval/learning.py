@@ -69,19 +69,20 @@ class LearningPass:
             on_tokens: called with the number of tokens just charged.
             on_chunk: called where `state_dict` may be saved.
         """
-        read, first = self.text.stream.read, self.span.start
-        if isinstance(self.loop, DocumentLoop):
-            # windows begin where documents do: what is before a piece is nothing to it
-
-            def within(start: int, stop: int) -> np.ndarray:
-                return read(first + start, first + stop)
-
-            self.loop.run(within, len(self.span), lambda charged: self._take(charged, first, on_tokens))
-        else:
-            self.loop.run(read, self.span, lambda charged: self._take(charged, 0, on_tokens), on_chunk)
+        first, predictions = (self.span.start, len(self.span)) if self._apart else (0, self.span)
+        self.loop.run(self._read, predictions, lambda charged: self._take(charged, first, on_tokens), on_chunk)
         if self.charged:
             self.forwards = getattr(self.loop, "forwards", 1.0)
         return self
+
+    @property
+    def _apart(self) -> bool:
+        """Whether windows begin where documents do: what is before a piece is nothing to it."""
+        return isinstance(self.loop, DocumentLoop)
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        first = self.span.start if self._apart else 0
+        return self.text.stream.read(first + start, first + stop)
 
     def _take(self, charged: Charged, origin: int, on_tokens: Callable[[int], None] | None) -> None:
         start = origin + charged.start
@@ -101,7 +102,9 @@ class LearningPass:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a pass with the same arguments needs to go on from here."""
-        nll = torch.from_numpy(self.nll) if self._parts else None
+        if self._parts is not None:
+            self._parts = _joined(self._parts)
+        nll = {start: torch.from_numpy(part) for start, part in (self._parts or {}).items()}
         return {
             "loop": self.loop.state_dict(),
             "meter": self.meter.state_dict(),
@@ -116,12 +119,12 @@ class LearningPass:
         Raises:
             KeyError, TypeError, ValueError, AttributeError, RuntimeError: it is of another pass.
         """
-        self.loop.load_state_dict(state["loop"], self.text.stream.read)
+        self.loop.load_state_dict(state["loop"], self._read)
         self.meter.load_state_dict(state["meter"])
         self.along.load_state_dict(state["along"])
         self.charged = state["charged"]
-        if state["nll"] is not None:
-            self._parts = {self.span.start: state["nll"].numpy()}
+        if self._parts is not None:
+            self._parts = {start: part.numpy() for start, part in state["nll"].items()}
 
     def gather(self, worker: Worker) -> None:
         """Sum up over all ranks; rank 0 has every token's losses then."""
@@ -163,6 +166,17 @@ def piece(row: Learning, text: Text, rank: int, world: int) -> range:
     else:
         cuts = [at // row.chunk * row.chunk for at in ideal]
     return range(cuts[0], predictions if rank == world - 1 else cuts[1])
+
+
+def _joined(parts: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Losses [rows, n] by their first prediction, those that follow one another in one."""
+    runs: dict[int, list[np.ndarray]] = {}
+    first = end = -1
+    for start in sorted(parts):
+        first = first if start == end else start
+        runs.setdefault(first, []).append(parts[start])
+        end = start + parts[start].shape[1]
+    return {start: np.concatenate(run, 1) for start, run in runs.items()}
 
 
 def grouped(rows: Sequence[Learning], calibration: Calibration) -> list[list[Learning]]:

@@ -218,8 +218,6 @@ def choose_learning(
         where = f"preset {row.name!r}: "
         if world > 1 and row.forward == "windows" and (row.scope == "stream" or row.order == "longest"):
             raise InputError(f"{where}on {world} processes is not built: it has one order; run one process")
-        if settings.resume and row.apart:
-            raise InputError(f"{where}with --resume is not built: its slots are not saved; leave out --resume")
         if settings.ttt:
             raise InputError(f"{where}with --ttt: both change the model; give one of them")
         if settings.weights == "int6":

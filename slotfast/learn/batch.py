@@ -1,7 +1,8 @@
 """A document under way in a slot, and what some of them forward next."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -32,6 +33,19 @@ class Slot:
     top: OnTop | None = None
     done: int = 0
     charges: list[tuple[int, Tensor, Sequence[Tensor]]] = field(default_factory=list)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it once its charges are handed out, in plain types."""
+        top = self.top and self.top.state_dict()
+        return {"document": astuple(self.document), "how": (self.chunk, self.early, self.done), "top": top}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any], top: OnTop | None, read: Read, device: torch.device) -> Self:
+        """What `state_dict` gave; `top` is fresh."""
+        document, (chunk, early, done) = Document(*state["document"]), state["how"]
+        if top:
+            top.load_state_dict(state["top"], read(document.start + 1, document.start + done + 1), device)
+        return cls(document, chunk, early, top, done)
 
     @property
     def end(self) -> int:

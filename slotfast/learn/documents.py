@@ -10,8 +10,10 @@ Source: PR #1530 and its successors; theirs computes the whole window's losses, 
 """
 
 import copy
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from .keys import LOOK_BACK, SlotKeys
 from .loop import check
 from .phases import train_phase
 from .row import Learning
-from .schedule import Document, Read, boundaries, chunk_of, documents, rounds
+from .schedule import Document, Progress, Read, boundaries, chunk_of, documents, rounds
 from .slots import SlotLora
 from .top import OnTop
 
@@ -87,6 +89,8 @@ class DocumentLoop:
         self._front = 0  # the document whose charges are handed out
         self._waiting: dict[int, list[Charged | None]] = defaultdict(list)  # those of later ones
         self._held = 0
+        self._progress = Progress()
+        self._trained: Mapping[str, Tensor] | None = None  # weights that phases have trained, to go on from
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -99,23 +103,32 @@ class DocumentLoop:
         work = self.ledger["forward"] + self.ledger["backward"] + 3 * self.ledger["phases"]
         return work / max(1, self.ledger["charged"])
 
-    def run(self, read: Read, predictions: int, on_charged: Callable[[Charged], None]) -> None:
-        """Charge and learn.
+    def run(
+        self,
+        read: Read,
+        predictions: int,
+        on_charged: Callable[[Charged], None],
+        on_chunk: Callable[[], None] | None = None,
+    ) -> None:
+        """Charge and learn what is not charged yet.
 
         Args:
             read: tokens [start, stop) of the stream, integers.
             predictions: tokens of the stream but the first.
             on_charged: called with each chunk; in the order of the stream, or as they are charged where the row has
                 another.
+            on_chunk: called where `state_dict` may be saved.
 
         Raises:
             InputError: losses that are no numbers.
         """
-        self._read, self._on_charged = read, on_charged
+        self._read, self._on_charged, self._on_chunk = read, on_charged, on_chunk
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.requires_grad_(False)
         if self.row.phases:
             self._base = copy.deepcopy(self.model)
+            if self._trained:
+                self._base.load_state_dict(self._trained)
         try:
             with self.lora.hooked(self._base):
                 self._run(predictions)
@@ -124,25 +137,72 @@ class DocumentLoop:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that a loop with the same arguments needs to go on from here."""
+        waiting = {
+            number: [charged and (charged.start, charged.nll, charged.unlearned, charged.on_top) for charged in parts]
+            for number, parts in self._waiting.items()
+        }
+        trained = self._trained if self._base is self.model else self._base.state_dict()
+        return {
+            "at": self._progress.state_dict(),
+            "slots": [under_way and under_way.state_dict() for under_way in self._slots],
+            "lora": self.lora.state_dict(),
+            "keys": [keys.state_dict() for keys in self._keys.values()],
+            "charges": (self._front, self._held, waiting),
+            "ledger": dict(self.ledger),
+            "seconds": self._watch.seconds,
+            "trained": trained,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], read: Read) -> None:
+        """Go on from what `state_dict` gave.
+
+        Args:
+            read: see `run`.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError, RuntimeError: it is of another loop.
+        """
+        device = self.model.tok_emb.weight.device
+        self._progress, self._trained = Progress.of(state["at"]), state["trained"]
+        self._slots = [
+            saved and Slot.of(saved, self.on_top and self.on_top.fresh(), read, device)
+            for _, saved in zip(self._slots, state["slots"], strict=True)
+        ]
+        self.lora.load_state_dict(state["lora"])
+        for keys, saved in zip(self._keys.values(), state["keys"], strict=True):
+            keys.load_state_dict(saved, device)
+        self._front, self._held, waiting = state["charges"]
+        for number, parts in waiting.items():
+            self._waiting[number] = [part and Charged(*part[:3], None, part[3]) for part in parts]
+        self.ledger.update(state["ledger"])
+        self._watch.go_on(state["seconds"])
+
     def _run(self, predictions: int) -> None:
-        borders, charged, phase, redraw = boundaries(self.row), [], 0, True
-        for group in rounds(self.row, documents(self._read, predictions, self.bos_id)):
+        at, borders = self._progress, boundaries(self.row)
+        for number, group in enumerate(rounds(self.row, documents(self._read, predictions, self.bos_id))):
+            if number < at.round:
+                deque(group, maxlen=0)  # charged before
+                continue
             chunk, places = self.row.chunk, len(self._slots)
             if self.row.order == "longest":
                 together = list(group)
                 chunk, places = chunk_of(self.row, together[-1].targets + 1), len(together)
                 group = iter(together)
-            if self.row.start == "warm" and (redraw or places < len(self._slots)):
-                self._draw_anew(phase, places)
-            redraw = places < len(self._slots)  # its factors were its own
-            taken = self._run_round(group, chunk)
+            if not at.count:
+                if self.row.start == "warm" and (at.redraw or places < len(self._slots)):
+                    self._draw_anew(at.phase, places)
+                at.redraw = places < len(self._slots)  # its factors were its own
+            self._run_round(islice(group, at.count, None), chunk)
             if self.row.order == "longest" and self.row.start == "warm":
-                self._shrink_to_the_end(taken, chunk)
-            if phase < len(borders):
-                charged += taken
-                if len(charged) >= borders[phase]:
-                    self._train(charged, borders[phase])
-                    phase, redraw = phase + 1, True
+                self._shrink_to_the_end(at.taken, chunk)
+            if at.phase < len(borders):
+                at.charged += at.taken
+                if len(at.charged) >= borders[at.phase]:
+                    self._train(at.charged, borders[at.phase])
+                    at.phase, at.redraw = at.phase + 1, True
+            at.round, at.count, at.taken = number + 1, 0, []
 
     def _draw_anew(self, phase: int, places: int) -> None:
         """Factors that no document has moved yet; a group with fewer documents than slots has some of its own."""
@@ -167,9 +227,9 @@ class DocumentLoop:
 
     # -- a round
 
-    def _run_round(self, queue: Iterator[Document], chunk: int) -> list[Document]:
-        """Charge documents, each in the first slot that is free; those that a phase may need."""
-        taken, left = [], True
+    def _run_round(self, queue: Iterator[Document], chunk: int) -> None:
+        """Charge documents, each in the first slot that is free."""
+        left = True
         while True:
             for slot, under_way in enumerate(self._slots):
                 if under_way is not None or not left or self._held >= _WAITING:
@@ -179,15 +239,21 @@ class DocumentLoop:
                     left = False
                     break
                 self._begin(slot, document, chunk)
+                self._progress.count += 1
                 if self.row.phases or self.row.order == "longest":
-                    taken.append(document)
+                    self._progress.taken.append(document)
             live = [slot for slot, under_way in enumerate(self._slots) if under_way is not None]
             if not live:
-                return taken
+                return
             if self._held >= _WAITING:
                 live = [slot for slot in live if self._at(slot).document.number == self._front]
             for slots in self._alike(live):
                 self._step(slots)
+            if self._on_chunk:
+                for under_way in self._slots:
+                    if under_way and under_way.charges:
+                        self._hand_out(under_way, False)
+                self._on_chunk()
 
     def _begin(self, slot: int, document: Document, chunk: int) -> None:
         if self.row.start == "cold":

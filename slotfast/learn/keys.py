@@ -44,6 +44,16 @@ class SlotKeys:
             found = self._rings[run] = like.new_zeros(shape), like.new_zeros(shape)
         return found
 
+    def state_dict(self) -> list[tuple[Tensor, Tensor] | None]:
+        """All that is kept, by the layer's run."""
+        return list(self._rings)
+
+    def load_state_dict(self, state: list[tuple[Tensor, Tensor] | None], device: torch.device) -> None:
+        """Go on from what `state_dict` gave."""
+        if len(state) != len(self._rings):
+            raise ValueError(f"keys of {len(state)} runs of layers: expected {len(self._rings)}")
+        self._rings = [ring and (ring[0].to(device), ring[1].to(device)) for ring in state]
+
 
 class SlotAttention:
     """Attention of one batch, which its keys and values are taken in from; see `Attend`.

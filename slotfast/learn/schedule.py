@@ -1,8 +1,9 @@
 """Which documents are side by side: those of a stream as they come, or in groups of about one length, longest first."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import astuple, dataclass, field
 from itertools import islice
+from typing import Any, Self
 
 import numpy as np
 
@@ -25,6 +26,37 @@ class Document:
     number: int
     start: int
     targets: int
+
+
+@dataclass
+class Progress:
+    """How far a loop is through its rounds.
+
+    Args:
+        round: number of the one under way, or of the next.
+        count: documents taken in it.
+        taken, charged: those that are still needed: of this round, and of all rounds before it.
+        phase: how many phases are over.
+        redraw: whether A is to be drawn anew.
+    """
+
+    round: int = 0
+    count: int = 0
+    taken: list[Document] = field(default_factory=list)
+    charged: list[Document] = field(default_factory=list)
+    phase: int = 0
+    redraw: bool = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, in plain types."""
+        kept = {name: [astuple(each) for each in getattr(self, name)] for name in ("taken", "charged")}
+        return vars(self) | kept
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Self:
+        """What `state_dict` gave."""
+        kept = {name: [Document(*each) for each in state[name]] for name in ("taken", "charged")}
+        return cls(**{**state, **kept})
 
 
 def documents(read: Read, predictions: int, bos_id: int | None) -> Iterator[Document]:

@@ -7,7 +7,8 @@ inputs: what PR #1530 and its successors call the adapters of O and MLP.
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,15 @@ class SlotLora:
         """What `steps` of the optimiser without a gradient leave of a slot."""
         if steps and self.row.decay:
             self.values[slot] *= (1 - self.row.lr * self.row.decay) ** steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factors, and what the optimiser remembers."""
+        return {"values": self.values, "optimizer": self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave."""
+        self.values.copy_(state["values"])
+        self._optimizer.load_state_dict(state["optimizer"])
 
     # -- what a forward computes with
 

@@ -175,7 +175,7 @@ class DocumentLoop:
             keys.load_state_dict(saved, device)
         self._front, self._held, waiting = state["charges"]
         for number, parts in waiting.items():
-            self._waiting[number] = [part and Charged(*part[:3], None, part[3]) for part in parts]
+            self._waiting[number] = [part and Charged(part[0], part[1], part[2], None, part[3]) for part in parts]
         self.ledger.update(state["ledger"])
         self._watch.go_on(state["seconds"])
 

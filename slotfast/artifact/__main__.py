@@ -1,7 +1,8 @@
 """slotfast artifact: what an artifact holds, and how to turn other people's into ours and back."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from .. import config
 from ..command.files import json_text, write_json
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config.check_outputs(settings)
     from . import program  # imports torch
 
-    found, text = (program.show if name == "show" else program.convert)(settings)
+    command: Callable[[Any], tuple[dict[str, Any], str]] = program.show if name == "show" else program.convert
+    found, text = command(settings)
     shown = json_text(found) if settings.json_ == "-" else text
     return deliver(shown, (settings.json_, lambda path: write_json(path, found)))
 

@@ -124,7 +124,7 @@ def describe(
     unsaid = [key for key in _UNSAID if key not in said]
     if said.get("loops") == 0:
         unsaid = [key for key in unsaid if not key.startswith("loop")]
-    nothing = {"mlp_slope": 0.0, "rope_dims": 0, "rope_length": 1, "xsa_layers": 0, "ln_scale": False}
+    nothing: dict[str, Any] = {"mlp_slope": 0.0, "rope_dims": 0, "rope_length": 1, "xsa_layers": 0, "ln_scale": False}
     nothing |= {"value_layers": tuple(range(shown.value_scales)), "loop_end": shown.layers - 1}
     try:
         config = GPTConfig.model_validate({**{key: nothing[key] for key in unsaid if key in nothing}, **said})
@@ -155,7 +155,7 @@ def _shown(shape: Mapping[str, tuple[int, ...]], kind: str | None) -> Shown:
     buckets, bigram_width = _pair(shape.get("bigram.embed.weight", (0, 128)))
     _, value_width = _pair(shape.get("ve_shared.embed.weight", (0, 0)))
     skips, _ = _pair(shape.get("skip_weights", (0, 0)))
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": vocab_size,
         "layers": layers,
         "width": width,

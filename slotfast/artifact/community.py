@@ -273,12 +273,14 @@ def _quantized(weights: Mapping[Any, Any], meta: Mapping[Any, Any]) -> Tensors:
         if kind.startswith("passthrough"):
             (tensors[name],) = parts(name, kind, "")
         elif kind == "gate_int8_row":
-            tensors[name] = _matrix(name, *parts(name, kind, ".gq", ".gs"), 8)
+            codes, scale = parts(name, kind, ".gq", ".gs")
+            tensors[name] = _matrix(name, codes, scale, 8)
         elif bits is None:
             packing = ": packing is not supported" if re.match("ternary|binary|fp|nf", kind) else ""
             raise InputError(f"tensor {name!r} is stored as {kind!r}, which has no home in this model{packing}")
         else:
-            matrix = _matrix(name, *parts(name, kind, ".q", ".scale"), int(bits[1] or bits[2]))
+            codes, scale = parts(name, kind, ".q", ".scale")
+            matrix = _matrix(name, codes, scale, int(bits[1] or bits[2]))
             if correction := bits[3]:
                 end = "_a" if correction.endswith("asym") else ""
                 factors = parts(name, kind, *(f".{part}{end}" for part in ("lqA", "lqAs", "lqB", "lqBs")))
@@ -297,10 +299,10 @@ def _per_row(contents: Mapping[str, Any]) -> Tensors:
     form = str(contents["__quant_format__"])
     if not re.fullmatch(_PER_ROW, form):
         raise InputError(packed([repr(form)]))
-    parts = [contents.get(key) for key in ("quantized", "scales", "passthrough")]
-    if not all(isinstance(part, dict) for part in parts):
+    parts = (contents.get(key) for key in ("quantized", "scales", "passthrough"))
+    quantized, scales, passthrough = (part if isinstance(part, dict) else None for part in parts)
+    if quantized is None or scales is None or passthrough is None:
         raise InputError(f"{form}: expected the dictionaries 'quantized', 'scales' and 'passthrough'")
-    quantized, scales, passthrough = parts
     tensors: Tensors = {str(name): _of(passthrough, name) for name in passthrough}
     for name in quantized:
         _put(tensors, str(name), _matrix(str(name), _of(quantized, name), _of(scales, name), 8))

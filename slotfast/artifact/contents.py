@@ -75,8 +75,9 @@ class Artifact:
             packed = 0
             for name, tensor in self.tensors.items():
                 layer = name.removesuffix(".weight")
-                packable = isinstance(tensor, QuantizedMatrix) and tensor.bits == 6
-                if packable and layer != name and isinstance(model.get_submodule(layer), nn.Linear):
+                if not isinstance(tensor, QuantizedMatrix) or tensor.bits != 6 or layer == name:
+                    continue
+                if isinstance(model.get_submodule(layer), nn.Linear):
                     model.set_submodule(layer, PackedLinear(pack_int6(tensor.codes, tensor.scale), backend))
                     packed += 1
             if not packed:

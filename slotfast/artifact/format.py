@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -38,7 +39,12 @@ VERSION = 1
 _PREFIX = struct.Struct("<8sIIQ")
 _HASH_BYTES = 32
 _MAX_HEADER_BYTES = 1 << 22
-_TYPES = {"int6": np.dtype("i1"), "int8": np.dtype("i1"), "fp16": np.dtype("<f2"), "fp32": np.dtype("<f4")}
+_TYPES: dict[str, np.dtype[Any]] = {
+    "int6": np.dtype("i1"),
+    "int8": np.dtype("i1"),
+    "fp16": np.dtype("<f2"),
+    "fp32": np.dtype("<f4"),
+}
 _BITS = {"int6": 6, "int8": 8}
 UNIGRAM = "calibration.unigram"
 

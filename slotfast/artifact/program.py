@@ -22,13 +22,13 @@ def show(settings: config.ShowSettings) -> tuple[dict[str, Any], str]:
     overrides = parse_overrides(settings.model_config_)
     if is_ours(settings.file):
         artifact = load_artifact(settings.file, overrides)
-        about = {"config": artifact.config.model_dump(), "metadata": dict(artifact.metadata)}
+        about: dict[str, Any] = {"config": artifact.config.model_dump(), "metadata": dict(artifact.metadata)}
         about["calibrated"] = artifact.metadata.get("calibration") is not None
         about["frequencies"] = artifact.unigram is not None
         tensors, stored = artifact.tensors, {entry.name: entry for entry in read_entries(settings.file)}
     else:
         about, tensors, stored = *_show_community(settings.file, overrides), {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, tensor in tensors.items():
         parts = [stored[part] for part in (name, f"{name}.scale") if part in stored]
         codes = tensor.codes if isinstance(tensor, QuantizedMatrix) else tensor

@@ -221,13 +221,15 @@ def _model(levels: np.ndarray) -> "constriction.stream.model.Categorical":
 def _classes(codes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Candidates for the classes of rows and columns, int [N] and [K]."""
     square = np.square(codes, dtype=np.float32)
-    row, column = square.mean(1) + 1e-3, np.ones(codes.shape[1], np.float32)
+    row: np.ndarray = square.mean(1) + 1e-3
+    column: np.ndarray = np.ones(codes.shape[1], np.float32)
     for _ in range(4):  # fit mean square = row * column
         column = (square / row[:, None]).mean(0) + 1e-3
         row = (square / column).mean(1) + 1e-3
-    row, column = np.log2(row) / 2, np.log2(column) / 2
+    sizes = np.log2(row) / 2, np.log2(column) / 2
     for step in _STEPS:
-        yield tuple(np.round((size - size.min()) * step).astype(np.int64) for size in (row, column))
+        rows, columns = (np.round((size - size.min()) * step).astype(np.int64) for size in sizes)
+        yield rows, columns
 
 
 def _side(shifted: np.ndarray, symbols: int, lowest: int, rows: np.ndarray, columns: np.ndarray) -> tuple[float, _Side]:

@@ -64,7 +64,7 @@ def collect_hessians(
     readers[output] = [output]
     if not tokens:
         raise InputError("calibration: no tokens")
-    hessians = {}
+    hessians: dict[str, Tensor] = {}
     for first, total in sums.items():
         if not total.isfinite().all():
             raise InputError(f"calibration: the input of {first} is NaN or infinite")

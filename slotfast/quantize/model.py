@@ -123,14 +123,16 @@ def quantize_model(
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise InputError(f"tensor {name!r} holds NaN or infinite values")
-    hessians, tokens = {}, 0
+    hessians: dict[str, Tensor] = {}
+    tokens = 0
     if calibration is not None:
         hessians, tokens = collect_hessians(model, calibration, dtype, halfway)
     marks.append(time.perf_counter())
     corrected = set(hessians) if method == "gptq" else set()
     if embeddings == "rows":
         corrected -= {"tok_emb.weight", "lm_head.weight"}
-    tensors, methods, slowest = {}, {}, 0.0
+    tensors: dict[str, QuantizedMatrix | Tensor] = {}
+    methods, slowest = {}, 0.0
     for name, weight in weights.items():
         started, bits = time.perf_counter(), stored_bits(name, weight)
         if bits == 16:
@@ -143,7 +145,7 @@ def quantize_model(
             methods[name], tensors[name] = "rows", _on_cpu(quantize_rows(weight, bits, clip, sdclip_k))
     marks.append(time.perf_counter())
     pruned = 0
-    if target_bytes is not None:
+    if target_bytes is not None and size is not None:
         prunable = {name for name, weight in weights.items() if stored_bits(name, weight) == 6}
         by_output = choose == "output" and prunable <= hessians.keys()
         costs = output_costs(tensors, hessians) if by_output else None

@@ -39,8 +39,9 @@ def prune_to_size(
         InputError: too large even without a single +-1.
     """
     places, values = {}, []
-    for name, matrix in tensors.items():
-        if isinstance(matrix, QuantizedMatrix) and matrix.bits == 6:
+    matrices = {name: tensor for name, tensor in tensors.items() if isinstance(tensor, QuantizedMatrix)}
+    for name, matrix in matrices.items():
+        if matrix.bits == 6:
             places[name] = (matrix.codes.flatten().abs() == 1).nonzero()[:, 0]
             cost = matrix.scale.float().square()[:, None].expand(matrix.codes.shape) if costs is None else costs[name]
             values.append(cost.flatten()[places[name]])
@@ -50,9 +51,10 @@ def prune_to_size(
     def pruned(count: int) -> dict[str, QuantizedMatrix | Tensor]:
         found = dict(tensors)
         for name, place in places.items():
-            codes = tensors[name].codes.clone(memory_format=torch.contiguous_format)
+            matrix = matrices[name]
+            codes = matrix.codes.clone(memory_format=torch.contiguous_format)
             codes.view(-1)[place[ranks[name] < count]] = 0
-            found[name] = QuantizedMatrix(codes, tensors[name].scale, tensors[name].bits)
+            found[name] = QuantizedMatrix(codes, matrix.scale, matrix.bits)
         return found
 
     if size(tensors) <= target_bytes:

@@ -7,6 +7,8 @@ import slotfast
 from slotfast import ops
 from slotfast.kernels import lbfgs_direction
 from slotfast.lbfgs import BiasObjective, SharedBias, launched, minimize
+from slotfast.slot.fit import stored_probabilities
+from slotfast.slot.presets import parse_preset
 from tests.streams import BOS, head, stream, to_hidden
 
 pytest.importorskip("triton", reason="launches, interpreted or not, need triton")
@@ -107,3 +109,38 @@ def test_shared_and_joint_fits_by_kernels_score_as_on_a_cpu(name, request):
     moved = (theirs - plain).nan_to_num().abs().mean()
     assert moved > 0.01, "the fit did nothing, so the test shows nothing"
     assert (ours - theirs).nan_to_num().abs().mean() < 0.02 * moved
+
+
+def test_probabilities_are_rounded_where_a_ridge_holds():
+    assert stored_probabilities(parse_preset("causal-lbfgs")) == torch.bfloat16
+    assert stored_probabilities(parse_preset("causal-lbfgs:ridge=0.5")) == torch.float32
+    for name in ("pr1350", "pr1350-window", "pr1350-window:ridge=3"):
+        assert stored_probabilities(parse_preset(name)) == torch.float32, name
+
+
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_rounded_probabilities_move_the_loss_by_little(spread):
+    """The loss, in float64, where the fit to rounded probabilities ends, against the optimum; ridge 1, 64 positions."""
+    generator = torch.Generator().manual_seed(3)
+    logits = spread * torch.randn(64, 256, generator=generator, dtype=torch.float64)
+    targets = torch.randint(0, 40, (64,), generator=generator)
+    exact = torch.softmax(logits, -1)
+
+    def loss(bias, probabilities):
+        mean = (probabilities @ bias.exp()).log().sum() - bias[targets].sum()
+        return (mean + bias.square().sum() / 2) / 64
+
+    found = []
+    for probabilities in (exact, exact.bfloat16().double()):
+        bias = torch.zeros(256, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.LBFGS([bias], max_iter=60, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+
+        def closure(bias=bias, probabilities=probabilities, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = loss(bias, probabilities)
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        found.append(loss(bias.detach(), exact).item())
+    assert 0 <= found[1] - found[0] < 1.3e-6

@@ -39,6 +39,10 @@ bottleneck. An evaluation reads 128 KB (bfloat16), 5,400 cycles, or 256 KB, 10,9
 about 400,000 cycles, 1.8 us a window over 132 SMs (bfloat16), 550,000 and 2.4 us (float32). A majorise-minimise step
 costs an evaluation and about 700 instructions more.
 
+Two programs of 4 warps a multiprocessor, the serial parts of one behind the other's, were compiled and left: each
+thread then has twice the elements of every vector and spills 152 bytes (Triton 3.6: 40), and two programs' scratch is
+87 MB, not 43, of 50 MB of L2. `python -m bench.predict` has both, 1.4 to 2.5 us with two and 2.1 with one.
+
 One program a window fits windows whose scratch stays in L2. At T = 1984 or V = 8192 it does not, and every evaluation
 reads P from memory: 4 MB and 1 MB in bfloat16, so about 30 and 20 us a window, again predicted; and fewer windows than
 SMs leave SMs idle, as a window never has more than one. Above V = 1024 several warps share a row, with two barriers a

@@ -144,9 +144,9 @@ def _bias_cross_entropy_grad_kernel(
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + window * stride_bw + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)
     acc = tl.zeros((CHUNKS, ROWS, COLS), tl.float32)
-    # Every lane of a row's warps has its shift and its sum, one stores them; a store of (ROWS,) would go through shared
-    # memory, with barriers.
-    one = (tl.arange(0, 32) == 0)[None, :] & (tl.arange(0, ROWS) >= 0)[:, None]
+    # Every lane of a row's warps has its shift and its sum, one stores them. A store of (ROWS,) would go through shared
+    # memory, with barriers, as would one whose addresses do not run along the lanes.
+    lane = tl.arange(0, 32)[None, :]
 
     tl.debug_barrier()  # the weights are in memory
     offs_r = tl.arange(0, ROWS)
@@ -174,9 +174,9 @@ def _bias_cross_entropy_grad_kernel(
         if CAP == "sum":
             dz *= _slope(z, softcap)
         acc += dz
-        lane_ptr = rows_ptr + PART + 2 * (first + offs_r)[:, None] + tl.zeros((ROWS, 32), tl.int32)
-        tl.store(lane_ptr, tl.broadcast_to(shift[:, None], (ROWS, 32)), mask=one)
-        tl.store(lane_ptr + 1, tl.broadcast_to(total[:, None], (ROWS, 32)), mask=one)
+        lane_ptr = rows_ptr + PART + 2 * (first + offs_r)[:, None] + lane
+        tl.store(lane_ptr, tl.broadcast_to(shift[:, None], (ROWS, 32)), mask=lane == 0)
+        tl.store(lane_ptr + 1, tl.broadcast_to(total[:, None], (ROWS, 32)), mask=lane == 0)
         if AHEAD:
             x = next_x.to(tl.float32)
         w = next_w

@@ -201,6 +201,7 @@ MUTANTS = (
     ("solver._window", "_evaluate", _BARRIER + "the store of u", "# ", "slot_solve | primes"),
     ("solver._direction", "_direction", _BARRIER + "the stores of the products", "# ", "slot_solve | primes"),
     ("cross_entropy_grad", "_bias_cross_entropy_grad_kernel", _BARRIER + "dbias and", "# ", "entropy_grad | primes"),
+    ("cross_entropy_grad", "_bias_cross_entropy_grad_kernel", _BARRIER + "the weights", "# ", "entropy_grad | primes"),
     ("solver._lbfgs", "_lbfgs_kernel", "tl.store(d_ptr, nothing, mask=in_row)", "pass", "slot_solve | primes"),
     ("int6_product", "_int6_matmul_kernel", "acq_rel", "relaxed", _SPLIT),
     ("int6_product", "_int6_matmul_kernel", "split * size", _OWN_FIRST, _SPLIT),

@@ -59,7 +59,7 @@ def test_links_lead_somewhere(page):
             headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.M)
             names = {re.sub(r"[^\w\- ]", "", each.lower()).replace(" ", "-") for each in headings}
             assert heading in names, link
-    for name in re.findall(r"bench/results/[\w./-]+\.json", text):
+    for name in re.findall(r"bench/results/[\w./-]+\.jsonl?", text):
         assert (ROOT / name).exists(), name
 
 

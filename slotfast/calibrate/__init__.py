@@ -10,10 +10,12 @@ from ..lazy import exports
 if TYPE_CHECKING:
     from .__main__ import main
     from .fit import CLOSED_GATES, calibrate, calibrated, compare_forwards, summary
+    from .learning import calibrate_learning
 
 __all__ = [
     "CLOSED_GATES",
     "calibrate",
+    "calibrate_learning",
     "calibrated",
     "compare_forwards",
     "main",
@@ -24,5 +26,6 @@ __getattr__, __dir__ = exports(
     {
         ".__main__": ["main"],
         ".fit": ["CLOSED_GATES", "calibrate", "calibrated", "compare_forwards", "summary"],
+        ".learning": ["calibrate_learning"],
     },
 )

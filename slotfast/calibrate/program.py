@@ -21,6 +21,7 @@ from ..foreign.calibration import Counts, Found
 from ..overlap import MAX_OVERLAP, seen, sketch
 from ..words import counted
 from .fit import calibrate, calibrated, summary
+from .learning import calibrate_learning, learning_summary
 
 _FEWEST_TOKENS = 1000
 _HELD_OUT = 4  # one document of so many is not counted, but calibrated on
@@ -130,7 +131,13 @@ def _fit(
         compared = "windows and streams, then " * (forward == "auto" and streams(model))
         print(f"{said}{compared}rates and repeats", file=sys.stderr, flush=True)
         found = calibrate(model, text, frequency, **how, worker=worker, shown=True)
+        if settings.learn_trials:
+            sinks = (found["forward"] or {"sinks": 0})["sinks"]
+            where: dict[str, Any] = {"window": min(length, len(text.stream) - 1), "sinks": sinks, "worker": worker}
+            found["learn"] = calibrate_learning(model, text, trials=settings.learn_trials, **where, shown=True)
     if length != stored.config.seq_len:
         found["forward"] = None  # what was found at another length says nothing of the model's own
     print(summary(found), flush=True)
+    if settings.learn_trials:
+        print(learning_summary(found["learn"]), flush=True)
     return found

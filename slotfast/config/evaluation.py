@@ -209,6 +209,9 @@ class CalibrateSettings(Settings):
     forward: Literal["auto", "windows", "stream"] = setting(
         "auto", "what is calibrated; auto: finds the better one, which takes a forward of every window"
     )
+    learn_trials: int = setting(
+        0, "choose the numbers of `learn` too, by so many passes that learn at most; 0: they stay uncalibrated", ge=0
+    )
     device: str = setting("cpu", "auto, cpu, cuda, cuda:1, ...")
     out: str | None = setting(
         None, "what to write: the artifact with its calibration, or that of --model as JSON", writes=CALIBRATED

@@ -12,7 +12,7 @@ from ..artifact import Artifact
 from ..config import EvalSettings
 from ..errors import InputError
 from ..foreign import ForeignModel
-from ..learn import Learning
+from ..learn import Learning, calibrated_row
 from ..slot import Adaptation, first_position, is_published
 from ..ttt import ScoreFirst
 from ..windows import Plan
@@ -91,7 +91,7 @@ def set_up(settings: EvalSettings, rows: Sequence[Adaptation | Learning], worker
     streaming = choose_streaming(settings, rows, inputs, plan, worker)
     setup = Setup(
         rows=sharing,
-        learning=learning,
+        learning=[calibrated_row(row, inputs.artifact.metadata) for row in learning],
         plan=plan,
         batch_windows=batch_windows,
         adapt_windows=adapt_windows,

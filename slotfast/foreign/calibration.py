@@ -33,6 +33,22 @@ class ComparedForwards(_Strict):
     difference_se: float | None
 
 
+class FoundLearning(_Strict):
+    """The numbers of `learn`; see `slotfast.calibrate.calibrate_learning`."""
+
+    what: Literal["all", "lora", "norms"]
+    rank: int | None = Field(None, ge=1)
+    chunk: int = Field(ge=1)
+    optimizer: Literal["sgd", "adamw"]
+    lr: float = Field(gt=0)
+    decay: float = Field(ge=0)
+    steps: int = Field(ge=0)
+    gain_bpb: float | None
+    gain_se: float | None
+    trials: int = Field(ge=1)
+    seconds: float = Field(ge=0)
+
+
 class Found(_Strict):
     """What was fitted; see `slotfast.calibrate.calibrate`."""
 
@@ -44,6 +60,7 @@ class Found(_Strict):
     rates_gain_bpb: float
     repeats_gain_bpb: float
     repeats_gain_se: float | None
+    learn: FoundLearning | None = None
 
 
 class Counts(_Strict):

@@ -19,11 +19,12 @@ from .documents import DocumentLoop
 from .layers import PROJECTIONS
 from .loop import LearningLoop
 from .lora import Lora
-from .presets import LEARNING, parse_row
+from .presets import CALIBRATED, LEARNING, calibrated_row, parse_row
 from .row import Learning
 from .top import OnTop
 
 __all__ = [
+    "CALIBRATED",
     "LEARNING",
     "PROJECTIONS",
     "Charged",
@@ -34,6 +35,7 @@ __all__ = [
     "LearningLoop",
     "Lora",
     "OnTop",
+    "calibrated_row",
     "learn",
     "make_loop",
     "parse_row",

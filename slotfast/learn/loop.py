@@ -166,7 +166,7 @@ class LearningLoop:
             self.seconds["on top"] += clock.lap()
             on_charged(Charged(start, nll, None, rows, top, top_rows))
             clock.lap()
-            if not ends:
+            if not ends and self.row.steps:
                 self._learn(losses, tokens, before)
             elif count < len(tokens) - 1:
                 # Nothing before a BOS may depend on it, not even by the rounding of a shorter forward: what is charged

@@ -1,6 +1,7 @@
 """The rows that learn, published ones and ours, and how rows are read from text."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pydantic
@@ -57,6 +58,30 @@ LEARNING: dict[str, Learning] = {
         ("ttt-1413", "PR #1413: the same at a higher rate", _TTT | {"lr": 0.005, "schedule": "cosine"}),
     )
 }
+
+
+CALIBRATED = ("what", "rank", "chunk", "optimizer", "lr", "decay", "steps")  # of `learn`, by slotfast calibrate
+
+
+def calibrated_row(row: Learning, metadata: Mapping[str, Any]) -> Learning:
+    """The row `learn` with the numbers that a model's calibration chose for it; any other row as it is.
+
+    Numbers that the row's name, `learn:key=value,...`, sets stand; where it says what learns, or by which optimiser,
+    numbers that were chosen for another are none for it.
+
+    Args:
+        metadata: of the model's file; its `calibration` may have `learn`.
+    """
+    stored = (metadata.get("calibration") or {}).get("learn")
+    first, _, _ = _split(row.name)
+    name, _, options = first.partition(":")
+    if not stored or name != "learn":
+        return row
+    chosen = {key: stored[key] for key in CALIBRATED if stored.get(key) is not None}
+    given = read_changes(options, f"preset {row.name!r}")
+    if any(key in given and getattr(row, key) != chosen[key] for key in ("what", "optimizer")):
+        return row
+    return row.model_copy(update={key: value for key, value in chosen.items() if key not in given})
 
 
 def parse_row(text: str) -> Adaptation | Learning:

@@ -36,7 +36,7 @@ class Learning(BaseModel):
     short: tuple[tuple[int, int], ...] = Field(
         (), max_length=8, description="(tokens, chunk): of groups whose longest document has no more tokens"
     )
-    steps: int = Field(1, ge=1, le=1000, description="of the optimiser on each chunk")
+    steps: int = Field(1, ge=0, le=1000, description="of the optimiser on each chunk; 0: nothing is learned")
     scope: Literal["stream", "document"] = Field("stream", description="document: what learned starts afresh at BOS")
     slots: int | None = Field(
         None, ge=1, le=4096, description="documents side by side, each by its own tokens alone; none: one stream"
@@ -97,6 +97,8 @@ class Learning(BaseModel):
             raise ValueError(f"betas {self.betas}: expected 0 <= beta < 1")
         if any(tokens < 1 or not 1 <= chunk <= self.chunk for tokens, chunk in self.short):
             raise ValueError(f"short {self.short}: expected tokens and chunks of 1 to {self.chunk}")
+        if not self.steps and self.forward == "windows":
+            raise ValueError("steps 0 needs one stream with keys 'stale'")
         if self.slots and (self.scope != "document" or self.what != "lora"):
             raise ValueError("slots need what 'lora' and scope 'document'")
         if self.keys == "windows":

@@ -1,0 +1,63 @@
+"""Calibration of `learn`: within its trials it finds what gains, or answers off, and the preset uses it."""
+
+import numpy as np
+import pytest
+import torch
+
+from slotfast.calibrate import calibrate_learning
+from slotfast.data import ByteTable, Text, TokenStream
+from slotfast.learn import calibrated_row, learn, parse_row
+
+from .models import random_model
+
+V, BOS = 37, 5
+BYTES = ByteTable(np.ones(V, np.int64), np.zeros(V, bool), np.arange(V) == BOS)
+
+
+def _text(repeats):
+    """Documents of one phrase that comes back, or of tokens drawn alike."""
+    rng = np.random.default_rng(0)
+    phrase = rng.integers(6, V, 12)
+    pieces = [[BOS, *(phrase if repeats else rng.integers(6, V, 12))] for _ in range(30)]
+    return Text(TokenStream([np.concatenate(pieces)]), BYTES, BOS)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(layers=2, value_layers=(1,))
+
+
+def test_what_gains_is_found_within_the_trials_and_used(model):
+    found = calibrate_learning(model, _text(True), trials=5, window=16)
+    assert found["trials"] == 5 and found["steps"] == 1 and found["gain_bpb"] > 2 * found["gain_se"] > 0
+    stored = {"calibration": {"learn": found}}
+    row = calibrated_row(parse_row("learn"), stored)
+    assert all(getattr(row, key) == found[key] for key in ("what", "lr", "chunk", "decay", "optimizer"))
+    tokens = torch.from_numpy(_text(True).stream.read(0, 391))
+    losses = learn(model, tokens, row, window=16)
+    gain = float((losses.unlearned - losses.nll).sum()) / np.log(2) / BYTES.count(tokens[1:], tokens[:-1]).sum()
+    assert gain == pytest.approx(found["gain_bpb"], rel=1e-6)
+    one = calibrate_learning(model, _text(True), trials=1, window=16)
+    assert one["trials"] == 1 and one["gain_bpb"] <= found["gain_bpb"] and (one["what"], one["lr"]) == ("lora", 5e-4)
+
+
+def test_what_gains_nothing_is_off(model):
+    found = calibrate_learning(model, _text(False), trials=1, window=16)
+    off = calibrated_row(parse_row("learn"), {"calibration": {"learn": found | {"steps": 0}}})
+    tokens = torch.from_numpy(_text(False).stream.read(0, 200))
+    losses = learn(model, tokens, off, window=16)
+    assert torch.equal(losses.nll, losses.unlearned) and losses.forwards == 1
+
+
+def test_numbers_of_the_row_stand_and_those_of_another_optimiser_are_none_for_it():
+    stored = {"calibration": {"learn": {"what": "all", "optimizer": "sgd", "lr": 0.02, "chunk": 32, "decay": 0.0}}}
+
+    def row(text):
+        return calibrated_row(parse_row(text).model_copy(update={"name": text}), stored)
+
+    assert (row("learn+causal").lr, row("learn+causal").chunk) == (0.02, 32)
+    assert (row("learn:lr=0.1").lr, row("learn:lr=0.1").what) == (0.1, "all")
+    assert (row("learn:what=lora").lr, row("learn:what=lora").chunk) == (5e-4, 64)
+    assert calibrated_row(parse_row("learn"), {}) == parse_row("learn")
+    other = parse_row("lora-doc")
+    assert calibrated_row(other, stored) is other

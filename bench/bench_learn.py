@@ -8,6 +8,7 @@ The file has a line a row; it is appended to, and rows that it holds already are
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=3072, help="of each document; shorter ones are left out")
     parser.add_argument("--seq-len", type=int, default=1024, help="tokens that one attends to")
     parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--pieces", type=int, default=1, help="that learn apart, as on so many ranks; here in turn")
     parser.add_argument("--out", help="file of a line a row")
     options = parser.parse_args()
     try:
@@ -63,6 +65,7 @@ def run(options: argparse.Namespace) -> None:
         "tokens": options.tokens,
         "seq_len": options.seq_len,
         "sinks": options.sinks,
+        "pieces": options.pieces,
     }
     lines = known(options.out, key)
     if None not in lines:
@@ -74,9 +77,12 @@ def run(options: argparse.Namespace) -> None:
     missing = [parse_row(name).model_copy(update={"name": name}) for name in options.rows if name not in lines]
     for same in grouped(missing, calibration):
         on_top = OnTop.of(same, options.seq_len, calibration, text.bos_id)
-        loop = make_loop(model, same[0], *where, text.bos_id, on_top=on_top)
-        passed = LearningPass(loop, same, text).run()
-        if "unlearned" not in loop.seconds:
+        parts = []
+        for number in range(options.pieces):
+            loop = make_loop(model, same[0], *where, text.bos_id, on_top=on_top and on_top.fresh())
+            parts.append(LearningPass(loop, same, text, rank=number, world=options.pieces).run())
+        passed = functools.reduce(joined, parts)
+        if "unlearned" not in passed.seconds:
             passed.compare(np.array(lines[None]["nats"]), lines[None]["seconds"])
         for number, row in enumerate(same, 1):
             put(options.out, key | {"row": row.name} | figures(passed, number))
@@ -107,6 +113,16 @@ def known(path: str | None, key: dict[str, Any]) -> dict[str | None, dict[str, A
         return {}
     lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
     return {line["row"]: line for line in lines if key.items() <= line.items()}
+
+
+def joined(passed: LearningPass, part: LearningPass) -> LearningPass:
+    """The first of two passes with the sums of both; its seconds are those of the slower one."""
+    for mine, other in ((passed.meter, part.meter), (passed.along, part.along)):
+        for name in ("tokens", "bytes", "nats"):
+            getattr(mine, name).__iadd__(getattr(other, name))
+    for phase, seconds in part.seconds.items():
+        passed.seconds[phase] = max(passed.seconds[phase], seconds)
+    return passed
 
 
 def figures(passed: LearningPass, number: int) -> dict[str, Any]:

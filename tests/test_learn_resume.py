@@ -49,6 +49,7 @@ def _pass(model, row, rank=0, world=1):
 
 def _same(passed, whole):
     assert np.array_equal(passed.nll, whole.nll) and passed.forwards == whole.forwards
+    assert min(passed.spent.min(), 0) == 0 < passed.spent.sum()
     for mine, other in ((passed.meter, whole.meter), (passed.along, whole.along)):
         assert np.array_equal(mine.nats, other.nats) and np.array_equal(mine.bytes, other.bytes)
 

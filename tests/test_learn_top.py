@@ -92,7 +92,12 @@ def test_rows_that_learn_alike_share_a_pass(small, tmp_path, capsys, monkeypatch
         lambda *args, **options: made.append(make_loop(*args, **options)) or made[-1],
     )
     rows = [f"{ROW}+causal", ROW, f"{ROW}+causal-window"]
-    main(_args(small, "--json", "-", "--per-token", tmp_path / "rows.npz", "--preset", *rows))
+    main(
+        _args(
+            small, "--json", "-", "--per-token", tmp_path / "rows.npz", "--plot", tmp_path / "p.png", "--preset", *rows
+        )
+    )
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads(capsys.readouterr().out)["presets"]
     assert len(made) == 1 and [row["preset"] for row in found] == ["none", *rows]
     counted, plain, window = found[1:]

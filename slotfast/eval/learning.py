@@ -32,6 +32,7 @@ class LearningPass:
         meter, along: sums by document and by piece of the stream; row 0 is the same forward unlearned, and empty until
             `compare` where the loop does not charge that too.
         charged: tokens so far.
+        spent: float [PIECES], seconds of learning and of the rows on top, by where in the stream they went.
         seconds, forwards: of the loop; after `gather` of the slowest rank, and of all.
     """
 
@@ -49,6 +50,7 @@ class LearningPass:
         names = ["unlearned", *(row.name for row in rows)]
         self.meter, self.along = Meter(names, text.documents), Meter(names, PIECES)
         self.charged, self.forwards = 0, 0.0
+        self.spent = np.zeros(PIECES)
         self._parts: dict[int, np.ndarray] | None = {} if keep_nll else None  # by the first prediction
         self._starts = text.starts
         self._gathered: dict[str, float] | None = None
@@ -95,6 +97,9 @@ class LearningPass:
         self.meter.add(np.searchsorted(self._starts, position, "right") - 1, n_bytes, nll)
         self.along.add(position * PIECES // len(self.text.stream), n_bytes, nll)
         self.charged += nll.shape[1]
+        seconds = self.loop.seconds
+        spent = seconds.get("learned", 0.0) + seconds.get("on top", 0.0)
+        self.spent[position[-1] * PIECES // len(self.text.stream)] += spent - self.spent.sum()
         if self._parts is not None:
             self._parts[start] = nll[1:]
         if on_tokens:
@@ -110,6 +115,7 @@ class LearningPass:
             "meter": self.meter.state_dict(),
             "along": self.along.state_dict(),
             "charged": self.charged,
+            "spent": torch.from_numpy(self.spent),
             "nll": nll,
         }
 
@@ -122,7 +128,7 @@ class LearningPass:
         self.loop.load_state_dict(state["loop"], self._read)
         self.meter.load_state_dict(state["meter"])
         self.along.load_state_dict(state["along"])
-        self.charged = state["charged"]
+        self.charged, self.spent = state["charged"], state["spent"].numpy()
         if self._parts is not None:
             self._parts = {start: part.numpy() for start, part in state["nll"].items()}
 
@@ -133,12 +139,13 @@ class LearningPass:
         self.meter.reduce()
         self.along.reduce()
         parts: list | None = [None] * worker.world if worker.rank == 0 else None
-        dist.gather_object((self._parts, self.loop.seconds, self.charged, self.forwards), parts)
+        dist.gather_object((self._parts, self.loop.seconds, self.charged, self.forwards, self.spent), parts)
         if parts is None:
             return
-        self._gathered = {name: max(seconds[name] for _, seconds, _, _ in parts) for name in self.loop.seconds}
-        self.charged = sum(charged for _, _, charged, _ in parts)
-        self.forwards = sum(charged * forwards for _, _, charged, forwards in parts) / max(1, self.charged)
+        self._gathered = {name: max(seconds[name] for _, seconds, *_ in parts) for name in self.loop.seconds}
+        self.charged = sum(charged for _, _, charged, *_ in parts)
+        self.forwards = sum(charged * forwards for _, _, charged, forwards, _ in parts) / max(1, self.charged)
+        self.spent = sum(part[-1] for part in parts)
         if self._parts is not None:
             self._parts = {start: nll for kept, *_ in parts for start, nll in kept.items()}
 

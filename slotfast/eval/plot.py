@@ -1,6 +1,7 @@
 """--plot: bits per byte along the stream, and what each document gained."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -13,23 +14,36 @@ _COLOURS = [f"C{number}" for number in range(10) if number != 7]  # C7 is a grey
 _OUTSIDE = 0.5  # percent of the documents, above and below, that may lie outside where there are many
 
 
-def draw(path: str, title: str, meter: Meter, along: Meter) -> None:
+def draw(
+    path: str,
+    title: str,
+    meter: Meter,
+    along: Meter,
+    spent: Mapping[str, tuple[np.ndarray, float]] | None = None,
+) -> None:
     """Write the picture as PNG.
 
     Args:
         meter: sums by document.
         along: sums by piece of the stream, all of equal length.
+        spent: of rows that learn, by name: seconds by piece of the stream, and forwards a token; drawn below the rest.
     """
     plot = pyplot("--plot")
     lines = math.ceil(len(along.rows) / _LEGEND_COLUMNS)
-    figure, (above, below) = plot.subplots(2, 1, sharex=True, figsize=(9, 6.5 + 0.2 * lines), height_ratios=(3, 2))
+    heights = (3, 2, 1.5) if spent else (3, 2)
+    size_inches = (9, 4 + sum(heights) / 2 + 0.2 * lines)
+    figure, axes = plot.subplots(len(heights), 1, sharex=True, figsize=size_inches, height_ratios=heights)
+    above, below, last = axes[0], axes[1], axes[-1]
     tokens = int(along.tokens.sum())
     pieces = len(along.bytes)
     edges = np.arange(pieces + 1) * (tokens / pieces)
     size = np.where(along.bytes > 0, along.bytes, np.nan)
     for row, name in enumerate(along.rows):
         bpb = along.nats[row] / math.log(2) / size
-        above.stairs(bpb, edges, color=_colour(row), label=f"{name}: {meter.score(row).bpb:.4f}", baseline=None)
+        label = f"{name}: {meter.score(row).bpb:.4f}"
+        if spent and name in spent:
+            label += f", {spent[name][1]:.1f} forwards"
+        above.stairs(bpb, edges, color=_colour(row), label=label, baseline=None)
     above.set_ylabel("bits per byte")
     above.set_title(title, fontsize="medium")
 
@@ -50,11 +64,19 @@ def draw(path: str, title: str, meter: Meter, along: Meter) -> None:
         low, high = np.percentile(np.concatenate(shown), (_OUTSIDE, 100 - _OUTSIDE))
         below.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
     below.set_ylabel("gain of each document\n(bits per byte)")
-    below.set_xlabel("tokens of the stream")
+    for name, (seconds, _) in (spent or {}).items():
+        row = meter.rows.index(name)
+        last.stairs(np.cumsum(seconds), edges, color=_colour(row), baseline=None)
+    if spent:
+        last.set_ylabel("seconds of\nlearning so far")
+    last.set_xlabel("tokens of the stream")
     below.set_xlim(0, tokens)
     names = above.get_legend_handles_labels()
-    beneath = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}  # inside, many presets hide what they scored
-    below.legend(*names, **beneath, fontsize="small", ncols=_LEGEND_COLUMNS, frameon=False)
+    beneath = {
+        "loc": "upper center",
+        "bbox_to_anchor": (0.5, -0.3 if spent else -0.2),
+    }  # inside, many presets hide what they scored
+    last.legend(*names, **beneath, fontsize="small", ncols=_LEGEND_COLUMNS, frameon=False)
     write_png(path, figure)
 
 

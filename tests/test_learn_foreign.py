@@ -104,7 +104,7 @@ def test_no_charge_moves_when_a_later_token_changes(transformers, name, row):
     before = learn(model, tokens, row, window=WINDOW, sinks=sinks)
     assert torch.equal(before.nll[:8], before.unlearned[:8])
     assert bool((before.nll[8:] != before.unlearned[8:]).any())
-    for flipped in (8, 48, 49, 118):
+    for flipped in (8, 49):
         other = tokens.clone()
         other[flipped] = (other[flipped] + 1) % V
         after = learn(model, other, row, window=WINDOW, sinks=sinks).nll

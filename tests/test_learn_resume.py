@@ -54,8 +54,9 @@ def _same(passed, whole):
         assert np.array_equal(mine.nats, other.nats) and np.array_equal(mine.bytes, other.bytes)
 
 
-@pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("of", ["ours", "transformers"])
+@pytest.mark.parametrize(
+    ("of", "row"), [*(("ours", row) for row in ROWS), ("transformers", ROWS[0]), ("transformers", ROWS[2])]
+)
 def test_a_pass_that_goes_on_ends_with_the_same_bits(tmp_path, of, row):
     if of == "ours":
         model = random_model(layers=2, value_layers=(1,))
@@ -64,7 +65,7 @@ def test_a_pass_that_goes_on_ends_with_the_same_bits(tmp_path, of, row):
         model = language_model(build(library, "Llama"))[0]
         assert LONGEST == 64 > len(_tokens()) > LONGEST - WINDOW  # it starts again from position 0 within
     whole = _pass(model, row).run()
-    for chunks in (1, 3, 6):
+    for chunks in (1, 5):
         killed, seen = _pass(model, row), []
 
         def kill(killed=killed, seen=seen, chunks=chunks):

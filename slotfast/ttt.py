@@ -48,10 +48,6 @@ class ScoreFirst:
         self._optimizer: torch.optim.SGD | None = None
         self._chunks: tuple[Plan, list[range]] | None = None
 
-    def recipe(self) -> dict[str, float]:
-        """Its arguments, by name."""
-        return {name: getattr(self, name) for name in ("chunk", "lr", "epochs", "batch", "momentum", "clip")}
-
     def chunks(self, plan: Plan) -> list[range]:
         """The windows of each chunk, in order; chunks without a window are left out."""
         if self._chunks is None or self._chunks[0] != plan:  # a contest's plan has a million windows

@@ -104,13 +104,17 @@ def test_packed_weights_score_like_dequantised_ones(small, capsys):
 
 
 def test_training_on_what_was_scored_composes_with_presets(small, capsys):
+    """--ttt adds the row that its numbers spell, and it under every other row; untrained rows stay what they are."""
     main(_args(small, "--preset", "none", "causal", "--json", "-"))
-    plain = json.loads(capsys.readouterr().out)
+    plain = json.loads(capsys.readouterr().out)["presets"]
     main(_args(small, "--ttt", "--ttt-chunk", "200", "--ttt-lr", "0.1", "--preset", "none", "causal", "--json", "-"))
-    trained = json.loads(capsys.readouterr().out)
-    assert trained["base"]["nats"] < plain["base"]["nats"] - 1 and trained["tokens"] == plain["tokens"]
-    assert trained["plan"]["ttt"] and trained["config"]["ttt_chunk"] == 200 and trained["seconds"]["train"] > 0
-    with pytest.raises(InputError, match="--ttt with --weights int6: packed weights cannot be trained"):
+    found = json.loads(capsys.readouterr().out)
+    row = "ttt-549:chunk=200,lr=0.1"
+    assert [each["preset"] for each in found["presets"]] == ["none", "causal", row, f"{row}+causal"]
+    none, causal, trained, both = [each["adapted"]["nats"] for each in found["presets"]]
+    assert [none, causal] == [each["adapted"]["nats"] for each in plain]
+    assert trained < none - 1 and both != trained and found["config"]["ttt_chunk"] == 200
+    with pytest.raises(InputError, match="'ttt-549': with --weights int6: packed weights pass no gradients"):
         main(_args(small, "--ttt", "--weights", "int6"))
 
 

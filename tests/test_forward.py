@@ -102,7 +102,7 @@ def test_auto_follows_the_calibration_but_for_published_presets_and_other_length
     assert choose(("preset", ["none", "pr1350-window"]), calibration=FOUND) is None
     assert choose(("preset", ["causal:scale=1"]), calibration=FOUND).sinks == 4
     assert choose(("seq_len", 64), calibration=FOUND) is None
-    assert choose(("ttt", True), calibration=FOUND) is None
+    assert choose(("preset", ["ttt-549"]), calibration=FOUND) is None
     assert choose(("forward", "windows"), calibration=FOUND) is None
 
 
@@ -115,11 +115,11 @@ def test_what_is_asked_for_comes_before_what_was_found():
 def test_settings_of_a_stream_without_one_are_refused():
     with pytest.raises(InputError, match=r"--sinks 3: is for a stream"):
         choose(("forward", "windows"), ("sinks", 3))
-    with pytest.raises(InputError, match=r"--forward stream with --ttt on 2 processes"):
-        choose(("forward", "stream"), ("ttt", True), world=2)
+    with pytest.raises(InputError, match=r"--forward stream: preset 'ttt-549' forwards windows"):
+        choose(("forward", "stream"), ("preset", ["ttt-549"]))
 
 
-@pytest.mark.parametrize("flags", [[], ["--weights", "int6"], ["--ttt", "--ttt-chunk", "200"], ["--dtype", "float64"]])
+@pytest.mark.parametrize("flags", [[], ["--weights", "int6"], ["--dtype", "float64"]])
 def test_the_command_streams(tmp_path, capsys, flags):
     """The same text both ways; a random model's losses differ by what a window's start sees."""
     write_tiny(tmp_path / "a.slotfast")

@@ -85,7 +85,7 @@ def test_the_table_says_what_it_gains_and_costs(small, capsys):
     [
         (["--preset", "learn:rank=0"], "rank=0: expected at least 1"),
         (["--preset", "learn:chunk=65"], "chunk=65 is longer than the window of 64"),
-        (["--preset", ROW, "--ttt"], "with --ttt: both change the model"),
+        (["--preset", ROW, "--ttt"], "on top learns too"),
         (["--preset", ROW, "--weights", "int6"], "packed weights pass no gradients"),
         (["--preset", ROW, ROW], "given twice"),
     ],

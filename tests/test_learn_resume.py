@@ -194,15 +194,23 @@ def test_documents_alone_charge_the_same_on_any_number_of_ranks():
     np.testing.assert_allclose(nll, whole, rtol=0, atol=1e-9)
 
 
-def test_two_ranks_are_two_pieces(small, tmp_path):  # noqa: F811
+def test_two_ranks_are_two_pieces(small, tmp_path, capsys):  # noqa: F811
+    """But for a row whose ranks train one model together: it gives what one process does with larger batches."""
     rows = ["learn:chunk=16,lr=0.01,rank=2", "learn:chunk=16,lr=0.01,what=norms,scope=document+causal"]
-    args = _args(small, "--preset", *rows, "--dtype", "float64", "--json", "j", "--per-token", "t.npz")
+    together = "ttt-549:chunk=64,lr=0.05,steps=1,batch={}+causal-window"
+    args = _args(
+        small, "--preset", *rows, together.format(1), "--dtype", "float64", "--json", "j", "--per-token", "t.npz"
+    )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     command = [*launcher, "-m", "slotfast.eval", *args]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads((tmp_path / "j").read_text())["presets"][1:]
+    *found, trained = json.loads((tmp_path / "j").read_text())["presets"][1:]
+    main(_args(small, "--preset", together.format(2), "--forward", "windows", "--dtype", "float64", "--json", "-"))
+    none, alone = json.loads(capsys.readouterr().out)["presets"]
+    assert trained["adapted"]["nats"] == pytest.approx(alone["adapted"]["nats"], rel=1e-9)
+    assert trained["cost"]["forwards"] == alone["cost"]["forwards"] and alone["adapted"] != none["adapted"]
     losses = np.load(tmp_path / "t.npz")
     model, tokenizer = load_artifact(small / "m").model().double(), Tokenizer(TOKENIZER)
     ids, _ = tokenizer.encode_documents(read_documents(str(small / "t.jsonl")))

@@ -65,7 +65,7 @@ def _quick(name):
         ([], 0, 1, False, None),
         (["causal", "causal-lbfgs", "pr1217-window"], 0, 1, False, Streaming(3, 50)),
         (["causal", "causal-window"], 1, 2, False, Streaming(2, 20)),
-        (["causal"], 0, 1, True, Streaming(1, 24)),
+        (["causal"], 0, 1, False, Streaming(1, 24)),
         ([], 0, 1, False, Streaming(0, 1000)),
     ],
     ids=str,
@@ -172,7 +172,7 @@ OTHERS = {
     ),
     "text": (["--max-tokens", "200"], "made with text '"),
     "rows": (["--per-token", "t.npz"], "made with per_token False, this run has True"),
-    "training": (["--ttt"], "made with ttt False, this run has True"),
+    "training": (["--ttt"], "made with preset"),
     "weights": (["--weights", "int6"], "made with model '"),
 }
 

@@ -65,7 +65,7 @@ class EvalSettings(Settings):
         None, "windows that are adapted at once, a multiple of --batch-windows; default: what fits", ge=1, le=1 << 20
     )
     ttt: bool = setting(
-        False, "score-first test-time training, PR #549: score a chunk, then train on it", "TTT_ENABLED"
+        False, "add the row ttt-549, with the numbers below, and ttt-549+ROW for every other row", "TTT_ENABLED"
     )
     ttt_chunk: int = setting(32768, "tokens of a chunk", "TTT_CHUNK_TOKENS", ge=1)
     ttt_lr: float = setting(0.002, "SGD's rate on the first chunk; a cosine takes it to 0", "TTT_LR", gt=0)

@@ -43,9 +43,6 @@ class Forward(Protocol):
         """Forward consecutive windows; `on_windows` is called with the number just done."""
         ...
 
-    def end_at(self, predictions: int) -> None:
-        """Until the next call, forward nothing beyond this many predictions of the stream."""
-
     def state_dict(self) -> dict[str, Any]:
         """What the next batch needs from earlier ones."""
         ...
@@ -97,9 +94,6 @@ class WindowForward:
             logits, targets, ends[:, 0], ends[:, 1], self.worker.backend, hidden=needed, head=self.model.head
         )
 
-    def end_at(self, predictions: int) -> None:
-        """Nothing is forwarded ahead."""
-
     def state_dict(self) -> dict[str, Any]:
         """Nothing is kept."""
         return {}
@@ -140,7 +134,6 @@ class StreamForward:
         self.model, self.stream, self.plan, self.block = model, stream, plan, streaming.block_tokens
         self.worker = worker
         self.keep_hidden, self.first_needed = _needs(adapters, plan)
-        self.end = plan.predictions
         self.cached = cached_forward(model, plan.seq_len, streaming.sinks, worker.dtype)
         self.logits, self.hidden = RollingTape(), RollingTape()
 
@@ -154,7 +147,7 @@ class StreamForward:
         for tape in (self.logits, self.hidden):
             tape.drop(begin)
         end = windows[-1].start + self.plan.positions
-        while self.cached.position < min(end, self.end):
+        while self.cached.position < min(end, self.plan.predictions):
             self._read(begin)
         options = {"begin": begin, "step": self.plan.stride, "count": len(windows), "length": length}
         logits = self.logits.windows(**options)
@@ -181,7 +174,7 @@ class StreamForward:
     def _read(self, wanted: int) -> None:
         """Forward up to the end of the block; predictions from `wanted` on go onto the tape."""
         start = self.cached.position
-        stop = min((start // self.block + 1) * self.block, self.end)
+        stop = min((start // self.block + 1) * self.block, self.plan.predictions)
         tokens = torch.from_numpy(self.stream.read(start, stop).astype(np.int64))[None].to(self.worker.device)
         first = min(max(0, wanted - start), stop - start)
         hidden = self.cached(tokens, first)[0]
@@ -189,10 +182,6 @@ class StreamForward:
             self.logits.append(start + first, self.model.head(hidden))
             if self.keep_hidden:
                 self.hidden.append(start + first, hidden)
-
-    def end_at(self, predictions: int) -> None:
-        """See `Forward`."""
-        self.end = min(predictions, self.plan.predictions)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Forward`."""

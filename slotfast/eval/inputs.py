@@ -152,14 +152,24 @@ def check_tokenizer(tokenizer: Tokenizer, artifact: Artifact) -> None:
         )
 
 
-def choose_rows(presets: Sequence[str], allow_noncausal: bool = False) -> list[Adaptation | Learning]:
+def choose_rows(
+    presets: Sequence[str], allow_noncausal: bool = False, below: str | None = None
+) -> list[Adaptation | Learning]:
     """The rows to run, in order, without `none`, which is always scored.
+
+    Args:
+        presets: as they were asked for.
+        allow_noncausal: run rows that leak, too.
+        below: a row that learns; it is added, and once more under each preset.
 
     Raises:
         InputError: unknown preset, one given twice, or one that leaks without --allow-noncausal.
     """
+    texts = list(presets) if switch("SLOT_ENABLED", True) else []
+    if below is not None:
+        texts += [below, *(f"{below}+{text}" for text in texts if parse_row(text).optimizer != "none")]
     rows: list[Adaptation | Learning] = []
-    for text in presets if switch("SLOT_ENABLED", True) else []:
+    for text in texts:
         row = parse_row(text)
         if isinstance(row, Adaptation):
             row = from_environment(row, text)

@@ -53,7 +53,8 @@ class SlidingPass:
             windows of one batch.
         adapt_windows: windows that are adapted at once, a multiple of batch_windows, which is the default.
         worker: this process; adapters that carry state replay the windows before its first.
-        training: trains the model on what has been scored, chunk by chunk; the model is changed.
+        training: trains the model on what has been scored, chunk by chunk; the model is changed. Needs windows: blocks
+            of a stream are forwarded ahead of what is scored.
         keep_logprobs: give `on_scored` the distributions too.
 
     Attributes:
@@ -126,8 +127,6 @@ class SlidingPass:
         for chunk, windows in enumerate(self.training.chunks(self.plan)):
             if windows.stop < (self._done or 0):  # scored and trained on
                 continue
-            last = self.plan[windows[-1]]
-            self._forward.end_at(last.start + last.scored_end)
             mine = windows[rank * len(windows) // world : (rank + 1) * len(windows) // world]
             self._score(mine, clock, on_scored, on_windows, on_piece)
             self.training.train(self.model, self.text.stream, self.plan, chunk, self.worker)
@@ -228,7 +227,7 @@ class SlidingPass:
         values = nll.cpu().numpy()
         if not np.isfinite(values).all():
             row, column = np.argwhere(~np.isfinite(values))[0]
-            why = "broken weights" if self.training is None else "broken weights, or --ttt-lr is too high for them"
+            why = "broken weights" if self.training is None else "broken weights, or lr is too high for them"
             raise InputError(
                 f"the model gives a loss of {values[row, column]} for the token at position {start + 1 + column}"
                 f" (preset {self.meter.rows[row]!r}): {why}"

@@ -46,9 +46,11 @@ def notes(inputs: Inputs, setup: Setup, seen: Mapping[str, float], n_bytes: int)
             f"windows have {plan.seq_len:,} of the model's {trained:,} positions: a stream starts again where they end"
         )
     last = plan[len(plan) - 1]
-    if setup.training and (first_scored := last.start + last.context_end) < setup.training.chunk:
-        how = f"--ttt-chunk {first_scored} or less makes more of it" if first_scored else "it has a single window"
-        found.append(f"nothing was trained: the stream is one chunk, after which --ttt has none to score; {how}")
+    first_scored = last.start + last.context_end
+    how = f"chunk={first_scored} or less makes more of it" if first_scored else "it has a single window"
+    idle = [row for row in setup.learning if row.keys == "windows" and row.chunk > first_scored]
+    for name in {row.alone: row.name for row in reversed(idle)}.values():
+        found.append(f"{name} trained nothing: the stream is one chunk, after which none is left to score; {how}")
     return found
 
 

@@ -25,7 +25,6 @@ _PHASES = {
     "load": "reading model and text",
     "forward": "forward",
     "score": "plain loss",
-    "train": "test-time training",
     "save": "saving progress",
     "learn": "rows that learn",
 }
@@ -199,7 +198,7 @@ def _extremes(meter: Meter, row: int, known: np.ndarray, gains: np.ndarray, open
 
 def _costs(found: Mapping[str, Any]) -> Html:
     """What each row gains, and how long an evaluation with it alone takes."""
-    rows, shared = found["presets"], sum(found["seconds"].get(phase, 0.0) for phase in ("forward", "score", "train"))
+    rows, shared = found["presets"], sum(found["seconds"].get(phase, 0.0) for phase in ("forward", "score"))
     if len(rows) < 2:
         return Html()
     spent = [row["cost"]["seconds"] if "cost" in row else shared + row.get("seconds", 0.0) for row in rows]

@@ -26,7 +26,7 @@ from .page import write_page
 from .plot import draw
 from .report import Outcome, TokenRows, list_presets, merge_work, peak_memory_bytes, report, show_preset, table
 from .resume import Saver, describe, rank_path
-from .setup import Setup, set_up
+from .setup import Setup, set_up, ttt_row
 
 
 def evaluate(settings: config.EvalSettings, argv: Sequence[str] = ()) -> None:
@@ -41,7 +41,7 @@ def evaluate(settings: config.EvalSettings, argv: Sequence[str] = ()) -> None:
         return print(list_presets())
     if settings.show_preset is not None:
         return print(show_preset(settings.show_preset))
-    rows = choose_rows(settings.preset, settings.allow_noncausal)
+    rows = choose_rows(settings.preset, settings.allow_noncausal, below=ttt_row(settings))
     with join_ranks(settings.device) as worker, no_exit(f"--model {settings.model}"):
         _check_outputs(settings, worker.rank)
         inputs, setup = set_up(settings, rows, worker)
@@ -86,7 +86,7 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
     model = inputs.artifact.model(setup.weights, worker.backend).to(worker.device)
     if worker.dtype == torch.float64:
         model = model.double()
-    elif isinstance(model, GPT) and setup.training is None and not setup.learning:
+    elif isinstance(model, GPT) and not setup.learning:
         model.cast_matrices(worker.dtype)
     collected = TokenRows()
     sliding = SlidingPass(
@@ -97,7 +97,6 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
         batch_windows=setup.batch_windows,
         adapt_windows=setup.adapt_windows,
         streaming=streaming,
-        training=setup.training,
         worker=worker,
     )
     sinks = setup.learning_sinks

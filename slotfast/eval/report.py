@@ -117,7 +117,7 @@ def report(inputs: Inputs, setup: Setup, outcome: Outcome, config: Mapping[str, 
         "device": worker.device_name,
         "ranks": worker.world,
         "plan": {"seq_len": plan.seq_len, "stride": plan.stride, "batch_windows": setup.batch_windows}
-        | {"adapt_windows": setup.adapt_windows, "ttt": setup.training is not None, "ttt_chunks": setup.chunks}
+        | {"adapt_windows": setup.adapt_windows}
         | {"block_tokens": setup.block_tokens, "dtype": worker.dtype_name, "weights": setup.weights},
         "config": dict(config),
         "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
@@ -210,8 +210,6 @@ def table(found: dict[str, Any]) -> str:
         scales = ", ".join(f"{scale:g}" for scale in dict.fromkeys(row["scale"] for row in rates))
         k = "from its token frequencies" if found["frequencies"] else "= 2"
         lines.append(f"uncalibrated: nothing was fitted to this model; scale {scales}, k {k}, unless set")
-    if (chunks := found["plan"]["ttt_chunks"] - 1) > 0:
-        lines.append(f"trained every row, after each of {counted(chunks, 'chunk')} (--ttt, --ttt-chunk)")
     lines += found["notes"]
     if "budget" in found:
         budget = found["budget"]

@@ -41,7 +41,7 @@ def describe(inputs: Inputs, setup: Setup, model: nn.Module, per_token: bool) ->
     table = inputs.tokenizer.byte_table
     unigram = inputs.artifact.unigram
     rows = [row.summary() for row in (*setup.rows, *setup.learning)]
-    worker, training = setup.worker, setup.training
+    worker = setup.worker
     return {
         "version": __version__,
         "torch": str(torch.__version__),  # a class of torch's own otherwise
@@ -57,8 +57,6 @@ def describe(inputs: Inputs, setup: Setup, model: nn.Module, per_token: bool) ->
         "preset options": _sha256_json(rows),
         "per_token": per_token,
         "weights": setup.weights,
-        "ttt": training is not None,
-        **{f"ttt_{name}": value for name, value in (training.recipe() if training else {}).items()},
         "device": worker.device_name,
         "backend": setup.backend,
         "ranks": worker.world,

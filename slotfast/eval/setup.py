@@ -12,9 +12,8 @@ from ..artifact import Artifact
 from ..config import EvalSettings
 from ..errors import InputError
 from ..foreign import ForeignModel
-from ..learn import Learning, calibrated_row
+from ..learn import LEARNING, Learning, calibrated_row
 from ..slot import Adaptation, first_position, is_published
-from ..ttt import ScoreFirst
 from ..windows import Plan
 from ..worker import Worker
 from .forward import Streaming, block_that_fits, streams, windows_that_fit
@@ -35,7 +34,6 @@ class Setup:
         plan: windows over the stream.
         batch_windows, adapt_windows: windows of one forward, and windows that are adapted at once.
         streaming: every token is forwarded once; None: every window for itself.
-        training: of the model's weights between chunks, or None.
         weights: dequantized or int6.
         worker: this process.
         learning_sinks: of the rows that learn.
@@ -47,7 +45,6 @@ class Setup:
     batch_windows: int
     adapt_windows: int
     streaming: Streaming | None
-    training: ScoreFirst | None
     weights: Literal["dequantized", "int6"]
     worker: Worker
     learning_sinks: int = 0
@@ -69,11 +66,6 @@ class Setup:
         """What the kernels run on: triton or torch."""
         return "triton" if ops.uses_triton(self.worker.backend, self.worker.device) else "torch"
 
-    @property
-    def chunks(self) -> int:
-        """Chunks of the training; 0 without one."""
-        return len(self.training.chunks(self.plan)) if self.training else 0
-
 
 def set_up(settings: EvalSettings, rows: Sequence[Adaptation | Learning], worker: Worker) -> tuple[Inputs, Setup]:
     """Read what an evaluation needs, and choose how it runs.
@@ -84,7 +76,6 @@ def set_up(settings: EvalSettings, rows: Sequence[Adaptation | Learning], worker
     """
     worker = choose_worker(settings, worker)
     sharing, learning = choose_learning(settings, rows, worker.world)
-    training = choose_training(settings, sharing, worker.world)
     inputs = read_inputs(settings.pick(Sources))
     plan = choose_plan(settings, inputs, rows)
     batch_windows, adapt_windows = choose_batch(settings, sharing, plan, inputs.artifact.config.vocab_size, worker)
@@ -96,7 +87,6 @@ def set_up(settings: EvalSettings, rows: Sequence[Adaptation | Learning], worker
         batch_windows=batch_windows,
         adapt_windows=adapt_windows,
         streaming=streaming,
-        training=training,
         weights=settings.weights,
         worker=worker,
         learning_sinks=choose_sinks(settings, inputs),
@@ -166,7 +156,7 @@ def choose_streaming(
     """How every token is forwarded once; None: windows.
 
     Raises:
-        InputError: a stream is asked for and the model or the training has none, or its settings without it.
+        InputError: a stream is asked for and the model or a row has none, or its settings without it.
     """
     stored, learns = inputs.stored_forward, any(isinstance(row, Learning) for row in rows)
     chosen = settings.forward
@@ -175,7 +165,7 @@ def choose_streaming(
         raise InputError(f"--forward stream: preset {windows[0]!r} forwards windows; use --forward windows")
     if chosen == "auto":
         # Published numbers come from windows, and what was found at another length says nothing about this one
-        suits = plan.seq_len <= inputs.artifact.config.seq_len and not settings.ttt
+        suits = plan.seq_len <= inputs.artifact.config.seq_len
         trained_length = settings.seq_len in (None, inputs.artifact.config.seq_len)
         published = windows or any(is_published(row) for row in rows if isinstance(row, Adaptation))
         chosen = stored["forward"] if stored and suits and trained_length and not published else "windows"
@@ -189,11 +179,6 @@ def choose_streaming(
     if isinstance(inputs.artifact, ForeignModel) and not streams(inputs.artifact.module):
         raise InputError(
             f"--forward stream: {settings.model} has no stream(tokens, state) -> (states, state); use --forward windows"
-        )
-    if settings.ttt and (world := worker.world) > 1:
-        raise InputError(
-            f"--forward stream with --ttt on {world} processes: keys would come from weights of another process; "
-            "run one, or --forward windows"
         )
     block = settings.block_tokens or block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu)
     return Streaming(choose_sinks(settings, inputs), block)
@@ -216,31 +201,23 @@ def choose_learning(
     learning = [row for row in rows if isinstance(row, Learning)]
     for row in learning:
         where = f"preset {row.name!r}: "
-        if world > 1 and row.forward == "windows" and (row.scope == "stream" or row.order == "longest"):
+        if world > 1 and row.keys == "windows":  # processes train one model together, each on its share of a chunk
+            if row.top is not None and row.top.scope == "prefix":
+                raise InputError(f"{where}on {world} processes: what is on top needs the stream in order; run one")
+            if settings.resume:
+                raise InputError(f"{where}on {world} processes: weights they train together cannot be saved; run one")
+        elif world > 1 and row.forward == "windows" and (row.scope == "stream" or row.order == "longest"):
             raise InputError(f"{where}on {world} processes is not built: it has one order; run one process")
-        if settings.ttt:
-            raise InputError(f"{where}with --ttt: both change the model; give one of them")
         if settings.weights == "int6":
             raise InputError(f"{where}with --weights int6: packed weights pass no gradients on; leave out --weights")
     return [row for row in rows if isinstance(row, Adaptation)], learning
 
 
-def choose_training(settings: EvalSettings, rows: Sequence[Adaptation], world: int) -> ScoreFirst | None:
-    """The test-time training that --ttt asks for.
-
-    Raises:
-        InputError: it does not go together with packed weights, or with a streaming preset on several ranks.
-    """
+def ttt_row(settings: EvalSettings) -> str | None:
+    """The row that --ttt and its numbers spell: ttt-549, with those that are not its own."""
     if not settings.ttt:
         return None
-    if settings.weights == "int6":
-        raise InputError("--ttt with --weights int6: packed weights cannot be trained; leave out --weights")
-    if world > 1 and settings.resume:
-        raise InputError(f"--resume with --ttt on {world} processes: their weights cannot be saved apart; run one")
-    streaming = [row.name for row in rows if row.scope == "prefix"]
-    if world > 1 and streaming:
-        raise InputError(
-            f"--ttt on {world} processes: preset {streaming[0]!r} needs the stream in order; run one process"
-        )
-    names = ("chunk", "lr", "epochs", "batch", "momentum", "clip")
-    return ScoreFirst(**{name: getattr(settings, f"ttt_{name}") for name in names})
+    numbers = {"chunk": settings.ttt_chunk, "lr": settings.ttt_lr, "steps": settings.ttt_epochs}
+    numbers |= {"batch": settings.ttt_batch, "momentum": settings.ttt_momentum, "clip": settings.ttt_clip}
+    changed = [f"{key}={value}" for key, value in numbers.items() if value != getattr(LEARNING["ttt-549"], key)]
+    return ":".join(["ttt-549", *([",".join(changed)] if changed else [])])

@@ -117,8 +117,8 @@ class ScoreFirst:
                         loss = ops.cross_entropy(logits, piece[:, 1:]).sum() / predictions
                     loss.backward()
                 if worker.world > 1:
-                    for parameter in parameters:
-                        dist.all_reduce(parameter.grad)
+                    for gradient in [parameter.grad for parameter in parameters if parameter.grad is not None]:
+                        dist.all_reduce(gradient)
                 nn.utils.clip_grad_norm_(parameters, self.clip)
                 optimizer.step()
                 self.trained += predictions

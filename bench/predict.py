@@ -40,6 +40,7 @@ class Gpu:
         processors: streaming multiprocessors.
         clock: Hz.
         l2: bytes.
+        l1: bytes of L1 and shared memory together, of a multiprocessor.
     """
 
     bandwidth: float
@@ -47,16 +48,18 @@ class Gpu:
     processors: int = 132
     clock: float = 1.83e9
     l2: float = 50e6
+    l1: float = 256 * 1024
 
 
 # NVIDIA H100 and H200 Tensor Core GPU data sheets (SXM): bandwidth, 989 TFLOP/s of dense bfloat16. H100 architecture
-# white paper: 132 multiprocessors, 50 MB L2, 4,096 dense operations a clock and multiprocessor: with 989.4 TFLOP/s
-# that is a clock of 1.83 GHz.
+# white paper: 132 multiprocessors, 50 MB L2, 256 KB of L1 and shared memory and 4,096 dense operations a clock in each:
+# with 989.4 TFLOP/s that is a clock of 1.83 GHz.
 GPUS = {"H100": Gpu(3.35e12), "H200": Gpu(4.8e12)}
 ISSUE = 4 * 32  # thread instructions a clock and multiprocessor: four schedulers, a warp each (CUDA programming guide)
 ASSUMED = {
     "latency": (800, "cycles of a load from memory: the upper end of 400 to 800, CUDA C++ best practices guide"),
     "l2_bytes": (24, "bytes a clock and multiprocessor out of L2: as in kernels/solver; unmeasured"),
+    "l1_bytes": (64, "bytes a clock out of a multiprocessor's L1: half a warp's load of 4 bytes a lane; an assumption"),
     "tensor_share": (0.6, "of the tensor cores' rate in products and attention: an assumption"),
     "copy_share": (0.9, "of the data sheet's bandwidth in elementwise passes: an assumption"),
     "launch": (2.0, "microseconds between dependent launches: an assumption"),
@@ -151,27 +154,36 @@ def slowest(found: dict[str, float]) -> dict:
 # the targets
 
 
-def solve(gpu: Gpu, itemsize: int, warps: int, programs: int) -> dict:
+def solve(gpu: Gpu, itemsize: int, warps: int, programs: int, shared: int = 4096) -> dict:
     """P1: a window of 64 positions, V 1024, 25 iterations, 29 evaluations, as `kernels/solver` counts its SASS.
 
-    With one program the parts that wait for barriers are added; with two, each has the other's to hide behind. Of a
-    working set larger than L2, the share that does not fit comes from memory; at worst, all of it.
+    With one program the parts that wait for barriers are added; with two, each has the other's to hide behind. A P that
+    fits L1, which the pairs do not pass through, comes from L2 once; at worst, each time. Of a working set larger than
+    L2, the share that does not fit comes from memory; at worst, all of it. `shared`: bytes of shared memory a program.
     """
     evaluations, directions, pairs = 29, 25, 11  # pairs: on average
+    vector, p = 4 * 1024, 64 * 1024 * itemsize
     per_element = {2: 6.6, 4: 5.2}[itemsize]
     warp_instructions = evaluations * (per_element * 64 * 1024 / 32 + 500 * warps)
     warp_instructions += directions * (240 * pairs / 20 * 6 * 8 + 1100 * warps)
     issue = warp_instructions / 4
-    moved = evaluations * 64 * 1024 * itemsize + directions * 2 * pairs * 2 * 4 * 1024
-    through = moved / assumed("l2_bytes")
     serial = (evaluations * 500 + directions * 1100) * assumed("dependent") / programs
-    working = gpu.processors * programs * (64 * 1024 * itemsize + (2 * 21 + 6) * 4 * 1024)
-    cycles = max(issue, through) + serial if programs == 1 else max(issue, through, serial)
-    us = cycles / gpu.processors / gpu.clock * 1e6
-    memory, missing = moved / gpu.bandwidth * 1e6, max(0.0, 1 - gpu.l2 / working)
-    worst = max(us, memory) if missing else us
-    found = {"us": round(max(us, missing * memory), 3), "worst_us": round(worst, 3)}
-    return found | {"working_set_mb": round(working / 1e6, 1), "fits_l2": not missing}
+    fits_l1 = programs * (p + 6 * vector + shared) <= gpu.l1
+
+    def cycles(reads_of_p: int) -> float:
+        moved = reads_of_p * p + directions * 2 * pairs * 2 * vector
+        through = max(moved / assumed("l2_bytes"), evaluations * p / assumed("l1_bytes"))
+        return max(issue, through) + serial if programs == 1 else max(issue, through, serial)
+
+    def us(cycles: float) -> float:
+        return cycles / gpu.processors / gpu.clock * 1e6
+
+    working = gpu.processors * programs * (p + (2 * 21 + 6) * vector)
+    memory = (evaluations * p + directions * 2 * pairs * 2 * vector) / gpu.bandwidth * 1e6
+    missing = max(0.0, 1 - gpu.l2 / working)
+    likely, worst = us(cycles(1 if fits_l1 else evaluations)), us(cycles(evaluations))
+    found = {"us": round(max(likely, missing * memory), 3), "worst_us": round(max(worst, memory * (missing > 0)), 3)}
+    return found | {"working_set_mb": round(working / 1e6, 1), "fits_l2": not missing, "p_fits_l1": fits_l1}
 
 
 def forward(ledger: Ledger, gpu: Gpu) -> float:

@@ -40,6 +40,8 @@ def test_more_work_is_never_faster(ahead):
     assert times(row, 1e9, 2e9, GPUS["H200"])["bytes"] < one["bytes"]
     assert solve(H100, 4, 8, 1)["us"] > solve(H100, 2, 8, 1)["us"]
     assert not solve(H100, 4, 8, 1)["fits_l2"] and solve(H100, 2, 8, 1)["fits_l2"]
+    one, crowded = solve(H100, 2, 8, 1), solve(H100, 2, 8, 1, shared=120_000)
+    assert one["p_fits_l1"] and not crowded["p_fits_l1"] and one["us"] < crowded["us"] == one["worst_us"]
 
 
 def test_a_forward_is_its_products_and_its_bytes():

@@ -33,15 +33,16 @@ What sm_90 code for V = 1024, T = 64, history 20 consists of (Triton 3.9; one pr
 | direction: combination      | 72 x 6            | 72 x 6            | 0                    |
 | direction: besides          | about 1,100       | about 1,100       |                      |
 
-Predicted from that, not measured: what an SM's share of L2 bandwidth (taken as 24 bytes a cycle) carries is the
-bottleneck. An evaluation reads 128 KB (bfloat16), 5,400 cycles, or 256 KB, 10,900; a direction reads all pairs twice,
-16 KB n, 14,000 cycles at n = 20, 7,500 on average over 25 iterations. A solve of 25 iterations and 29 evaluations:
-about 400,000 cycles, 1.8 us a window over 132 SMs (bfloat16), 550,000 and 2.4 us (float32). A majorise-minimise step
-costs an evaluation and about 700 instructions more.
+Predicted from that, not measured (`python -m bench.predict`, its constants named there): a bfloat16 P, 128 KB, stays in
+the 256 KB of L1, as the pairs do not pass through it: they are read from L2, twice a direction, 16 KB n, 7,500 cycles on
+average over 25 iterations at 24 bytes a cycle. A solve of 25 iterations and 29 evaluations is then bound by its
+instructions and the waits of its serial parts: 390,000 cycles, 1.6 us a window over 132 SMs; 2.1 us where L1 keeps
+nothing of P. A float32 P, 256 KB, comes from L2 in each evaluation: 2.8 us. A majorise-minimise step costs an
+evaluation and about 700 instructions more.
 
 Two programs of 4 warps a multiprocessor, the serial parts of one behind the other's, were compiled and left: each
 thread then has twice the elements of every vector and spills 152 bytes (Triton 3.6: 40), and two programs' scratch is
-87 MB, not 43, of 50 MB of L2. `python -m bench.predict` has both, 1.4 to 2.5 us with two and 2.1 with one.
+87 MB, not 43, of 50 MB of L2, and twice 128 KB of P no longer fits L1: 1.4 to 2.5 us predicted.
 
 One program a window fits windows whose scratch stays in L2. At T = 1984 or V = 8192 it does not, and every evaluation
 reads P from memory: 4 MB and 1 MB in bfloat16, so about 30 and 20 us a window, again predicted; and fewer windows than

@@ -33,8 +33,8 @@ What sm_90 code for V = 1024, T = 64, history 20 consists of (Triton 3.9; one pr
 | direction: combination      | 72 x 6            | 72 x 6            | 0                    |
 | direction: besides          | about 1,100       | about 1,100       |                      |
 
-Predicted from that, not measured (`python -m bench.predict`, its constants named there): a bfloat16 P, 128 KB, stays in
-the 256 KB of L1, as the pairs do not pass through it: they are read from L2, twice a direction, 16 KB n, 7,500 cycles on
+Predicted from that, not measured (`python -m bench.predict`, constants named there): a bfloat16 P, 128 KB, stays in the
+256 KB of L1, as the pairs do not pass through it: they are read from L2, twice a direction, 16 KB n, 7,500 cycles on
 average over 25 iterations at 24 bytes a cycle. A solve of 25 iterations and 29 evaluations is then bound by its
 instructions and the waits of its serial parts: 390,000 cycles, 1.6 us a window over 132 SMs; 2.1 us where L1 keeps
 nothing of P. A float32 P, 256 KB, comes from L2 in each evaluation: 2.8 us. A majorise-minimise step costs an

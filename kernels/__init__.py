@@ -18,6 +18,7 @@ from .lbfgs import (
 from .linear import linear_residual, linear_residual_ref, linear_squared, linear_squared_ref
 from .mixing import channel_mix, channel_mix_ref
 from .rates import rate_scan, rate_scan_ref
+from .scan import decay_scan, decay_scan_ref
 from .solver import SlotSolution, slot_solve, slot_solve_mm, slot_solve_mm_ref, slot_solve_ref
 from .spec import Case, Compilation, KernelSpec, specs
 
@@ -37,6 +38,8 @@ __all__ = [
     "bias_cross_entropy_ref",
     "channel_mix",
     "channel_mix_ref",
+    "decay_scan",
+    "decay_scan_ref",
     "dequantize_int6",
     "dequantize_int6_ref",
     "int6_matmul",

@@ -95,6 +95,19 @@ def test_sorting_counts_like_the_table(monkeypatch, device, decay):
     assert first == len(tokens) and len(ours.recent) < 3000
 
 
+def test_the_kernels_scan_counts_as_torch_does():
+    pytest.importorskip("triton", reason="launches, interpreted or not, need triton")
+    tokens = _tokens().to("cuda" if torch.cuda.is_available() else "cpu")
+    for piece in (tokens[:7], tokens[7:], tokens[:0]):
+        for torch_, ours in zip(*(_of_the_scan(piece, backend) for backend in ("torch", "triton")), strict=True):
+            assert torch.allclose(ours, torch_, rtol=1e-12, atol=1e-12)
+
+
+def _of_the_scan(tokens, backend):
+    found = SortedRepeats(DECAY, DOCUMENT_DECAY, BOS).take(tokens, backend=backend)
+    return found.total, found.hits
+
+
 @BOTH
 def test_without_a_token_that_starts_documents_nothing_but_tokens_decays(kind):
     tokens = _tokens()

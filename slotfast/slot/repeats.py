@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..ops import Backend
+
 CONTEXTS = (1, 2, 3, 4, 6, 8)
 # What fits on held-out documents of two small models agreed on.
 DEFAULT_GATES = ((-3.9, 0.25), (-2.05, 0.45), (-1.8, 0.3), (-1.7, 0.3), (-1.7, 0.2), (-1.0, 0.1))
@@ -70,12 +72,13 @@ class Repeats:
         self.recent: tuple[int, ...] = ()
         self.unit = 1.0
 
-    def take(self, tokens: Tensor, all_rows: bool = False) -> Followers:
+    def take(self, tokens: Tensor, all_rows: bool = False, backend: Backend = "auto") -> Followers:
         """Read what each token's contexts were followed by, and then count the token.
 
         Args:
             tokens: int64 [n], the next of the stream.
             all_rows: also give the counts of every other token.
+            backend: of `SortedRepeats`; nothing here depends on it.
         """
         total, hits = np.zeros((2, len(tokens), len(CONTEXTS)))
         rows: list[tuple[int, int, int, float]] = []

@@ -7,7 +7,7 @@ places where the same run came lie side by side in the stream's order. How often
 
     r_i = d_i (r_{i-1} + 1),    d_i: what is left of a count since the place before; 0 at the first place
 
-a scan in log2(n) steps for all lengths at once, in which a place's sum covers earlier places only. Of token t after a
+a scan for all lengths at once, in which a place's sum covers earlier places only. Of token t after a
 context of n tokens, c_j(t) is r of the run of n + 1 tokens that ends with t; and c_j, the sum over all tokens, r of the
 context itself, one token earlier: a run that came again ends with the same token, which leaves the same of a count.
 
@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .. import ops
+from ..kernels import decay_scan, decay_scan_ref
 from .repeats import CONTEXTS, LARGEST_UNIT, Columns, Followers
 
 _CHUNK = 1 << 16  # tokens of a batch that are sorted at once
@@ -51,14 +53,15 @@ class SortedRepeats:
         """Whether what still weighs anything is short enough to be sorted for every batch."""
         return decay**_LONGEST < 1 / LARGEST_UNIT
 
-    def take(self, tokens: Tensor, all_rows: bool = False) -> Followers:
+    def take(self, tokens: Tensor, all_rows: bool = False, backend: ops.Backend = "auto") -> Followers:
         """Read what each token's contexts were followed by, and then count the token.
 
         Args:
             tokens: int64 [n], the next of the stream.
             all_rows: also give the counts of every other token.
+            backend: of the scan.
         """
-        found = [self._take(piece, all_rows) for piece in tokens.split(_CHUNK)]
+        found = [self._take(piece, all_rows, backend) for piece in tokens.split(_CHUNK)]
         total, hits = (torch.cat([getattr(part, name) for part in found]) for name in ("total", "hits"))
         if not all_rows:
             return Followers(total, hits, None)
@@ -67,14 +70,15 @@ class SortedRepeats:
         context, follower, weight = (torch.cat(column) for column in list(zip(*rows, strict=True))[1:])
         return Followers(total, hits, (token, context, follower, weight))
 
-    def _take(self, tokens: Tensor, all_rows: bool) -> Followers:
+    def _take(self, tokens: Tensor, all_rows: bool, backend: ops.Backend) -> Followers:
         row = tokens if self.recent is None else torch.cat([self.recent, tokens])
         begin, length = len(row) - len(tokens), len(row)
         self.recent = row[-(math.ceil(math.log(LARGEST_UNIT) / self.token_age) + CONTEXTS[-1]) :]
         places, first = _places(row)
         started = pad((row == self.bos_id).cumsum(0), (1, 0))  # documents before each place
         left = self._weight(places, pad(places[:, :-1], (1, 0)), started).masked_fill(first, 0.0)
-        again = left.new_zeros(len(left), length + 1).scatter_(1, places, _scan(left))  # [m - 1, place]
+        scan = ops.choose(backend, left.device, decay_scan, decay_scan_ref)
+        again = left.new_zeros(len(left), length + 1).scatter_(1, places, scan(left))  # [m - 1, place]
         contexts = torch.tensor(CONTEXTS, device=row.device)
         total = pad(again[contexts - 1], (1, 0))[:, begin:length].T
         hits = again[contexts, begin:length].T
@@ -112,26 +116,16 @@ def _places(row: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int64 [m - 1, N], places in 0..N - 1, and N behind the last one; and bool, where a run is another one.
     """
-    length, found = len(row), []
+    length, lengths = len(row), CONTEXTS[-1] + 1
+    places, new = (
+        row.new_full((lengths, length), length),
+        torch.ones(lengths, length, dtype=torch.bool, device=row.device),
+    )
     number = row.new_zeros(length + 1)  # of the runs of no token, the one before the first token's too
-    for skip in range(CONTEXTS[-1] + 1):  # runs that end with token skip, skip + 1, ...
-        key = number[:-1] << 32 | row[skip:]
+    for skip in range(min(lengths, length)):  # runs that end with token skip, skip + 1, ...
+        key = torch.add(row[skip:], number[:-1], alpha=1 << 32)
         ordered, order = key.sort(stable=True)
-        new = pad(ordered[1:] != ordered[:-1], (1, 0), value=True)[: len(key)]
-        number = torch.empty_like(key).scatter_(0, order, new.cumsum(0) - 1)
-        behind = (0, length - len(key))
-        found.append((pad(order + skip, behind, value=length), pad(new, behind, value=True)))
-        if not len(key):
-            number = key.new_zeros(1)  # one to leave out: longer runs have no place either
-    return torch.stack([places for places, _ in found]), torch.stack([new for _, new in found])
-
-
-def _scan(left: Tensor) -> Tensor:
-    """r_i = left_i (r_{i-1} + 1) along the last dimension of float64 [A, n]; left_0 is 0."""
-    a, r = left.clone(), left.clone()
-    step = 1
-    while step < left.size(1):
-        r[:, step:] += a[:, step:] * r[:, :-step]
-        a[:, step:] = a[:, step:] * a[:, :-step]
-        step *= 2
-    return r
+        torch.add(order, skip, out=places[skip, : len(key)])
+        torch.ne(ordered[1:], ordered[:-1], out=new[skip, 1 : len(key)])
+        number = torch.empty_like(key).scatter_(0, order, new[skip, : len(key)].cumsum(0))
+    return places, new

@@ -157,6 +157,7 @@ SUITE = {
         "several tiles of rows", "capped after the bias",
     ),
     "channel_mix": ("primes, no skip", "above a tile", "several programs, bfloat16", "float16"),
+    "decay_scan": ("primes", "strided", "NaN spreads to all behind it", "two blocks and one"),
     "int6_matmul": (
         "groups of 32, ragged", "single weight", "leading dimensions", "columns of sizes 1e-3 to 1e3",
         "tile of rows and one", "several tiles of rows", "library product", "split eight ways",

@@ -105,7 +105,8 @@ class Translator(Arithmetic):
 
     def do_shfl(self, each, number):
         target, source, lane, clamp, members = each.operands
-        if each.parts[1] != "sync" or each.parts[2] not in ("bfly", "idx") or (clamp, members) != ("31", "-1"):
+        limits = {"bfly": "31", "idx": "31", "up": "0"}
+        if each.parts[1] != "sync" or limits.get(each.parts[2]) != clamp or members != "-1":
             return NotImplemented
         value, by = self.value(source, "u4"), self.value(lane, "u4")
         self._simple(each, f"m.shuffle({each.parts[2]!r}, {value}, {by}, mask, {number})", "u4")

@@ -256,8 +256,11 @@ class Machine(matrices.Matrices):
     def shuffle(self, mode, value, by, mask, number):
         self.whole_warps(mask, number)
         value, by = np.broadcast_to(value, self.lane.shape), np.broadcast_to(by, self.lane.shape)
-        lane = self.lane % WARP
-        source = lane ^ by.astype(np.int32) if mode == "bfly" else by.astype(np.int32) & (WARP - 1)
+        lane, by = self.lane % WARP, by.astype(np.int32)
+        if mode == "up":  # the first lanes keep their own
+            source = np.where(lane >= by, lane - by, lane)
+        else:
+            source = lane ^ by if mode == "bfly" else by & (WARP - 1)
         return value[self.lane - lane + source]
 
     # Pairs in a register

@@ -7,6 +7,7 @@ import slotfast
 from slotfast import ops
 from slotfast.kernels import lbfgs_direction
 from slotfast.lbfgs import BiasObjective, SharedBias, launched, minimize
+from slotfast.slot import WindowBatch, fit
 from slotfast.slot.fit import stored_probabilities
 from slotfast.slot.presets import parse_preset
 from tests.streams import BOS, head, stream, to_hidden
@@ -116,6 +117,20 @@ def test_probabilities_are_rounded_where_a_ridge_holds():
     assert stored_probabilities(parse_preset("causal-lbfgs:ridge=0.5")) == torch.float32
     for name in ("pr1350", "pr1350-window", "pr1350-window:ridge=3"):
         assert stored_probabilities(parse_preset(name)) == torch.float32, name
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "mm"])
+def test_launched_fits_keep_them_so(monkeypatch, as_on_a_gpu, optimizer):
+    found = []
+    name = {"lbfgs": "slot_solve", "mm": "slot_solve_mm"}[optimizer]
+    launch = getattr(fit, name)
+    monkeypatch.setattr(fit, name, lambda *windows, **options: found.append(options) or launch(*windows, **options))
+    logits, targets, _ = _problems(2, 12, 24)
+    ends = (torch.full((2,), end, device=DEVICE) for end in (8, 12))
+    batch = WindowBatch(logits, targets, *ends)
+    for ridge in (0.5, 1.0):
+        fit.Fit(parse_preset(f"causal-lbfgs:optimizer={optimizer},ridge={ridge}")).parameters(batch)
+    assert [options["probs_dtype"] for options in found] == [torch.float32, torch.bfloat16]
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0])

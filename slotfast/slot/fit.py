@@ -100,7 +100,16 @@ class Fit:
             return self._adamw(BiasObjective(logits, targets, weights, ridge=row.ridge), start, problems)
         if row.optimizer == "mm":
             solve = ops.choose(backend, logits.device, slot_solve_mm, slot_solve_mm_ref)
-            x, _, *work = solve(logits, targets, weights, start, ridge=row.ridge, clamp=row.clamp, iterations=row.steps)
+            x, _, *work = solve(
+                logits,
+                targets,
+                weights,
+                start,
+                ridge=row.ridge,
+                clamp=row.clamp,
+                iterations=row.steps,
+                probs_dtype=stored_probabilities(row),
+            )
         elif row.scope != "batch" and ops.solves_in_one_launch(backend, logits, row.phases):
             x, _, *work = slot_solve(
                 logits,

@@ -15,7 +15,14 @@ from .lbfgs import (
     lbfgs_push_,
     lbfgs_push_ref,
 )
-from .linear import linear_residual, linear_residual_ref, linear_squared, linear_squared_ref
+from .linear import (
+    linear_heads,
+    linear_heads_ref,
+    linear_residual,
+    linear_residual_ref,
+    linear_squared,
+    linear_squared_ref,
+)
 from .mixing import channel_mix, channel_mix_ref
 from .rates import rate_scan, rate_scan_ref
 from .scan import decay_scan, decay_scan_ref
@@ -50,6 +57,8 @@ __all__ = [
     "lbfgs_push",
     "lbfgs_push_",
     "lbfgs_push_ref",
+    "linear_heads",
+    "linear_heads_ref",
     "linear_residual",
     "linear_residual_ref",
     "linear_squared",

@@ -79,3 +79,52 @@ RESIDUAL_CASES = (
     Case("production, attention", {"M": _ROWS, "N": 512, "K": 512}, torch.bfloat16, production=True),
     Case("production, MLP", {"M": _ROWS, "N": 512, "K": 1536}, torch.bfloat16, production=True),
 )
+
+
+def heads_inputs(generator, device, dtype, *, B, T, K, H, SHARED, D, R, parts=1, value=False, edit=None, **options):
+    widths = {"weight": ((H + 2 * SHARED) * D, K)} | ({"value": (B * T, SHARED * D)} if value else {})
+    found = _drawn(generator, device, dtype, B * T, K, edit, **widths)
+    angle = torch.outer(torch.arange(T, dtype=torch.float64) + 5, 100.0 ** -(torch.arange(R) / max(R, 1)))
+    gain = 1.5 + 0.1 * torch.randn(H, generator=generator, device=generator.device)
+    return {
+        "x": found["x"].view(B, T, K),
+        "weight": found["weight"],
+        "squares": _squares(found["x"], parts).view(parts, B, T),
+        "gain": gain.to(device),
+        "cos": angle.cos().float().to(device),
+        "sin": angle.sin().float().to(device),
+        "width": D,
+        "value": found["value"].view(B, T, -1) if value else None,
+        **options,
+    }
+
+
+_GROUPED = {"B": 32, "T": 2048, "K": 512, "H": 8, "SHARED": 4, "D": 64, "R": 8}
+
+HEADS_CASES = (
+    Case("no rows", {"B": 0, "T": 4, "K": 16, "H": 1, "SHARED": 1, "D": 16, "R": 2}),
+    Case("heads of two", {"B": 1, "T": 3, "K": 5, "H": 1, "SHARED": 1, "D": 2, "R": 1}),
+    Case(
+        "primes, groups of three, a value",
+        {"B": 3, "T": 7, "K": 29, "H": 3, "SHARED": 1, "D": 8, "R": 3, "parts": 2, "value": True, "keep": True},
+    ),
+    Case("nothing turns", {"B": 2, "T": 5, "K": 24, "H": 2, "SHARED": 2, "D": 16, "R": 0, "norm": 0.5}),
+    Case("all of it turns", {"B": 2, "T": 5, "K": 24, "H": 2, "SHARED": 1, "D": 16, "R": 8, "value": True}),
+    Case(
+        "several tiles, bfloat16",
+        {"B": 2, "T": 67, "K": 72, "H": 4, "SHARED": 1, "D": 64, "R": 8, "value": True},
+        torch.bfloat16,
+    ),
+    Case("a head in the middle of a tile", {"B": 1, "T": 40, "K": 48, "H": 5, "SHARED": 5, "D": 32, "R": 4}),
+    Case(
+        "several steps, float16",
+        {"B": 2, "T": 9, "K": 192, "H": 2, "SHARED": 2, "D": 32, "R": 8, "keep": True},
+        torch.float16,
+    ),
+    Case("rows of zeros", {"B": 1, "T": 5, "K": 32, "H": 2, "SHARED": 1, "D": 16, "R": 4, "edit": "zero row"}),
+    Case("sums that cancel", {"B": 2, "T": 6, "K": 64, "H": 2, "SHARED": 1, "D": 16, "R": 4, "edit": "cancelling"}),
+    Case("a NaN stays in its row", {"B": 2, "T": 3, "K": 24, "H": 2, "SHARED": 1, "D": 16, "R": 4, "edit": "poor"}),
+    Case("production", _GROUPED, torch.bfloat16, production=True),
+    Case("production, a value", {**_GROUPED, "value": True}, torch.bfloat16, production=True),
+    Case("with what a backward needs", {**_GROUPED, "keep": True}, torch.bfloat16, production=True),
+)

@@ -13,11 +13,22 @@ A normalisation before a layer needs no pass either: norm(x) W^T = (x W^T) / rms
 """
 
 from ..spec import KernelSpec
+from ._heads import SPEC as _HEADS
+from ._heads import linear_heads, linear_heads_ref
+from ._product import EPS
 from ._residual import SPEC as _RESIDUAL
 from ._residual import linear_residual, linear_residual_ref
 from ._squared import SPEC as _SQUARED
 from ._squared import linear_squared, linear_squared_ref
 
-__all__ = ["linear_residual", "linear_residual_ref", "linear_squared", "linear_squared_ref"]
+__all__ = [
+    "EPS",
+    "linear_heads",
+    "linear_heads_ref",
+    "linear_residual",
+    "linear_residual_ref",
+    "linear_squared",
+    "linear_squared_ref",
+]
 
-SPECS: tuple[KernelSpec, ...] = (_RESIDUAL, _SQUARED)
+SPECS: tuple[KernelSpec, ...] = (_HEADS, _RESIDUAL, _SQUARED)

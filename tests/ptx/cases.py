@@ -164,6 +164,9 @@ SUITE = {
     ),
     "lbfgs_direction": ("one variable, one pair", "poor problems", "prime, history not a power of two", "largest V"),
     "lbfgs_push": ("one variable, one pair", "refused pairs", "the contest's smallest vocabulary"),
+    "linear_heads": (
+        "primes, groups of three, a value", "nothing turns", "several tiles, bfloat16", "several steps, float16",
+    ),
     "linear_residual": ("several parts", "several parts, bfloat16", "several steps, float16"),
     "linear_squared": ("primes", "above a tile of bfloat16", "several steps, float16"),
     "rate_scan": ("strided", "one token, one window"),

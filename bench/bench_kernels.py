@@ -38,7 +38,7 @@ LEAST_RATIO_CPU = [("bias_cross_entropy_grad", lambda shape: True, "eager", 0.4)
 def shrunk(spec, case, most_bytes: int) -> dict:
     """The case's shape with fewer windows (or rows, or queries), so that it moves at most `most_bytes`."""
     shape = dict(case.shape)
-    key = next(key for key in ("W", "m", "T") if key in shape)
+    key = next(key for key in ("W", "m", "M", "T") if key in shape)
     while shape[key] > 1 and spec.bytes_moved(**shape, itemsize=case.dtype.itemsize) > most_bytes:
         shape[key] //= 2
     return shape

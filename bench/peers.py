@@ -10,7 +10,7 @@ import shutil
 import torch
 import torch.nn.functional as F
 
-from slotfast.kernels import dequantize_int6, int6_matmul
+from slotfast.kernels import bias_cross_entropy, dequantize_int6, int6_matmul
 
 
 def _scores(logits, bias, softcap, cap_after_bias):
@@ -54,6 +54,17 @@ def liger_cross_entropy_grad(logits, targets, bias=None, **options):
     return loss.detach(), dbias
 
 
+def linear_cross_entropy(x, weight, targets, bias=None, *, softcap=None, ignore_index=-100):
+    """The losses of logits in memory, in plain torch, as anybody would write it."""
+    z = _scores(F.linear(x, weight), bias, softcap, True)
+    return F.cross_entropy(z, targets, ignore_index=ignore_index, reduction="none")
+
+
+def linear_then_cross_entropy(x, weight, targets, **options):
+    """The library's product, and our kernel on its result."""
+    return bias_cross_entropy(F.linear(x, weight)[None], targets[None], **options)[0][0]
+
+
 class Dense:
     """The library's product with weights that were dequantised before: what 6 bits are measured against."""
 
@@ -89,13 +100,16 @@ def contenders(spec, device) -> dict:
         "bias_cross_entropy": cross_entropy,
         "bias_cross_entropy_grad": cross_entropy_grad,
         "int6_matmul": dense,
+        "linear_cross_entropy": linear_cross_entropy,
     }.get(spec.name, spec.reference)
     found = {"ours": spec.fn if on_gpu else spec.reference}
     found["eager"] = eager if eager is not found["ours"] else "on the CPU, ours is this very function"
-    if eager in (cross_entropy, cross_entropy_grad):
+    if eager in (cross_entropy, cross_entropy_grad, linear_cross_entropy):
         found["compile"] = _without_compiler(device) or torch.compile(eager, dynamic=False)
     if on_gpu and spec.name == "int6_matmul":
         found["ours, dense kept"] = lambda x, weight: int6_matmul(x, weight, dense.of(x, weight))
+    if on_gpu and spec.name == "linear_cross_entropy":
+        found["logits in memory, bias_cross_entropy"] = linear_then_cross_entropy
     if spec.name == "bias_cross_entropy_grad":
         missing = None if importlib.util.find_spec("liger_kernel") else "liger-kernel is not installed"
         found["liger"] = missing or (liger_cross_entropy_grad if on_gpu else "liger-kernel needs a GPU")

@@ -16,6 +16,8 @@ from .lbfgs import (
     lbfgs_push_ref,
 )
 from .linear import (
+    linear_cross_entropy,
+    linear_cross_entropy_ref,
     linear_heads,
     linear_heads_ref,
     linear_residual,
@@ -57,6 +59,8 @@ __all__ = [
     "lbfgs_push",
     "lbfgs_push_",
     "lbfgs_push_ref",
+    "linear_cross_entropy",
+    "linear_cross_entropy_ref",
     "linear_heads",
     "linear_heads_ref",
     "linear_residual",

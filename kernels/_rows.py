@@ -121,18 +121,18 @@ def _load_logits(
 
 @triton.jit
 def _softcap(a, softcap):
-    """softcap * tanh(a / softcap) to 2 ulp.
+    """softcap * tanh(a / softcap) to 2 ulp, whether or not a launch allows fusion.
 
     1 - 2 / (exp(2x) + 1) cancels near 0; there an odd polynomial, fitted by least squares, takes over.
     """
     inverse = 1.0 / softcap
     y = a * a * (inverse * inverse)
-    q = -0.005893945302384097 * y + 0.020794617709385475
-    q = q * y - 0.05378329300012262
-    q = q * y + 0.13331915298812771
-    q = q * y - 0.33333297510128557
+    q = tl.fma(y, -0.005893945302384097, 0.020794617709385475)
+    q = tl.fma(q, y, -0.05378329300012262)
+    q = tl.fma(q, y, 0.13331915298812771)
+    q = tl.fma(q, y, -0.33333297510128557)
     far = softcap - 2.0 * softcap / (tl.exp2(a * (inverse * (2.0 * _LOG2E))) + 1.0)
-    return tl.where(y < 0.36, a + a * y * q, far)
+    return tl.where(y < 0.36, tl.fma(a * y, q, a), far)
 
 
 @triton.jit

@@ -128,3 +128,69 @@ HEADS_CASES = (
     Case("production, a value", {**_GROUPED, "value": True}, torch.bfloat16, production=True),
     Case("with what a backward needs", {**_GROUPED, "keep": True}, torch.bfloat16, production=True),
 )
+
+
+def cross_entropy_inputs(
+    generator, device, dtype, *, M, V, K, bias=False, scale=1.0, edit=None, targets=None, leading=None, training=True,
+    **options,
+):  # fmt: skip
+    """Logits of size `scale`; `targets` are given or drawn; `leading` dimensions in the place of M.
+
+    `training` is for the compilations alone.
+    """
+    drawing = {"generator": generator, "device": generator.device}
+    of_x = edit if edit in ("strided", "cancelling") else None
+    found = _drawn(generator, device, torch.float32, M, K, of_x, weight=(V, K))
+    found["weight"] *= scale
+    drawn = torch.randint(V, (M,), **drawing) if targets is None else torch.tensor(targets).expand(M).clone()
+    if bias:
+        found["bias"] = torch.randn(V, **drawing)
+    if edit == "some ignored":
+        drawn[torch.rand(M, **drawing) < 0.4] = options.get("ignore_index", -100)
+    elif edit == "all ignored":
+        drawn[:] = -100
+        found["x"][0] = torch.nan
+    elif edit == "poor rows":  # each spoils its own loss alone
+        drawn[0], drawn[1] = V, -1
+        found["x"][2, K // 2], found["x"][3, K // 2] = torch.nan, torch.inf
+        drawn[4] = -100
+    elif edit == "banned":  # half of the vocabulary, whole tiles among it
+        found["bias"] = torch.randn(V, **drawing)
+        found["bias"][: V // 2] = -torch.inf
+        drawn = drawn.clamp(min=V // 2)
+    elif edit == "int32":
+        drawn = drawn.int()
+    shape = leading or (M,)
+    found = {"x": found["x"].unflatten(0, shape) if leading else found["x"], "weight": found["weight"]} | {
+        name: found[name] for name in ("bias",) if name in found
+    }
+    found = {name: tensor.to(device, dtype) for name, tensor in found.items()}
+    return {**found, "targets": drawn.view(shape).to(device), **options}
+
+
+CROSS_ENTROPY_CASES = (
+    Case("no rows", {"M": 0, "V": 16, "K": 16}),
+    Case("one element", {"M": 1, "V": 1, "K": 1}),
+    Case("primes", {"M": 7, "V": 37, "K": 29, "bias": True}),
+    Case("above a tile of rows", {"M": 65, "V": 48, "K": 33, "softcap": 3.0}),
+    Case("several tiles of the vocabulary", {"M": 20, "V": 300, "K": 24, "softcap": 30.0, "scale": 20.0}),
+    Case(
+        "targets at the borders of tiles", {"M": 8, "V": 257, "K": 16, "targets": [0, 127, 128, 129, 255, 256, 1, 254]}
+    ),
+    Case("several tiles, bfloat16", {"M": 130, "V": 260, "K": 72, "softcap": 30.0}, torch.bfloat16),
+    Case("several steps, float16", {"M": 40, "V": 48, "K": 192, "bias": True}, torch.float16),
+    Case("leading dimensions, int32", {"M": 12, "V": 24, "K": 32, "leading": (3, 4), "edit": "int32"}),
+    Case("strided", {"M": 12, "V": 24, "K": 32, "edit": "strided"}),
+    Case("sums that cancel", {"M": 20, "V": 24, "K": 64, "edit": "cancelling"}),
+    Case("logits of 1e4", {"M": 20, "V": 200, "K": 24, "scale": 1e4}),
+    Case("logits of 1e3, capped", {"M": 20, "V": 200, "K": 24, "scale": 1e3, "softcap": 30.0}),
+    Case("banned tokens", {"M": 9, "V": 300, "K": 16, "edit": "banned"}),
+    Case("some ignored", {"M": 19, "V": 33, "K": 16, "edit": "some ignored", "softcap": 2.0}),
+    Case("another ignore index", {"M": 19, "V": 33, "K": 16, "edit": "some ignored", "ignore_index": 5}),
+    Case("all ignored", {"M": 5, "V": 33, "K": 16, "edit": "all ignored"}),
+    Case("rows that are NaN", {"M": 9, "V": 33, "K": 16, "edit": "poor rows"}),
+    Case("V 1024", {"M": _ROWS, "V": 1024, "K": 512, "softcap": 30.0, "training": False}, torch.bfloat16, True),
+    Case("V 1024, training", {"M": _ROWS, "V": 1024, "K": 512, "softcap": 30.0}, torch.bfloat16, production=True),
+    Case("V 8192", {"M": _ROWS, "V": 8192, "K": 512, "softcap": 30.0}, torch.bfloat16, production=True),
+    Case("V 4096, not capped", {"M": _ROWS, "V": 4096, "K": 512}, torch.bfloat16, production=True),
+)

@@ -13,6 +13,8 @@ A normalisation before a layer needs no pass either: norm(x) W^T = (x W^T) / rms
 """
 
 from ..spec import KernelSpec
+from ._cross_entropy import SPEC as _CROSS_ENTROPY
+from ._cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from ._heads import SPEC as _HEADS
 from ._heads import linear_heads, linear_heads_ref
 from ._product import EPS
@@ -23,6 +25,8 @@ from ._squared import linear_squared, linear_squared_ref
 
 __all__ = [
     "EPS",
+    "linear_cross_entropy",
+    "linear_cross_entropy_ref",
     "linear_heads",
     "linear_heads_ref",
     "linear_residual",
@@ -31,4 +35,4 @@ __all__ = [
     "linear_squared_ref",
 ]
 
-SPECS: tuple[KernelSpec, ...] = (_HEADS, _RESIDUAL, _SQUARED)
+SPECS: tuple[KernelSpec, ...] = (_CROSS_ENTROPY, _HEADS, _RESIDUAL, _SQUARED)

@@ -25,7 +25,7 @@ ARRIVALS = (1, 2)  # other orders of programs at an atomic, in which results mus
 
 
 # Of a production case as many windows, sequences, queries, rows and columns as show what all of its programs do.
-_MOST = {"W": 4, "B": 1, "T": 200, "m": 300, "n": 512}
+_MOST = {"W": 4, "B": 1, "T": 200, "m": 300, "M": 300, "n": 512}
 
 
 def _fewer(case: Case) -> Case:
@@ -164,6 +164,9 @@ SUITE = {
     ),
     "lbfgs_direction": ("one variable, one pair", "poor problems", "prime, history not a power of two", "largest V"),
     "lbfgs_push": ("one variable, one pair", "refused pairs", "the contest's smallest vocabulary"),
+    "linear_cross_entropy": (
+        "primes", "several tiles, bfloat16", "several steps, float16", "banned tokens", "some ignored",
+    ),
     "linear_heads": (
         "primes, groups of three, a value", "nothing turns", "several tiles, bfloat16", "several steps, float16",
     ),

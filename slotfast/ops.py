@@ -15,6 +15,7 @@ from torch import Tensor
 from .banded import fused_banded_attention
 from .errors import InputError
 from .flash import flash_attention, torch_attention
+from .fused import channel_mix, linear_heads, linear_residual, linear_squared
 from .kernels import (
     PackedInt6,
     banded_attention_ref,
@@ -29,6 +30,25 @@ from .kernels.cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_
 from .kernels.int6_product import _stays_in_l2
 from .kernels.lbfgs import LARGEST_V
 from .kernels.solver import MOST_COLUMNS, MOST_PAIRS
+
+__all__ = [
+    "Backend",
+    "attention",
+    "banded_attention",
+    "channel_mix",
+    "choose",
+    "cross_entropy",
+    "fuses",
+    "int6_linear",
+    "keeps_dense",
+    "launches_lbfgs",
+    "linear_heads",
+    "linear_residual",
+    "linear_squared",
+    "solves_in_one_launch",
+    "uses_triton",
+    "without_own",
+]
 
 Backend = Literal["auto", "triton", "torch"]
 
@@ -48,6 +68,16 @@ def uses_triton(backend: Backend, device: torch.device | str) -> bool:
 def choose(backend: Backend, device: torch.device | str, kernel: Callable, reference: Callable) -> Callable:
     """The function that a backend calls on a device: a kernel, or its plain torch reference with the same signature."""
     return kernel if uses_triton(backend, device) else reference
+
+
+def fuses(backend: Backend, x: Tensor, head_width: int) -> bool:
+    """Whether the blocks of a transformer, with states x, are made of the fused operators.
+
+    In float32 they are not: there a library's products may round inputs to TF32, and are faster.
+    """
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    whole = 2 <= head_width <= 128 and head_width.bit_count() == 1
+    return half and whole and uses_triton(backend, x.device)
 
 
 def solves_in_one_launch(backend: Backend, logits: Tensor, phases: Sequence[tuple[int, int]]) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .model import GPT, rotary_table, rotate
+from .model import GPT, rotary_table, rotate, single
 
 _LOOK_BACK = 2  # tokens that smear gate and bigram hash reach back together
 
@@ -97,30 +97,32 @@ class _StreamAttention:
         position = torch.arange(stream.position, stream.position + length, device=device)
         config, window = stream.model.config, stream.window
         self.rope = rotary_table(window, config, position)
+        self.angles = single(self.rope)
         # Only where a sink lies outside the last query's window
         self.sinks = stream.sinks > 0 and stream.position + length > window
         if self.sinks:
-            self.sink_rope = rotary_table(window, config, position.clamp(max=window - 1 + stream.sinks))
+            seen_from = position.clamp(max=window - 1 + stream.sinks)
+            self.sink_rope = rotary_table(window, config, seen_from)
+            self.back_to_sinks = rotary_table(window, config, seen_from - position)  # from `rope` on
         self.position = position[:1].expand(stream._tokens.size(0))
 
     def __call__(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool) -> Tensor:
         first = k.size(1) - q.size(1)
-        k = rotate(k, *self.rope)
-        memory = self.stream._memory[run]
-        keys, values, *first_ones = memory.take(k, v, self.stream.position)
-        turned = rotate(q, *(table[first:] for table in self.rope))
-        sinks = None
-        if self.sinks:
-            sinks = (rotate(q, *(table[first:] for table in self.sink_rope)), first_ones[0], first_ones[1])
-        return ops.banded_attention(
-            turned,
-            keys,
-            values,
-            self.stream.window,
-            self.position + first,
-            sinks,
-            exclude_own,
-        )
+        of_sinks = rotate(q, *(table[first:] for table in self.sink_rope)) if self.sinks else None
+        q = rotate(q, *(table[first:] for table in self.rope))
+        return self._meet(run, q, rotate(k, *self.rope), v, exclude_own, of_sinks)
+
+    def rotated(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool) -> Tensor:
+        """See `slotfast.model.AttendRotated`."""
+        first = k.size(1) - q.size(1)
+        of_sinks = rotate(q, *(table[first:] for table in self.back_to_sinks)) if self.sinks else None
+        return self._meet(run, q, k, v, exclude_own, of_sinks)
+
+    def _meet(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool, of_sinks: Tensor | None) -> Tensor:
+        keys, values, *first_ones = self.stream._memory[run].take(k, v, self.stream.position)
+        sinks = None if of_sinks is None else (of_sinks, first_ones[0], first_ones[1])
+        position = self.position + k.size(1) - q.size(1)
+        return ops.banded_attention(q, keys, values, self.stream.window, position, sinks, exclude_own)
 
 
 class _Memory:

@@ -59,13 +59,14 @@ class Artifact:
 
         Args:
             weights: `dequantized` gives float32 matrices; `int6` keeps those of 6 bits packed, for the int6 kernel.
-            backend: of packed layers.
+            backend: of its blocks and of packed layers.
 
         Raises:
             InputError: `int6` of an artifact without a matrix of 6 bits.
         """
         with torch.device("meta"):  # initialising 27 million weights takes longer than reading them
             model = GPT(self.config)
+        model.backend = backend
         state = {
             name: tensor.dequantize() if isinstance(tensor, QuantizedMatrix) else tensor.clone()
             for name, tensor in self.tensors.items()

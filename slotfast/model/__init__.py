@@ -9,11 +9,12 @@ the hidden state go through `head` alone.
 from .causal import CausalModel
 from .config import GPTConfig
 from .gpt import GPT
-from .layers import Attend, Linear, PackedLinear, WindowAttention, rotary_table, rotate
+from .layers import Attend, AttendRotated, Linear, PackedLinear, WindowAttention, rotary_table, rotate, single
 
 __all__ = [
     "GPT",
     "Attend",
+    "AttendRotated",
     "CausalModel",
     "GPTConfig",
     "Linear",
@@ -21,4 +22,5 @@ __all__ = [
     "WindowAttention",
     "rotary_table",
     "rotate",
+    "single",
 ]

@@ -1,6 +1,7 @@
 """The GPT: layers, embeddings and the output matrix, put together."""
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +29,15 @@ class GPT(nn.Module):
     Args:
         config: shape and parts.
 
-    `looping` is for training, which may start with every layer run once: False leaves out the repetitions.
+    `looping` is for training, which may start with every layer run once: False leaves out the repetitions. `backend` is
+    that of the blocks: triton, torch or auto.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.looping = True
+        self.backend: ops.Backend = "auto"
         self.tok_emb = nn.Embedding(config.vocab_size, config.width)
         nn.init.normal_(self.tok_emb.weight, std=0.005)
         self.bigram = BigramHash(config) if config.bigram_buckets else None
@@ -113,24 +116,34 @@ class GPT(nn.Module):
         order = self.order
         half = len(order) // 2
         for run, layer in enumerate(order):
-            if skips and run >= half:
-                x = self.add_skip(x, skips.pop(), run - half)
+            skip = skips.pop() if skips and run >= half else None
             own_value = None
             if value is not None and layer in self.config.value_layers:
                 own_value = value * self.ve_layer_scales[self.config.value_layers.index(layer)].to(dtype)
-            x = self.blocks[layer](x, x0, own_value, attend, run, first if run == len(order) - 1 else 0)
+            block = cast(Block, self.blocks[layer])
+            cut = first if run == len(order) - 1 else 0
+            if block.fuses(attend, self.backend, x):
+                weights = block.mixing(*self.skip_share(run - half) if skip is not None else (None, None))
+                x = block.fused(ops.channel_mix(x, x0, skip, weights), own_value, attend, run, cut)
+            else:
+                x = x if skip is None else self.add_skip(x, skip, run - half)
+                x = block(x, x0, own_value, attend, run, cut)
             if self.config.unet and run < half:
                 skips.append(x)
         return rms_norm(x)
 
-    def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
-        """States x joined with those of the skip that step `index` of the second half takes; both [B, T, width]."""
+    def skip_share(self, index: int) -> tuple[Tensor, Tensor | None]:
+        """Weight [width] of the skip that step `index` of the second half takes, and x's share [width], if gated."""
         if self.skip_weights is None:
             raise ValueError("a model without U-Net skips has none to add")
-        skip = self.skip_weights[index].to(x.dtype) * skip
-        if self.skip_gates is None:
-            return x + skip
-        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[index]).to(x.dtype))
+        gates = self.skip_gates
+        return self.skip_weights[index], None if gates is None else torch.sigmoid(gates[index])
+
+    def add_skip(self, x: Tensor, skip: Tensor, index: int) -> Tensor:
+        """States x joined with those of the skip that step `index` of the second half takes; both [B, T, width]."""
+        weight, share = self.skip_share(index)
+        skip = weight.to(x.dtype) * skip
+        return x + skip if share is None else torch.lerp(skip, x, share.to(x.dtype))
 
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states [..., width] before the soft cap, in their dtype [..., vocab_size]."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +40,13 @@ class Linear(nn.Linear):
         else:
             nn.init.orthogonal_(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """What a forward in this dtype multiplies by."""
         weight = self.weight if self.rounding is None else self.rounding(self.weight)
-        return F.linear(x, weight.to(x.dtype))
+        return weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix(x.dtype))
 
 
 class PackedLinear(nn.Module):
@@ -74,9 +78,12 @@ class PackedLinear(nn.Module):
         """Keep the weights as a matrix [n_out, n_in] of this dtype besides, for inputs of it."""
         self.dense = dequantize_int6(self.packed, dtype)
 
+    def matrix(self, dtype: torch.dtype) -> Tensor | None:
+        """The weights as a matrix of this dtype, where one is kept."""
+        return self.dense if self.dense is not None and self.dense.dtype == dtype else None
+
     def forward(self, x: Tensor) -> Tensor:
-        dense = self.dense if self.dense is not None and self.dense.dtype == x.dtype else None
-        return ops.int6_linear(x, self.packed, self.backend, dense)
+        return ops.int6_linear(x, self.packed, self.backend, self.matrix(x.dtype))
 
 
 def document_starts(tokens: Tensor, bos_id: int | None) -> Tensor:
@@ -151,6 +158,11 @@ def rotary_table(length: int, config: GPTConfig, position: Tensor) -> tuple[Tens
     return angle.cos(), angle.sin()
 
 
+def single(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines in float32."""
+    return table[0].float(), table[1].float()
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the leading dimensions of x [B, T, heads, head_width] pairwise, first half against second half."""
     half = cos.size(-1)
@@ -159,6 +171,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
     a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
+# States [B, T, width], and parts [parts, B, T] of the sums of squares of their rows, float32.
+Mixed = tuple[Tensor, Tensor]
 
 
 class Attend(Protocol):
@@ -179,6 +195,16 @@ class Attend(Protocol):
         ...
 
 
+class AttendRotated(Protocol):
+    """An `Attend` that also takes queries and keys that are rotated."""
+
+    angles: tuple[Tensor, Tensor]  # cosines and sines by which they are to be, float32 [T, rope_dims / 2]
+
+    def rotated(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool) -> Tensor:
+        """As `Attend`, of q and k after rotation."""
+        ...
+
+
 class WindowAttention:
     """Every position sees those of its own window before it; positions count from 0.
 
@@ -191,12 +217,19 @@ class WindowAttention:
 
     def __init__(self, length: int, config: GPTConfig, device: torch.device, base_length: int | None = None):
         self.rope = rotary_table(base_length or length, config, torch.arange(length, device=device))
+        self.angles = single(self.rope)
 
     def __call__(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool) -> Tensor:
         """See `Attend`."""
         first = k.size(1) - q.size(1)
-        y = ops.attention(rotate(q, *(table[first:] for table in self.rope)), rotate(k, *self.rope), v)
-        return ops.without_own(y, v[:, first:]) if exclude_own else y
+        return self.rotated(
+            run, rotate(q, *(table[first:] for table in self.rope)), rotate(k, *self.rope), v, exclude_own
+        )
+
+    def rotated(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool) -> Tensor:
+        """See `AttendRotated`."""
+        y = ops.attention(q, k, v)
+        return ops.without_own(y, v[:, k.size(1) - q.size(1) :]) if exclude_own else y
 
 
 class Attention(nn.Module):
@@ -221,6 +254,15 @@ class Attention(nn.Module):
         v = (v if value is None else v + value).view(batch, length, self.kv_heads, self.head_width)
         y = attend(run, rms_norm(q) * self.q_gain.to(x.dtype)[:, None], rms_norm(k), v, self.xsa)
         return self.proj(y.flatten(2))
+
+    def fused(
+        self, mixed: Mixed, norm: float, value: Tensor | None, attend: AttendRotated, run: int, first: int
+    ) -> Tensor:
+        """What `proj` would be given: of x [B, T, width] that is still to be normalised, [B, T - first, width]."""
+        x, squares = mixed
+        weight = torch.cat([layer.matrix(x.dtype) for layer in (self.c_q, self.c_k, self.c_v)])
+        q, k, v = ops.linear_heads(x, weight, squares, self.q_gain, *attend.angles, self.head_width, value, norm)
+        return attend.rotated(run, q[:, first:], k, v, self.xsa).flatten(2)
 
 
 class MLP(nn.Module):
@@ -258,3 +300,34 @@ class Block(nn.Module):
         attended = x + self.attn_scale.to(x.dtype) * seen
         mlp_input = x if self.parallel else attended
         return attended + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(mlp_input) * self.norm_scale)
+
+    def fuses(self, attend: Attend, backend: ops.Backend, x: Tensor) -> TypeGuard[AttendRotated]:
+        """Whether `fused` does what `forward` does: kernels run, and nothing is hooked to the block or its parts."""
+        if not (ops.fuses(backend, x, self.attn.head_width) and hasattr(attend, "rotated")):
+            return False
+        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in self.modules())
+        packed = [part for part in self.modules() if isinstance(part, PackedLinear)]
+        return not hooked and all(part.matrix(x.dtype) is not None for part in packed)
+
+    def mixing(self, skip: Tensor | None, share: Tensor | None) -> Tensor:
+        """Weights by channel of x and x0, [2, width], and of the skip that comes in before them, [3, width].
+
+        Args:
+            skip: weight [width] of the skip, or None where there is none.
+            share: x's, in 0..1, where a gate shares between x and the skip, [width]; or None.
+        """
+        of_x, of_x0 = self.resid_mix
+        if skip is None:
+            return self.resid_mix
+        if share is None:
+            return torch.stack([of_x, of_x0, of_x * skip])
+        return torch.stack([of_x * share, of_x0, of_x * (1 - share) * skip])
+
+    def fused(self, mixed: Mixed, value: Tensor | None, attend: AttendRotated, run: int, first: int = 0) -> Tensor:
+        """`forward` from what `ops.channel_mix` made of x, x0 and a skip: four products and attention."""
+        seen = self.attn.fused(mixed, self.norm_scale, value, attend, run, first)
+        x, squares = mixed[0][:, first:], mixed[1][..., first:]
+        attended, its = ops.linear_residual(seen, self.attn.proj.matrix(x.dtype), self.attn_scale, x)
+        x, squares = (x, squares) if self.parallel else (attended, its)
+        wide = ops.linear_squared(x, self.mlp.fc.matrix(x.dtype), squares, self.norm_scale, self.mlp.slope)
+        return ops.linear_residual(wide, self.mlp.proj.matrix(x.dtype), self.mlp_scale, attended)[0]

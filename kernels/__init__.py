@@ -26,6 +26,7 @@ from .linear import (
     linear_squared_ref,
 )
 from .mixing import channel_mix, channel_mix_ref
+from .own import without_own, without_own_ref
 from .rates import rate_scan, rate_scan_ref
 from .scan import decay_scan, decay_scan_ref
 from .solver import SlotSolution, slot_solve, slot_solve_mm, slot_solve_mm_ref, slot_solve_ref
@@ -76,4 +77,6 @@ __all__ = [
     "slot_solve_ref",
     "specs",
     "unpack_int6",
+    "without_own",
+    "without_own_ref",
 ]

@@ -13,6 +13,7 @@ from .kernels import channel_mix as mix_kernel
 from .kernels import linear_heads as heads_kernel
 from .kernels import linear_residual as residual_kernel
 from .kernels import linear_squared as squared_kernel
+from .kernels import without_own as own_kernel
 from .kernels.linear import EPS
 
 
@@ -273,3 +274,49 @@ def _residual_differentiate(ctx, dy, _):
 
 
 _residual.register_autograd(_residual_differentiate, setup_context=_residual_save)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# behind attention
+
+
+def without_own(y: Tensor, v: Tensor) -> Tensor:
+    """Heads of attention without their part along each position's own value.
+
+    Args:
+        y: [B, T, heads, width] bfloat16, float16 or float32.
+        v: [B, T, kv_heads, width] in y's dtype.
+
+    Returns:
+        [B, T, heads, width] in y's dtype.
+    """
+    return _own(y, v)
+
+
+@torch.library.custom_op("slotfast::without_own", mutates_args=())
+def _own(y: Tensor, v: Tensor) -> Tensor:
+    return own_kernel(y, v)
+
+
+@_own.register_fake
+def _(y, v):
+    return y.new_empty(y.shape)
+
+
+def _own_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _own_differentiate(ctx, dx):
+    y, v = ctx.saved_tensors
+    length = v.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    own = (v / length)[:, :, :, None]  # (B, T, kv_heads, 1, width)
+    dx, y = (x.unflatten(2, (v.size(2), -1)) for x in (dx, y))
+    along = (dx * own).sum(-1, keepdim=True)
+    down = -(dx * (y * own).sum(-1, keepdim=True) + y * along).sum(3)
+    own = own[:, :, :, 0]
+    dv = (down - own * (down * own).sum(-1, keepdim=True)) / length
+    return (dx - along * own[:, :, :, None]).flatten(2, 3), dv
+
+
+_own.register_autograd(_own_differentiate, setup_context=_own_save)

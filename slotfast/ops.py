@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .banded import fused_banded_attention
 from .errors import InputError
 from .flash import flash_attention, torch_attention
 from .fused import channel_mix, linear_heads, linear_residual, linear_squared
+from .fused import without_own as fused_without_own
 from .kernels import (
     PackedInt6,
     banded_attention_ref,
@@ -29,6 +29,7 @@ from .kernels.attention import _banded_attention_bwd, _banded_attention_fwd, _ch
 from .kernels.cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd
 from .kernels.int6_product import _stays_in_l2
 from .kernels.lbfgs import LARGEST_V
+from .kernels.own import LARGEST_D, without_own_ref
 from .kernels.solver import MOST_COLUMNS, MOST_PAIRS
 
 __all__ = [
@@ -275,9 +276,8 @@ def without_own(y: Tensor, v: Tensor) -> Tensor:
     Returns:
         [B, T, heads, width]. Source: XSA of PR #1019.
     """
-    own = F.normalize(v, dim=-1)[:, :, :, None, :]  # (B, T, kv_heads, 1, width)
-    grouped = y.reshape(*v.shape[:3], y.size(2) // v.size(2), v.size(-1))
-    return (grouped - (grouped * own).sum(-1, keepdim=True) * own).reshape(y.shape)
+    small = y.dtype in (torch.bfloat16, torch.float16) and y.size(-1) <= LARGEST_D
+    return fused_without_own(y, v) if small and uses_triton("auto", y.device) else without_own_ref(y, v)
 
 
 def banded_attention(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from slotfast import fused, ops
-from slotfast.kernels import pack_int6
+from slotfast.kernels import pack_int6, without_own_ref
 from slotfast.model import Linear, PackedLinear
 from slotfast.stream import CachedForward
 from tests.models import PLAIN, SMALL, randomised
@@ -155,6 +155,27 @@ def test_blocks_trace_whole(pieces):
     expected.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, model.blocks[0].attn.c_q.weight.grad)
+
+
+def test_gradients_without_the_own_value():
+    generator = torch.Generator().manual_seed(2)
+    y, v, dx = (torch.randn(2, 5, heads, 8, generator=generator).to(DEVICE) for heads in (4, 2, 4))
+    found = []
+    for function, dtype in ((fused.without_own, torch.float32), (without_own_ref, torch.float64)):
+        given = [x.detach().to(dtype, copy=True).requires_grad_() for x in (y, v)]
+        function(*given).backward(dx.to(dtype))
+        found.append([x.grad.double() for x in given])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
+def test_the_own_value_leaves_by_a_kernel_in_half_precision(monkeypatch):
+    y, v = torch.randn(1, 3, 4, 8), torch.randn(1, 3, 2, 8)
+    monkeypatch.setattr(ops, "fused_without_own", lambda y, v: "kernel")
+    assert torch.equal(ops.without_own(y, v), without_own_ref(y, v)) and ops.without_own(y.half(), v.half()) != "kernel"
+    monkeypatch.setattr(ops, "uses_triton", lambda backend, device: True)
+    assert ops.without_own(y.half(), v.half()) == "kernel"
+    assert torch.equal(ops.without_own(y, v), without_own_ref(y, v))
 
 
 def test_only_half_precision_on_a_gpu_is_fused(monkeypatch):

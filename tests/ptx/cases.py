@@ -175,6 +175,7 @@ SUITE = {
     "rate_scan": ("strided", "one token, one window"),
     "slot_solve": ("primes, more windows than programs", "two phases", "above a tile", "no positions", "float16"),
     "slot_solve_mm": ("primes, more windows than programs", "above a tile", "one element", "float16"),
+    "without_own": ("primes, groups of three", "beside queries and keys", "several programs, bfloat16", "no value"),
 }  # fmt: skip
 
 

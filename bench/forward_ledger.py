@@ -1,4 +1,4 @@
-"""Bytes and operations of one forward of an evaluation, line by line: eager as written, and with its fused pieces.
+"""Bytes and operations of one forward of an evaluation, line by line: in plain torch, and with the kernels of a GPU.
 
     python -m bench.forward_ledger                       the contest's model, 32 windows of 2048, scored throughout
     python -m bench.forward_ledger --artifact FILE       the model of an artifact; "demo" is the one that is shipped
@@ -8,9 +8,9 @@
     --lines                                              every line, not only what each group comes to
     --all [--out FILE]                                   the four that are committed
 
-Counted (`bench/ledger.py` says how), not measured; "fused" has the pieces of `bench/fused_pieces.py` in the place of
-the lines that they replace, and `python -m bench.predict` makes times of both. Elementwise is all that is neither an
-operand or result of a product nor attention's.
+Counted (`bench/ledger.py` says how), not measured: the model runs on tensors without data, "eager" as with
+`--backend torch`, "fused" as it does on a GPU, and `python -m bench.predict` makes times of both. Elementwise is all
+that is neither an operand or result of a product nor attention's.
 """
 
 import argparse
@@ -19,8 +19,7 @@ import sys
 from pathlib import Path
 
 from bench.common import RESULTS, commit
-from bench.fused_pieces import fused
-from bench.ledger import ELEMENTWISE, GROUPS, Ledger, Shape, as_written
+from bench.ledger import ELEMENTWISE, GROUPS, Ledger, Shape, ledger_of
 from slotfast import ops
 from slotfast.artifact import load_artifact
 from slotfast.model import GPTConfig
@@ -105,8 +104,7 @@ def main() -> int:
             parser.error("expected windows >= 1, block >= 1 and 1 <= scored <= length")
     results = {}
     for name, shape in shapes.items():
-        before = as_written(shape)
-        after = fused(before, shape)
+        before, after = ledger_of(shape), ledger_of(shape, kernels=True)
         found = summary(before, after)
         print(f"{name}\n{table(found)}")
         if args.lines:

@@ -5,8 +5,12 @@ that called it. An operator reads its inputs once and writes its outputs once, w
 shares its input's memory is free. Normalisation, attention and products are one kernel each, as they are on a GPU, and
 attention moves its queries, keys, values and output alone. Operations are two for each multiply-add of products and of
 visible attention, one for each element that another operator writes.
+
+A fused piece is a product and what is behind it: operand, matrix and result are the product's, whatever else it reads
+and writes stands beside that, in the group of the operators that it is there instead of.
 """
 
+import contextlib
 import math
 import sys
 from collections.abc import Iterable, Iterator
@@ -32,14 +36,16 @@ GROUPS = {
     "attention": ("scaled_dot_product_attention", "banded_attention"),
     "norms": ("rms_norm",),
     "rotary": ("rotate", "rotary_table"),
-    "own value": ("without_own",),
+    "own value": ("without_own", "without_own_ref"),
     "keys kept": ("_Recent.", "_Memory."),
     "head and loss": ("GPT.head", "GPT.unembed", "softcap", "cross_entropy"),
     "mlp": ("MLP.",),
     "heads": ("Attention.",),
-    "residual, mixing": ("Block.", "GPT.add_skip"),
+    "residual, mixing": ("Block.", "GPT.add_skip", "GPT.skip_share", "channel_mix"),
     "embedding": ("",),
 }
+# Fused operators that are products: the group of what they move besides.
+FUSED = {"linear_heads": "heads", "linear_squared": "mlp", "linear_residual": "residual, mixing"}
 ELEMENTWISE = tuple(name for name in GROUPS if name not in ("products", "attention"))
 
 
@@ -145,7 +151,7 @@ class Shape:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# as written: what the model calls
+# what the model calls
 
 
 class Counting(TorchDispatchMode):
@@ -181,9 +187,14 @@ class Counting(TorchDispatchMode):
                 read = size(inputs[1]) + written
             elif name in ("zeros_like", "ones_like"):
                 read = 0
-            self.ledger.add(
-                self._calling(sys._getframe(1)), name, read=read, written=written, flops=flops(name, inputs, args, made)
-            )
+            function = self._calling(sys._getframe(1))
+            if name in FUSED:
+                (x, weight, *others), (y, *left) = inputs, made
+                besides = {"read": sum(map(size, others)), "written": sum(map(size, left))}
+                self.ledger.add(function, f"{name}, besides", **besides, flops=0, calls=0, group=FUSED[name])
+                read, written = size(x) + size(weight), size(y)
+            count = flops(name, inputs, args, made)
+            self.ledger.add(function, name, read=read, written=written, flops=count)
         return out
 
     def _calling(self, frame: FrameType | None) -> str:
@@ -221,7 +232,7 @@ def size(x: Tensor) -> int:
 
 def flops(name: str, inputs: list[Tensor], args: tuple, made: list[Tensor]) -> int:
     """Of one call: two for a multiply-add, one for an element of anything else."""
-    if name == "linear":
+    if name == "linear" or name in FUSED:
         return 2 * made[0].numel() * inputs[0].size(-1)
     if name == "scaled_dot_product_attention":
         batch, heads, queries, width = inputs[0].shape
@@ -239,22 +250,33 @@ def visible(queries: int, keys: int, window: int) -> int:
     return sum(min(first + at + 1, window) for at in range(queries))
 
 
-def as_written(shape: Shape) -> Ledger:
-    """The ledger of the model as `slotfast/model` has it, in bfloat16."""
+def ledger_of(shape: Shape, kernels: bool = False) -> Ledger:
+    """The ledger of the model as `slotfast/model` has it, in bfloat16: of plain torch, or of the kernels on a GPU."""
     dtype, config = torch.bfloat16, shape.config
-    with torch.device("meta"):
+    with torch.device("meta"), _choosing(kernels):
         model = GPT(config).eval().cast_matrices(dtype)
         count = (1, shape.length) if shape.block else (shape.windows, shape.length)
         tokens = torch.zeros(count, dtype=torch.int64)
         block = torch.zeros(1, shape.block or 0, dtype=torch.int64)
         targets = torch.zeros((1, shape.block) if shape.block else (shape.windows, shape.scored), dtype=torch.int64)
         ops.attention(*[torch.zeros(1, 1, 1, 1, dtype=dtype)] * 3)  # looks for FlashAttention once, uncounted
-    with torch.inference_mode():
-        cached = CachedForward(model, shape.length, shape.sinks, dtype=dtype)
-        if shape.block:
-            cached(tokens)  # fills the cache
-            cached(block)
-        with Counting(model) as counting:
-            hidden = cached(block) if shape.block else model.hidden(tokens, dtype, shape.length - shape.scored)
-            ops.cross_entropy(model.head(hidden), targets)
+        with torch.inference_mode():
+            cached = CachedForward(model, shape.length, shape.sinks, dtype=dtype)
+            if shape.block:
+                cached(tokens)  # fills the cache
+                cached(block)
+            with Counting(model) as counting:
+                hidden = cached(block) if shape.block else model.hidden(tokens, dtype, shape.length - shape.scored)
+                ops.cross_entropy(model.head(hidden), targets)
     return counting.ledger
+
+
+@contextlib.contextmanager
+def _choosing(kernels: bool) -> Iterator[None]:
+    """Within, operators choose on the meta device as they do on a GPU, or as they do on a CPU."""
+    before = ops.uses_triton
+    ops.uses_triton = lambda backend, device: kernels and backend != "torch"
+    try:
+        yield
+    finally:
+        ops.uses_triton = before

@@ -20,8 +20,7 @@ import torch
 
 from bench.common import RESULTS, commit
 from bench.forward_ledger import committed
-from bench.fused_pieces import fused
-from bench.ledger import ELEMENTWISE, Counting, Ledger, as_written
+from bench.ledger import ELEMENTWISE, Counting, Ledger, ledger_of
 from bench.static_report import KEYS, table_of
 from bench.summary import rows_of, summary
 from slotfast.kernels import decay_scan_ref, specs
@@ -257,8 +256,8 @@ def predict(table: dict[tuple, dict], gpu: Gpu) -> dict[str, dict]:
         ("windows, 64 scored, on 8", windows, 969_057 / 8 / 32, "<= 60 s on 8 GPUs"),
         ("stream, on one", stream, 62.0e6 / 8192, "<= 60 s on one GPU, stretch 30"),
     ):
-        before = as_written(shape)
-        for which, ledger in (("eager", before), ("fused", fused(before, shape))):
+        for which, kernels in (("eager", False), ("fused", True)):
+            ledger = ledger_of(shape, kernels)
             us = forward(ledger, gpu)
             found[f"P7 {name}, {which}"] = {"us": round(us, 1), "seconds": round(us * units / 1e6, 1), "target": target}
     row, _ = launch(table, "rate_scan", "production", "fp64")

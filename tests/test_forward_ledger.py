@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench import forward_ledger
 from bench.bench_forward import operations
 from bench.forward_ledger import CONTEST, committed, summary
-from bench.fused_pieces import PIECES, fused
-from bench.ledger import ELEMENTWISE, Shape, as_written, visible
+from bench.ledger import FUSED, Shape, ledger_of, visible
 from slotfast import ops
 from slotfast.model import GPT, GPTConfig
 
@@ -57,23 +56,23 @@ def test_eager_bytes_are_those_of_a_run():
     tokens = torch.randint(0, SMALL.vocab_size, (3, 48), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), Traffic() as traffic:
         ops.cross_entropy(model.head(model.hidden(tokens, torch.bfloat16)), tokens)
-    counted = sum(line.bytes for line in as_written(WINDOWS))
+    counted = sum(line.bytes for line in ledger_of(WINDOWS))
     copies = next(
-        line.bytes for line in as_written(WINDOWS) if line.function == "without_own" and line.operator == "sub"
+        line.bytes for line in ledger_of(WINDOWS) if line.function == "without_own_ref" and line.operator == "sub"
     )
     assert counted == pytest.approx(traffic.bytes, rel=0.02, abs=copies)
 
 
 def test_lines_computed_by_hand():
     """The MLP's two passes; XSA's subtraction; the cast of logits to float32 and its cap's three passes."""
-    tokens, lines = 3 * 48, {(line.function, line.operator): line for line in as_written(WINDOWS)}
+    tokens, lines = 3 * 48, {(line.function, line.operator): line for line in ledger_of(WINDOWS)}
     runs = len(SMALL.order)
     for operator in ("leaky_relu", "square"):
         line = lines["MLP.forward", operator]
         assert line.calls == runs and line.read == line.written == runs * tokens * 160 * 2
     assert lines["MLP.fc", "linear"].flops == runs * 2 * tokens * 160 * 64
     assert lines["MLP.fc", "linear"].read == runs * 2 * (tokens * 64 + 160 * 64)
-    own = lines["without_own", "sub"]
+    own = lines["without_own_ref", "sub"]
     assert own.calls == len([layer for layer in SMALL.order if layer >= 1])  # xsa_layers 3 of 4
     assert own.read == 2 * own.written == own.calls * tokens * 64 * 2 * 2
     assert lines["GPT.head", "to"].read * 2 == lines["GPT.head", "to"].written == tokens * 96 * 4
@@ -84,38 +83,46 @@ def test_lines_computed_by_hand():
 @pytest.mark.parametrize("shape", [WINDOWS, STREAM], ids=["windows", "stream"])
 def test_operations_are_those_of_the_shape(shape):
     """Products and attention, against `bench.bench_forward`, which counts them from the parameters."""
-    before = as_written(shape)
+    before = ledger_of(shape)
     found = before.total(["products", "attention"]).flops
     keys = visible(shape.length, shape.length, shape.length) / shape.length if shape.block is None else shape.length + 2
     mixing = 2 * len(SMALL.order) * 2 * SMALL.width  # which it takes for a matrix
     looked_back_at = 2 * 2 * SMALL.bigram_width * SMALL.width if shape.block else 0  # two tokens before the block
     expected = shape.tokens * (operations(GPT(SMALL), keys) - mixing) + looked_back_at
     assert found == pytest.approx(expected, rel=1e-12)
-    after = fused(before, shape)
+    after = ledger_of(shape, kernels=True)
     assert after.total(["products", "attention"]).flops == found
 
 
-@pytest.mark.parametrize("scored", [48, 8])
-def test_every_elementwise_line_has_a_piece_or_is_small(scored):
-    """And every piece has lines that it replaces: neither the model nor the pieces can change unnoticed."""
-    shape = Shape(SMALL, windows=3, length=48, scored=scored)
-    before, after = as_written(shape), fused(as_written(shape), shape)
-    functions = {line.function for line in [*before, *as_written(STREAM)]}
-    for piece in PIECES:
-        for name in piece.replaces:
-            assert any(function.startswith(name) for function in functions), (piece.name, name)
-    kept = [line for line in after if line.key in before.lines and line.group in ELEMENTWISE]
-    assert sum(line.bytes for line in kept) < 0.02 * before.total(ELEMENTWISE).bytes, kept
-    assert after.total(["products"]).bytes < before.total(["products"]).bytes
+@pytest.mark.parametrize("shape", [WINDOWS, STREAM], ids=["windows", "stream"])
+def test_kernels_leave_none_of_a_block_s_passes(shape):
+    """Neither norms, rotations and gains of heads, nor activations, scales and residuals are passes of their own."""
+    before, after = ledger_of(shape), ledger_of(shape, kernels=True)
+    runs = len(SMALL.order)
+    for name, times in (("linear_heads", 1), ("linear_squared", 1), ("linear_residual", 2), ("channel_mix", 1)):
+        assert sum(line.calls for line in after if line.operator == name) == times * runs, name
+    gone = ("Block.forward", "MLP.forward", "GPT.add_skip", "WindowAttention.__call__ > rotate", "without_own_ref")
+    assert any(line.function.startswith(gone) for line in before)
+    assert not [line for line in after if line.function.startswith(gone) and line.operator not in FUSED]
+
+
+def test_a_fused_product_is_charged_what_it_reads_and_writes():
+    tokens, lines = 3 * 48, {(line.function, line.operator): line for line in ledger_of(WINDOWS, kernels=True)}
+    runs = len(SMALL.order)
+    product = lines["linear_residual", "linear_residual"]
+    assert product.read == runs * 2 * (tokens * 64 + 64 * 64 + tokens * 160 + 160 * 64)
+    assert product.written == 2 * runs * tokens * 64 * 2
+    besides = lines["linear_residual", "linear_residual, besides"]
+    assert besides.read == 2 * runs * (tokens * 64 * 2 + 64 * 4) and besides.written == 2 * runs * tokens * 4
+    assert besides.calls == 0 and besides.group == "residual, mixing"
 
 
 def test_the_contest_s_forward():
-    """What the estimate said, 48.6 GB, and what the pieces are for: under 8 GB."""
+    """What the estimate said, 48.6 GB, and what the kernels are for: under 8 GB."""
     shape = Shape(CONTEST)
-    before = as_written(shape)
-    found = summary(before, fused(before, shape))
+    found = summary(ledger_of(shape), ledger_of(shape, kernels=True))
     assert found["elementwise"]["eager"]["gb"] == pytest.approx(48.6, rel=0.02)
-    assert found["elementwise"]["fused"]["gb"] < 8
+    assert found["elementwise"]["fused"]["gb"] - found["head and loss"]["fused"]["gb"] < 8
     stored = json.loads(forward_ledger.COMMITTED.read_text())
     assert stored.keys() - {"command", "commit", "kind"} == set(committed())
     for name, both in stored["contest, windows"]["summary"].items():

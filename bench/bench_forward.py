@@ -28,6 +28,7 @@ from slotfast.data import TokenStream
 from slotfast.eval.forward import Forward, StreamForward, Streaming, WindowForward, block_that_fits, windows_that_fit
 from slotfast.eval.inputs import Sources, read_inputs
 from slotfast.model import GPT, GPTConfig
+from slotfast.slot import Adjusted
 from slotfast.windows import Plan
 from slotfast.worker import Worker
 
@@ -91,8 +92,7 @@ def ours(forward: Forward, plan: Plan, batch: int) -> Callable[[range], Tensor]:
         losses = []
         for first in range(indices.start, indices.stop, batch):
             found = forward(range(first, min(first + batch, indices.stop)))
-            logits, targets = found.logits[:, -plan.stride :], found.targets[:, -plan.stride :]
-            losses.append(F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none"))
+            losses.append(Adjusted(found).nll())
         return torch.cat(losses)
 
     return run

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .banded import fused_banded_attention
@@ -24,13 +25,12 @@ from .kernels import (
     int6_matmul,
     int6_matmul_ref,
 )
-from .kernels._inputs import _scores_ref, _targets_ref
 from .kernels.attention import _banded_attention_bwd, _banded_attention_fwd, _check_banded_attention
-from .kernels.cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd
 from .kernels.int6_product import _stays_in_l2
 from .kernels.lbfgs import LARGEST_V
 from .kernels.own import LARGEST_D, without_own_ref
 from .kernels.solver import MOST_COLUMNS, MOST_PAIRS
+from .losses import bias_loss, linear_loss
 
 __all__ = [
     "Backend",
@@ -42,7 +42,9 @@ __all__ = [
     "fuses",
     "int6_linear",
     "keeps_dense",
+    "keeps_no_logits",
     "launches_lbfgs",
+    "linear_cross_entropy",
     "linear_heads",
     "linear_residual",
     "linear_squared",
@@ -79,6 +81,11 @@ def fuses(backend: Backend, x: Tensor, head_width: int) -> bool:
     half = x.dtype in (torch.bfloat16, torch.float16)
     whole = 2 <= head_width <= 128 and head_width.bit_count() == 1
     return half and whole and uses_triton(backend, x.device)
+
+
+def keeps_no_logits(backend: Backend, x: Tensor) -> bool:
+    """Whether losses of states x come straight from them; in float32 they do not, as blocks are not fused there."""
+    return x.dtype in (torch.bfloat16, torch.float16) and uses_triton(backend, x.device)
 
 
 def solves_in_one_launch(backend: Backend, logits: Tensor, phases: Sequence[tuple[int, int]]) -> bool:
@@ -122,87 +129,41 @@ def cross_entropy(
         float32 (float64 for float64) [W, T], nats; 0 where ignored.
     """
     if backend == "auto":
-        return _forward(logits, targets, bias, softcap, cap_after_bias, ignore_index)[0]
+        return bias_loss(logits, targets, bias, softcap, cap_after_bias, ignore_index)[0]
     options = {"softcap": softcap, "cap_after_bias": cap_after_bias, "ignore_index": ignore_index}
     function = choose(backend, logits.device, bias_cross_entropy, bias_cross_entropy_ref)
     return function(logits, targets, bias, **options)[0]
 
 
-@torch.library.custom_op("slotfast::bias_cross_entropy", mutates_args=(), device_types="cpu")
-def _forward(
-    logits: Tensor, targets: Tensor, bias: Tensor | None, softcap: float | None, cap_after_bias: bool, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """nll, lse, and what the backward pass of the device needs."""
-    options = {"softcap": softcap, "cap_after_bias": cap_after_bias, "ignore_index": ignore_index}
-    nll, lse = bias_cross_entropy_ref(logits, targets, bias, **options)
-    return nll, lse, lse.new_empty(0), lse.new_empty(0)
-
-
-@_forward.register_kernel("cuda")
-def _(logits, targets, bias, softcap, cap_after_bias, ignore_index):
-    return _bias_cross_entropy_fwd(logits, targets, bias, (softcap, cap_after_bias, ignore_index))
-
-
-@_forward.register_fake
-def _(logits, targets, bias, softcap, cap_after_bias, ignore_index):
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    saved = targets.shape if logits.device.type == "cuda" else (0,)
-    return tuple(logits.new_empty(shape, dtype=dtype) for shape in (targets.shape, targets.shape, saved, saved))
-
-
-@torch.library.custom_op("slotfast::bias_cross_entropy_backward", mutates_args=(), device_types="cpu")
-def _backward(
-    dnll: Tensor,
-    dlse: Tensor,
-    logits: Tensor,
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
     targets: Tensor,
-    bias: Tensor | None,
-    shift: Tensor,
-    total: Tensor,
-    softcap: float | None,
-    cap_after_bias: bool,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of logits and bias; that of no bias is empty."""
-    z = _scores_ref(logits, bias, softcap, cap_after_bias)
-    used, bad, index = _targets_ref(targets, z.size(-1), ignore_index)
-    dnll = dnll.masked_fill(~used, 0.0).masked_fill(bad, torch.nan)
-    dz = torch.softmax(z.masked_fill(~used[..., None], 0.0), -1) * (dnll + dlse.masked_fill(~used, 0.0))[..., None]
-    dz.scatter_add_(-1, index[..., None], -dnll[..., None])
-    dlogits = dz
-    if softcap is not None:
-        capped = z if cap_after_bias else softcap * torch.tanh(logits.to(z.dtype) / softcap)
-        dlogits = dz * (1 - (capped / softcap).square())
-    if bias is None:
-        return dlogits.to(logits.dtype), logits.new_empty(0)
-    dbias = (dlogits if cap_after_bias else dz).sum(-2)
-    return dlogits.to(logits.dtype), (dbias.sum(0) if bias.dim() == 1 else dbias).to(bias.dtype)
+    *,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Cross-entropy of each row's soft-capped logits x W^T, with gradients to both.
 
+    Where `keeps_no_logits`, neither they nor their gradients are in memory.
 
-@_backward.register_kernel("cuda")
-def _(dnll, dlse, logits, targets, bias, shift, total, softcap, cap_after_bias, ignore_index):
-    options = softcap, cap_after_bias, ignore_index
-    dlogits, dbias = _bias_cross_entropy_bwd(logits, targets, bias, shift, total, dnll, dlse, options)
-    return dlogits, logits.new_empty(0) if dbias is None else dbias
+    Args:
+        x: [..., K] float32, bfloat16, float16; float64 on the torch backend.
+        weight: [V, K] in x's dtype.
+        targets: int [...].
+        softcap: c > 0 of c * tanh(logits / c), or None.
+        ignore_index: target of rows that do not count.
+        backend: triton, torch or auto.
 
-
-@_backward.register_fake
-def _(dnll, dlse, logits, targets, bias, shift, total, softcap, cap_after_bias, ignore_index):
-    return logits.new_empty(logits.shape), logits.new_empty(0) if bias is None else torch.empty_like(bias)
-
-
-def _save(ctx, inputs, output):
-    logits, targets, bias, *ctx.options = inputs
-    ctx.save_for_backward(logits, targets, bias, *output[2:])
-
-
-def _differentiate(ctx, dnll, dlse, dshift, dtotal):
-    logits, targets, bias, shift, total = ctx.saved_tensors
-    dlogits, dbias = _backward(dnll, dlse, logits, targets, bias, shift, total, *ctx.options)
-    return dlogits, None, None if bias is None else dbias, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+    Returns:
+        float32 (float64 for float64) [...], nats; 0 where ignored.
+    """
+    if keeps_no_logits(backend, x):
+        return linear_loss(x, weight, targets, softcap, ignore_index)[0]
+    logits = F.linear(x, weight)
+    flat = logits.reshape(1, -1, len(weight)), targets.reshape(1, -1)
+    return cross_entropy(*flat, softcap=softcap, ignore_index=ignore_index, backend=backend).view(targets.shape)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import ops
 from .data import TokenStream
 from .model import CausalModel
 from .windows import Plan
@@ -113,8 +112,8 @@ class ScoreFirst:
                     piece = torch.from_numpy(stream.read(start, min(start + plan.seq_len, stop) + 1).astype("int64"))
                     piece = piece[None].to(worker.device)
                     with torch.enable_grad():
-                        logits = model.head(model.hidden(piece[:, :-1], worker.dtype))
-                        loss = ops.cross_entropy(logits, piece[:, 1:]).sum() / predictions
+                        hidden = model.hidden(piece[:, :-1], worker.dtype)
+                        loss = model.losses(hidden, piece[:, 1:]).sum() / predictions
                     loss.backward()
                 if worker.world > 1:
                     for gradient in [parameter.grad for parameter in parameters if parameter.grad is not None]:

@@ -64,6 +64,20 @@ def test_cross_entropy_operator_is_well_formed(case):
     torch.library.opcheck(torch.ops.slotfast.bias_cross_entropy.default, arguments)
 
 
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True)], ids=["both", "x", "weight"])
+def test_linear_cross_entropy_operator_is_well_formed(wanted):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator) for shape in ((2, 5, 8), (17, 8)))
+    targets = torch.randint(0, 17, (2, 5), generator=generator)
+    arguments = (x.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1]), targets, 2.0, -100)
+    torch.library.opcheck(torch.ops.slotfast.linear_cross_entropy.default, arguments)
+    inputs = [each for each in (x, weight) if each.requires_grad]
+    traced = torch.autograd.grad(torch.ops.slotfast.linear_cross_entropy(*arguments)[0].sum(), inputs)
+    called = torch.autograd.grad(ops.linear_cross_entropy(x, weight, targets, softcap=2.0).sum(), inputs)
+    for first, second in zip(traced, called, strict=True):
+        assert (first - second).abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int6_operator_is_well_formed(dtype):
     codes = torch.randint(-31, 32, (20, 33), dtype=torch.int8, generator=torch.Generator().manual_seed(0))

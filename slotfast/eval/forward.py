@@ -1,26 +1,30 @@
 """Runs the model over consecutive windows, and gives adaptations a batch with what they need.
 
 There are two ways: forward each window separately, or forward every token of the stream once and take the windows as
-overlapping views of one tape of logits.
+overlapping views of one tape of logits. Where no row needs logits, losses are in their place.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..data import TokenStream
 from ..foreign.models import cached_forward
 from ..model import GPT, CausalModel
 from ..slot import Adapter, WindowBatch, first_position
+from ..slot.batch import row_losses
 from ..windows import Plan, Window
 from ..worker import Worker
 
 _BLOCK_TOKENS = {"cpu": 1024, "cuda": 16384}  # on two CPUs 512 to 4096 are within a tenth of each other
 _LOGIT_BYTES = 1 << 28  # of one batch's float32 logits, which set the default batch
+_ROWS = 1024  # whose logits are in memory at once where losses alone are wanted, or those of one window
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class WindowForward:
     Args:
         model, stream, plan, adapters, worker: of the pass.
         batch_windows: windows of one forward; short batches are padded to it, so that shapes never change.
+        keep_logits: whatever the adapters need; distributions are wanted.
     """
 
     def __init__(
@@ -67,15 +72,16 @@ class WindowForward:
         adapters: Sequence[Adapter],
         worker: Worker,
         batch_windows: int,
+        keep_logits: bool = False,
     ):
         self.model, self.stream, self.plan = model, stream, plan
         self.worker, self.batch_windows = worker, batch_windows
-        self.keep_hidden, self.first_needed = _needs(adapters, plan)
+        self.needs = Needs.of(adapters, plan, keep_logits)
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
         """See `Forward`."""
-        cut = self.first_needed if indices.start else 0  # the stream's first window scores all of its positions
-        device = self.worker.device
+        cut = self.needs.first if indices.start else 0  # the stream's first window scores all of its positions
+        device, needs = self.worker.device, self.needs
         parts: list[tuple[Tensor, ...]] = []
         for first in range(0, len(indices), self.batch_windows):
             windows = [self.plan[index] for index in indices[first : first + self.batch_windows]]
@@ -83,16 +89,14 @@ class WindowForward:
             hidden = self.model.hidden(tokens[:, :-1].to(device), self.worker.dtype, cut, self.plan.seq_len)
             ends = _ends(windows, cut)
             ends = torch.cat([ends, ends.new_zeros(self.batch_windows - len(ends), 2)])
-            states = (hidden,) if self.keep_hidden else ()
-            parts.append((self.model.head(hidden), *(t.to(device) for t in (tokens[:, 1 + cut :], ends)), *states))
+            targets, states = tokens[:, 1 + cut :].to(device), (hidden,) if needs.hidden else ()
+            scores = self.model.head(hidden) if needs.logits else losses(self.model, hidden, targets, self.worker)
+            parts.append((scores, targets, ends.to(device), *states))
             if on_windows:
                 on_windows(len(windows))
         columns = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
-        logits, targets, ends, *kept = columns
-        needed = next(iter(kept), None)
-        return WindowBatch(
-            logits, targets, ends[:, 0], ends[:, 1], self.worker.backend, hidden=needed, head=self.model.head
-        )
+        scores, targets, ends, *kept = columns
+        return self.needs.batch(scores, targets, ends, self.worker, next(iter(kept), None), self.model)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing is kept."""
@@ -119,6 +123,7 @@ class StreamForward:
         model, stream, plan, adapters, worker: of the pass.
         first_window: the first that is wanted; of the stream before it, only what this window depends on is forwarded.
         streaming: sinks and blocks.
+        keep_logits: as `WindowForward`'s.
     """
 
     def __init__(
@@ -130,38 +135,37 @@ class StreamForward:
         worker: Worker,
         first_window: int,
         streaming: Streaming,
+        keep_logits: bool = False,
     ):
         self.model, self.stream, self.plan, self.block = model, stream, plan, streaming.block_tokens
         self.worker = worker
-        self.keep_hidden, self.first_needed = _needs(adapters, plan)
+        self.needs = Needs.of(adapters, plan, keep_logits)
         self.cached = cached_forward(model, plan.seq_len, streaming.sinks, worker.dtype)
-        self.logits, self.hidden = RollingTape(), RollingTape()
+        self.scores, self.hidden = RollingTape(), RollingTape()  # scores: logits or losses
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
         """See `Forward`. The batch is valid until the next call."""
         windows = [self.plan[index] for index in indices]
-        cut = self.first_needed if indices.start else 0
+        cut = self.needs.first if indices.start else 0
         begin, length = windows[0].start + cut, self.plan.positions - cut
-        if self.logits.end == 0:
+        if self.scores.end == 0:
             self._start(begin)
-        for tape in (self.logits, self.hidden):
+        for tape in (self.scores, self.hidden):
             tape.drop(begin)
         end = windows[-1].start + self.plan.positions
         while self.cached.position < min(end, self.plan.predictions):
             self._read(begin)
         options = {"begin": begin, "step": self.plan.stride, "count": len(windows), "length": length}
-        logits = self.logits.windows(**options)
+        scores = self.scores.windows(**options)
         tokens = np.zeros(end - begin, np.int64)
         known = self.stream.read(begin + 1, end + 1)
         tokens[: len(known)] = known
         targets = overlapping(torch.from_numpy(tokens).to(self.worker.device), self.plan.stride, len(windows), length)
-        hidden = self.hidden.windows(**options) if self.keep_hidden else None
+        hidden = self.hidden.windows(**options) if self.needs.hidden else None
         ends = _ends(windows, cut).to(self.worker.device)
         if on_windows:
             on_windows(len(windows))
-        return WindowBatch(
-            logits, targets, ends[:, 0], ends[:, 1], self.worker.backend, hidden=hidden, head=self.model.head
-        )
+        return self.needs.batch(scores, targets, ends, self.worker, hidden, self.model)
 
     def _start(self, begin: int) -> None:
         """Advance the cache until it holds all that prediction `begin` depends on."""
@@ -175,23 +179,26 @@ class StreamForward:
         """Forward up to the end of the block; predictions from `wanted` on go onto the tape."""
         start = self.cached.position
         stop = min((start // self.block + 1) * self.block, self.plan.predictions)
-        tokens = torch.from_numpy(self.stream.read(start, stop).astype(np.int64))[None].to(self.worker.device)
+        tokens = torch.from_numpy(self.stream.read(start, stop + 1).astype(np.int64)).to(self.worker.device)
         first = min(max(0, wanted - start), stop - start)
-        hidden = self.cached(tokens, first)[0]
+        hidden = self.cached(tokens[None, :-1], first)[0]
         if first < stop - start:
-            self.logits.append(start + first, self.model.head(hidden))
-            if self.keep_hidden:
+            targets = tokens[1 + first :]
+            logits = self.needs.logits
+            scores = self.model.head(hidden) if logits else losses(self.model, hidden, targets, self.worker)
+            self.scores.append(start + first, scores)
+            if self.needs.hidden:
                 self.hidden.append(start + first, hidden)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Forward`."""
-        parts = {"cached": self.cached, "logits": self.logits, "hidden": self.hidden}
+        parts = {"cached": self.cached, "scores": self.scores, "hidden": self.hidden}
         return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Forward`."""
         self.cached.load_state_dict(state["cached"])
-        self.logits.load_state_dict(state["logits"], self.worker.device)
+        self.scores.load_state_dict(state["scores"], self.worker.device)
         self.hidden.load_state_dict(state["hidden"], self.worker.device)
 
 
@@ -265,11 +272,47 @@ def overlapping(rows: Tensor, step: int, count: int, length: int) -> Tensor:
     return rows.as_strided((count, length, *rows.shape[1:]), (step * rows.stride(0), *rows.stride()))
 
 
-def _needs(adapters: Sequence[Adapter], plan: Plan) -> tuple[bool, int]:
-    """Whether hidden states are needed, and the first position that is, in every window but the stream's first."""
-    positions = (first_position(adapter.row, plan.seq_len, plan.stride) for adapter in adapters)
-    keep_hidden = any(adapter.row.needs_hidden for adapter in adapters)
-    return keep_hidden, min(positions, default=plan.seq_len - plan.stride)
+@dataclass(frozen=True)
+class Needs:
+    """What the rows of a run need of a forward.
+
+    Args:
+        logits, hidden: whether they are needed.
+        first: the first position of which anything is, in every window but the stream's first.
+    """
+
+    logits: bool
+    hidden: bool
+    first: int
+
+    @classmethod
+    def of(cls, adapters: Sequence[Adapter], plan: Plan, keep_logits: bool) -> Self:
+        """Of rows; `keep_logits`: whatever they are."""
+        rows = [adapter.row for adapter in adapters]
+        positions = (first_position(row, plan.seq_len, plan.stride) for row in rows)
+        logits = keep_logits or any(row.needs_logits for row in rows)
+        hidden = any(row.needs_hidden for row in rows)
+        return cls(logits, hidden, min(positions, default=plan.seq_len - plan.stride))
+
+    def batch(
+        self, scores: Tensor, targets: Tensor, ends: Tensor, worker: Worker, hidden: Tensor | None, model: CausalModel
+    ) -> WindowBatch:
+        """A batch of logits [W, T, V], or of losses [W, T] where no more is needed; ends int64 [W, 2]."""
+        logits, nll = (scores, None) if self.logits else (scores.new_empty(*scores.shape, 0), scores)
+        given = logits, targets, ends[:, 0], ends[:, 1], worker.backend
+        return WindowBatch(*given, hidden=hidden, head=model.head, nll=nll)
+
+
+def losses(model: CausalModel, hidden: Tensor, targets: Tensor, worker: Worker) -> Tensor:
+    """Losses of targets, [W, T] or [n], under states [W, T, D] or [n, D], nats, without all of their logits in memory.
+
+    Plain torch makes those of some windows or rows at a time, and has the bits of a run that keeps them.
+    """
+    if ops.keeps_no_logits(worker.backend, hidden):
+        return model.losses(hidden, targets)
+    step = max(1, _ROWS // math.prod(targets.shape[1:]))
+    parts = zip(hidden.split(step), targets.split(step), strict=True)
+    return torch.cat([row_losses(model.head(states), own) for states, own in parts])
 
 
 def _ends(windows: Sequence[Window], cut: int) -> Tensor:

@@ -93,7 +93,9 @@ class SlidingPass:
         self._first = max(0, self._owned.start - burn_in)  # what the adapters carry begins with this window
         common = (model, text.stream, plan, adapters, worker)
         self._forward: Forward = (
-            StreamForward(*common, self._first, streaming) if streaming else WindowForward(*common, batch_windows)
+            StreamForward(*common, self._first, streaming, keep_logprobs)
+            if streaming
+            else WindowForward(*common, batch_windows, keep_logprobs)
         )
         self._done: int | None = None  # windows before this one are scored; None before any is
 

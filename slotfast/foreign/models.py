@@ -13,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from .. import shipped
+from .. import ops, shipped
 from ..data import Tokenizer
 from ..errors import InputError, first_line
 from ..model import GPT, CausalModel
@@ -118,6 +118,10 @@ class LanguageModel(nn.Module):
             with _autocast(hidden.device, hidden.dtype):
                 logits = _at_least_float32(self._head(hidden))
         return logits if bias is None else logits + bias
+
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Losses of targets [...] under hidden states [..., D]: float32 (float64 for float64) [...], nats."""
+        return ops.cross_entropy(self.head(hidden), targets)
 
 
 def _first(states: Any) -> Any:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..foreign.models import cached_forward
 from ..model import CausalModel
 
@@ -73,7 +72,7 @@ class FrozenLoop:
         while self._done < span.stop:
             start = self._done
             tokens = read_tokens(read, start, min(start + self.block, span.stop), self.model)
-            nll = losses_of(self._cached, self.model.head, tokens)[0]
+            nll = self.model.losses(self._cached(tokens[None, :-1]), tokens[None, 1:])[0]
             self._done = start + len(nll)
             self.seconds["unlearned"] += clock.lap()
             on_charged(Charged(start, nll))
@@ -114,13 +113,6 @@ def read_tokens(read: Callable[[int, int], np.ndarray], start: int, stop: int, m
     """int64 [stop - start + 1], on the model's device: what predictions [start, stop) read, and are charged for."""
     tokens = torch.from_numpy(np.asarray(read(start, stop + 1)).astype(np.int64))
     return tokens.to(next(model.parameters()).device)
-
-
-def losses_of(
-    cached: Callable[[Tensor], Tensor], head: Callable[[Tensor], Tensor], tokens: Tensor
-) -> tuple[Tensor, Tensor]:
-    logits = head(cached(tokens[None, :-1]))
-    return ops.cross_entropy(logits, tokens[None, 1:])[0], logits[0]
 
 
 class Clock:

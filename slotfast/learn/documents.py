@@ -319,14 +319,16 @@ class DocumentLoop:
     def _losses(
         self, model: GPT, batch: Batch, slots: Sequence[int], learned: bool, keep: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Losses [B, C] and logits [B, C, V] of the chunks' rows."""
+        """Losses [B, C] of the chunks' rows, and logits [B, C, V] where those that are charged need them."""
         attend = batch.attend(model, slots, self._keys.get(learned), keep)
         states = model.states(batch.inputs, attend, self.dtype, batch.before, batch.first)
         rows = torch.take_along_dim(states, batch.rows, 1)
-        logits = self.lora.head(model, rows)
         if learned:
             self.ledger["forward"] += batch.tokens
             self.ledger["rows"] += states.size(0) * states.size(1)
+        if not (learned and keep and (self.keep_logprobs or self.on_top)):
+            return self.lora.losses(model, rows, batch.targets), rows.new_empty(len(rows), 0)
+        logits = self.lora.head(model, rows)
         return ops.cross_entropy(logits, batch.targets), logits
 
     # -- charges on their way out

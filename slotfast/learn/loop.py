@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..errors import InputError
 from ..foreign.models import LanguageModel, cached_forward
 from ..model import GPT, PackedLinear
-from .charged import Charged, Clock, Read, catch_up, losses_of, read_tokens
+from .charged import Charged, Clock, Read, catch_up, read_tokens
 from .lora import Learner, Lora, Weights, restore
 from .row import Learning
 from .top import OnTop
@@ -197,11 +198,15 @@ class LearningLoop:
 
     @torch.enable_grad()
     def _forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Losses [n] and logits [n, V] of the predictions of tokens [n + 1], with what has been learned."""
+        """Losses [n] of the predictions of tokens [n + 1] with what has been learned; logits [n, V] where needed."""
         again = getattr(self._cached, "again", None)  # of a model that keeps nothing
         self._forwarded = len(tokens) - 1 + (again(len(tokens) - 1) if again else 0)
         self._work += self._forwarded
-        return losses_of(self._cached, lambda hidden: self._learner.head(self.model, hidden), tokens)
+        hidden, targets = self._cached(tokens[None, :-1]), tokens[None, 1:]
+        if not (self.keep_logprobs or self.on_top):
+            return self._learner.losses(self.model, hidden, targets)[0], hidden.new_empty(0)
+        logits = self._learner.head(self.model, hidden)
+        return ops.cross_entropy(logits, targets)[0], logits[0]
 
     def _check(self, start: int, nll: Tensor) -> None:
         broken = (~nll.isfinite()).nonzero()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
 from ..model import GPT, CausalModel
 from .layers import is_linear, linear_layers, widths
 
@@ -32,6 +33,10 @@ class Learner(Protocol):
 
     def head(self, model: CausalModel, hidden: Tensor) -> Tensor:
         """Logits of hidden states, soft-capped where the model does."""
+        ...
+
+    def losses(self, model: CausalModel, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Losses [...] of targets [...] under those logits, which need not be made."""
         ...
 
     def reset(self) -> None:
@@ -93,6 +98,12 @@ class Lora:
         """See `Learner`; the factors of our models' output matrix add to its logits before the soft cap."""
         return model.head(hidden, None if self._head is None else self._product(hidden, *self._head))
 
+    def losses(self, model: CausalModel, hidden: Tensor, targets: Tensor) -> Tensor:
+        """See `Learner`."""
+        if self._head is None:
+            return model.losses(hidden, targets)
+        return ops.cross_entropy(self.head(model, hidden), targets)
+
     def reset(self) -> None:
         """See `Learner`."""
         restore(self.parameters, self._start)
@@ -140,6 +151,10 @@ class Weights:
     def head(self, model: CausalModel, hidden: Tensor) -> Tensor:
         """See `Learner`."""
         return model.head(hidden)
+
+    def losses(self, model: CausalModel, hidden: Tensor, targets: Tensor) -> Tensor:
+        """See `Learner`."""
+        return model.losses(hidden, targets)
 
     def reset(self) -> None:
         """See `Learner`."""

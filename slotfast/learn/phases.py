@@ -69,8 +69,8 @@ def train_phase(model: GPT, row: Learning, tokens: Tensor, window: int, bos_id: 
                 for first in range(start, stop, window):
                     sequence = tokens[None, first : min(first + window, stop) + 1].to(device)
                     attend = PackedAttention(sequence[:, :-1], model, bos_id, window)
-                    logits = model.head(model.states(sequence[:, :-1], attend, dtype))
-                    (ops.cross_entropy(logits, sequence[:, 1:]).sum() / (stop - start)).backward()
+                    states = model.states(sequence[:, :-1], attend, dtype)
+                    (model.losses(states, sequence[:, 1:]).sum() / (stop - start)).backward()
                 if row.phase_clip:
                     nn.utils.clip_grad_norm_(parameters, row.phase_clip)
                 optimizer.step()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..model import GPT
 from .keys import upload
 from .row import Learning
@@ -134,6 +135,12 @@ class SlotLora:
             return model.head(hidden)
         a, b = factors
         return model.head(hidden, torch.bmm(torch.bmm(hidden, a.mT), b.mT) * self._scale)
+
+    def losses(self, model: GPT, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Losses [B, N] of targets [B, N] under those logits, which need not be made."""
+        if (0, "head") not in self._factors:
+            return model.losses(hidden, targets)
+        return ops.cross_entropy(self.head(model, hidden), targets)
 
     def step(self, slots: Sequence[int], gradient: Tensor) -> None:
         """One step of the optimiser on each of some slots, [len(slots), P], each with its own memory and count."""

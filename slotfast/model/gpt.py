@@ -145,10 +145,13 @@ class GPT(nn.Module):
         skip = weight.to(x.dtype) * skip
         return x + skip if share is None else torch.lerp(skip, x, share.to(x.dtype))
 
+    def output_matrix(self, dtype: torch.dtype) -> Tensor:
+        """[vocab_size, width] in a dtype: the embedding, or a matrix of its own."""
+        return (self.tok_emb.weight if self.lm_head is None else self.lm_head.weight).to(dtype)
+
     def unembed(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states [..., width] before the soft cap, in their dtype [..., vocab_size]."""
-        matrix = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(hidden, matrix.to(hidden.dtype))
+        return F.linear(hidden, self.output_matrix(hidden.dtype))
 
     def head(self, hidden: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of hidden states [..., width], soft-capped, float32 (float64 for float64) [..., vocab_size].
@@ -159,6 +162,14 @@ class GPT(nn.Module):
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return softcap(logits if bias is None else logits + bias, self.config.softcap)
 
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of targets int [...] under states [..., width]: float32 (float64 for float64) [...], nats.
+
+        Without logits in memory where kernels run in half precision.
+        """
+        matrix = self.output_matrix(hidden.dtype)
+        return ops.linear_cross_entropy(hidden, matrix, targets, softcap=self.config.softcap, backend=self.backend)
+
     def forward(self, tokens: Tensor, targets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Mean cross-entropy in nats; tokens and targets int [B, T]."""
-        return ops.cross_entropy(self.unembed(self.hidden(tokens, dtype)), targets, softcap=self.config.softcap).mean()
+        return self.losses(self.hidden(tokens, dtype), targets).mean()

@@ -115,6 +115,11 @@ class Adaptation(BaseModel):
         return self.parameter == "bias" and self.softcap == "after"
 
     @property
+    def needs_logits(self) -> bool:
+        """Whether it scores with more than the losses that the model has without it."""
+        return self.optimizer != "none"
+
+    @property
     def needs_hidden(self) -> bool:
         """Whether logits must be made again from hidden states, because the parameter acts before they are final."""
         return self.parameter in ("hidden", "hidden+bias", "lowrank") or self.softcap == "before"

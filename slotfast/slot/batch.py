@@ -24,13 +24,14 @@ class WindowBatch:
     on once, and a window's result has the same bits as from a tensor of its own.
 
     Args:
-        logits: float [W, T, V], soft-capped; the last position is the window's last.
+        logits: float [W, T, V], soft-capped; the last position is the window's last. No columns where `nll` is given.
         targets: int64 [W, T].
         context_end: int64 [W]; positions before it were scored by earlier windows.
         scored_end: int64 [W]; positions from context_end up to it are scored here; both 0 for padding.
         backend: triton, torch or auto.
         hidden: float [W, T, D], the states that the logits come from; None where no row needs them.
         head: from hidden states [..., D], and a bias [..., V] to add before the soft cap or None, to logits [..., V].
+        nll: float [W, T], nats: the losses without adaptation, where no row needs logits.
     """
 
     logits: Tensor
@@ -40,6 +41,7 @@ class WindowBatch:
     backend: ops.Backend = "auto"
     hidden: Tensor | None = None
     head: Callable[..., Tensor] | None = None
+    nll: Tensor | None = None
 
     @cached_property
     def scored(self) -> Tensor:
@@ -165,6 +167,12 @@ def losses(logits: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
     return lse - logits.gather(-1, targets[..., None])[..., 0].double()
 
 
+def row_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Losses [...] of targets [...] under logits [..., V], in plain torch: with `Packed`'s bits."""
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return losses(logits, softmax(logits, dtype)[1], targets).clamp(min=0).to(dtype)
+
+
 @dataclass(frozen=True)
 class Adjusted:
     """Distributions that a batch's tokens are scored with.
@@ -191,6 +199,8 @@ class Adjusted:
 
     def _nll(self) -> Tensor:
         batch = self.batch
+        if batch.nll is not None:
+            return batch.nll[batch.scored]
         triton = ops.uses_triton(batch.backend, batch.logits.device)
         if self.logits is None and not triton:
             return batch.charges.nll(self.bias)
@@ -198,10 +208,10 @@ class Adjusted:
             scored = slice(batch.first_scored, None)
             nll = ops.cross_entropy(batch.logits[:, scored], batch.targets[:, scored], self.bias, backend=batch.backend)
             return nll[batch.scored[:, scored]]
-        targets, dtype = batch.targets[batch.scored], torch.promote_types(self.logits.dtype, torch.float32)
+        targets = batch.targets[batch.scored]
         if triton:
             return ops.cross_entropy(self.logits[None], targets[None], backend=batch.backend)[0]
-        return losses(self.logits, softmax(self.logits, dtype)[1], targets).clamp(min=0).to(dtype)
+        return row_losses(self.logits, targets)
 
     def logprobs(self) -> Tensor:
         """Log-probabilities [n, V] of every token at the scored positions; followers need all their rows."""

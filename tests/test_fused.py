@@ -107,6 +107,34 @@ def test_gradients_of_all_weights(pieces, changes):
         _close(gradient, found[1][name], found[2][name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(pieces, monkeypatch, dtype):
+    """States and gradients, windows and streams: as near to float64 as plain half precision is."""
+    monkeypatch.setattr(ops, "fuses", lambda backend, x, width: backend != "torch" and x.dtype == dtype)
+    model, tokens = _model().requires_grad_(True), _tokens(2, 30)
+    plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
+    plain.backend, found = "torch", []
+    for each, type_ in ((model, dtype), (plain, dtype), (exact, torch.float64)):
+        states = each.hidden(tokens[:, :11], type_)
+        weights = torch.linspace(-1, 1, states.numel(), dtype=torch.float64, device=DEVICE).view_as(states)
+        (states.double() * weights).sum().backward()
+        stream = CachedForward(each, 8, 2, 2, type_)
+        with torch.no_grad():
+            read = [stream(part) for part in tokens.split((1, 9, 5, 15), 1)]
+        gradients = {name: x.grad for name, x in each.named_parameters() if x.grad is not None}
+        found.append({"states": states.detach(), "stream": torch.cat(read, 1)} | gradients)
+    ours, theirs, right = found
+    assert set(pieces) == set(_once_a_block(model)) and ours.keys() == right.keys()
+    worse = {}
+    for name, value in right.items():
+        if value.numel() > 4:  # a scale's gradient is one sum of much that cancels: chance
+            error, allowed = ((x[name].double() - value).norm() / value.norm() for x in (ours, theirs))
+            worse[name] = float(error / allowed)
+    assert max(worse.values()) < 4 and sum(worse.values()) / len(worse) < 1.2, sorted(
+        worse.items(), key=lambda x: -x[1]
+    )[:5]
+
+
 def test_what_is_hooked_steps_aside(pieces):
     """LoRA adapters, Hessians: whoever looks at a layer's input, or adds to its output, finds the layer called."""
     model, tokens, seen = _model(), _tokens(1, 6), []

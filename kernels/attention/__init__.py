@@ -106,7 +106,11 @@ def _banded_attention_fwd(q, k, v, position, q_sink, k_sink, v_sink, window, exc
     lse = torch.empty((B, Hkv, T * H // Hkv), dtype=torch.float32, device=q.device)
     along = torch.empty_like(lse) if exclude_own else lse.new_empty(0)
     if y.numel():
-        q, k, v, position, q_sink, k_sink, v_sink = _contiguous(q, k, v, position, q_sink, k_sink, v_sink)
+        if q.stride()[2:] != (q.shape[3], 1) or q.stride(0) != T * q.stride(
+            1
+        ):  # a slice of q, k and v is taken as it is
+            q = q.contiguous()
+        k, v, position, q_sink, k_sink, v_sink = _contiguous(k, v, position, q_sink, k_sink, v_sink)
         kernel = _banded_attention_fwd_kernel
         common = _arguments(kernel, "forward", q, k, window, k_sink)
         with torch.cuda.device_of(q):
@@ -124,6 +128,7 @@ def _banded_attention_fwd(q, k, v, position, q_sink, k_sink, v_sink, window, exc
                 y_ptr=y,
                 lse_ptr=lse,
                 along_ptr=along if exclude_own else None,
+                stride_q=q.stride(1),
                 EXCLUDE_OWN=exclude_own,
                 **common,
             )
@@ -253,7 +258,8 @@ def banded_attention(
     """Causal attention in a band, behind a cache, with grouped heads, attention sinks and XSA; differentiable.
 
     Args:
-        q: [B, T, H, D] float32, bfloat16 or float16, D <= 128. Nothing given is written to.
+        q: [B, T, H, D] float32, bfloat16 or float16, D <= 128; a slice of queries, keys and values side by side is not
+            copied. Nothing given is written to.
         k, v: [B, C + T, Hkv, D] in q's dtype, the first C of them the cache, C >= 0; H is a multiple of Hkv.
         window: keys that a query sees, its own one included; 1 <= window < 2**31.
         position: int64 [B], stream position of each sequence's first query, >= 0 (unchecked); keys before the stream's

@@ -56,6 +56,7 @@ def _compilations(*, T, H, Hkv, D, S=0, position=None, exclude_own=False, dtype=
             fixed["Hkv"] = 1
         types = {name: "*fp32" if name in _WIDE else _TYPES[dtype] for name in names if name.endswith("_ptr")}
         types |= {"position_ptr": "*i64", "scale": "fp32", "Hkv": "i32:16" if Hkv % 16 == 0 else "i32"}
+        types |= {"stride_q": "i32:16" if H * D % 16 == 0 else "i32"}
         found.append(
             Compilation(
                 kernel,

@@ -37,6 +37,7 @@ def _banded_attention_fwd_kernel(
     C,
     S,
     Hkv,
+    stride_q,
     window,
     scale,
     EXCLUDE_OWN: tl.constexpr,
@@ -48,7 +49,10 @@ def _banded_attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """y, lse (base 2) and, with EXCLUDE_OWN, o . n, of BLOCK_M rows of one key head."""
+    """y, lse (base 2) and, with EXCLUDE_OWN, o . n, of BLOCK_M rows of one key head.
+
+    `stride_q`: elements from one position's queries to the next one's, of q alone; q_sink and y are contiguous.
+    """
     tiles = tl.cdiv(T * GROUP, BLOCK_M)
     head = tl.program_id(0) // tiles  # of all sequences
     batch = (head // Hkv).to(tl.int64)
@@ -79,7 +83,8 @@ def _banded_attention_fwd_kernel(
         left_band = (offs_s[None, :] < left[:, None]) & (offs_s < S)[None, :]
         top, total, acc = _meet(q_sink, k_sink, v_sink, left_band, top, total, acc, scale)
 
-    q = _load(q_ptr, offs_q, mask_m, D, BLOCK_D, UPCAST)
+    of_q = batch * T * stride_q + (rows // GROUP).to(tl.int64) * stride_q + (head % Hkv * GROUP + rows % GROUP) * D
+    q = _load(q_ptr, of_q, mask_m, D, BLOCK_D, UPCAST)
     band = tl.minimum(window, C + T)
     first = tl.maximum(C + first_t - band + 1, _oldest_key(position_ptr, batch, C))
     end = C + last_t + 1

@@ -23,6 +23,8 @@ def inputs(
             found["k_sink"][b, seen:] = found["v_sink"][b, seen:] = torch.nan
     if edit == "strided":
         found = {name: torch.stack((x, x), -1)[..., 0] for name, x in found.items()}
+    elif edit == "beside":  # as one product gives them
+        found["q"] = torch.cat([found["q"], found["q"][:, :, :1]], 2)[:, :, :-1]
     elif edit == "large":  # one key takes all
         found["q"] *= 5
     elif edit == "no own value":
@@ -58,6 +60,10 @@ CASES = (
     Case(
         "strided",
         {"T": 5, "C": 3, "window": 4, "B": 2, "H": 4, "Hkv": 2, "S": 2, "position": [9, 4], "edit": "strided"},
+    ),
+    Case(
+        "queries beside keys and values",
+        {"T": 20, "C": 9, "window": 10, "B": 2, "H": 4, "Hkv": 2, "S": 2, "position": [9, 30], "edit": "beside"},
     ),
     Case("one key takes all", {"T": 8, "C": 8, "window": 6, "S": 2, "position": [9], "edit": "large"}),
     Case("own value zero", {"T": 33, "C": 32, "window": 3, "exclude_own": True, "edit": "no own value"}),

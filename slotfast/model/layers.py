@@ -305,9 +305,13 @@ class Block(nn.Module):
         """Whether `fused` does what `forward` does: kernels run, and nothing is hooked to the block or its parts."""
         if not (ops.fuses(backend, x, self.attn.head_width) and hasattr(attend, "rotated")):
             return False
-        hooked = any(part._forward_hooks or part._forward_pre_hooks for part in self.modules())
-        packed = [part for part in self.modules() if isinstance(part, PackedLinear)]
-        return not hooked and all(part.matrix(x.dtype) is not None for part in packed)
+        attn, mlp = self.attn, self.mlp
+        for part in (self, attn, attn.c_q, attn.c_k, attn.c_v, attn.proj, mlp, mlp.fc, mlp.proj):
+            if part._forward_hooks or part._forward_pre_hooks:
+                return False
+            if isinstance(part, PackedLinear) and part.matrix(x.dtype) is None:
+                return False
+        return True
 
     def mixing(self, skip: Tensor | None, share: Tensor | None) -> Tensor:
         """Weights by channel of x and x0, [2, width], and of the skip that comes in before them, [3, width].

@@ -147,6 +147,7 @@ def function(module: str, name: str):
 SUITE = {
     "banded_attention": (
         "sinks partly in the band", "bfloat16, tiles within the band", "float16", "BLOCK + 1, groups of three",
+        "queries beside keys and values",
     ),
     "bias_cross_entropy": (
         "slice of a wider vocabulary", "large vocabulary", "float16", "another ignore index", "two parts",

@@ -9,8 +9,8 @@
     --all [--out FILE]                                   the four that are committed
 
 Counted (`bench/ledger.py` says how), not measured: the model runs on tensors without data, "eager" as with
-`--backend torch`, "fused" as it does on a GPU, and `python -m bench.predict` makes times of both. Elementwise is all
-that is neither an operand or result of a product nor attention's.
+`--backend torch` and logits in memory, "fused" as on a GPU where no row adapts logits; `python -m bench.predict` makes
+times of both. Elementwise is all that is neither an operand or result of a product nor attention's.
 """
 
 import argparse

@@ -45,7 +45,12 @@ GROUPS = {
     "embedding": ("",),
 }
 # Fused operators that are products: the group of what they move besides.
-FUSED = {"linear_heads": "heads", "linear_squared": "mlp", "linear_residual": "residual, mixing"}
+FUSED = {
+    "linear_heads": "heads",
+    "linear_squared": "mlp",
+    "linear_residual": "residual, mixing",
+    "linear_cross_entropy": "head and loss",
+}
 ELEMENTWISE = tuple(name for name in GROUPS if name not in ("products", "attention"))
 
 
@@ -233,7 +238,7 @@ def size(x: Tensor) -> int:
 def flops(name: str, inputs: list[Tensor], args: tuple, made: list[Tensor]) -> int:
     """Of one call: two for a multiply-add, one for an element of anything else."""
     if name == "linear" or name in FUSED:
-        return 2 * made[0].numel() * inputs[0].size(-1)
+        return 2 * inputs[0].numel() * inputs[1].size(0)
     if name == "scaled_dot_product_attention":
         batch, heads, queries, width = inputs[0].shape
         return 4 * batch * heads * width * visible(queries, inputs[1].size(2), inputs[1].size(2))
@@ -267,7 +272,10 @@ def ledger_of(shape: Shape, kernels: bool = False) -> Ledger:
                 cached(block)
             with Counting(model) as counting:
                 hidden = cached(block) if shape.block else model.hidden(tokens, dtype, shape.length - shape.scored)
-                ops.cross_entropy(model.head(hidden), targets)
+                if kernels:
+                    model.losses(hidden, targets)
+                else:  # what every evaluation does whose rows adapt logits
+                    ops.cross_entropy(model.head(hidden), targets)
     return counting.ledger
 
 

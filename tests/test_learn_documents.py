@@ -275,6 +275,14 @@ def test_old_keys_in_slots_are_those_of_the_stream(how):
         assert found.forwards == pytest.approx(own.forwards)
 
 
+def test_momentum_of_slots_that_begin_to_learn_at_different_times(model):
+    """A slot whose first documents end before they teach anything; then one by one gives the same numbers."""
+    tokens, row = _tokens((40, 2, 3, 30, 20)), f"{DOC},optimizer=sgd,momentum=0.9,projections=k/o"
+    side, one = (learn(model, tokens, f"{row},slots={n}", window=WINDOW, bos_id=BOS) for n in (2, 1))
+    torch.testing.assert_close(side.nll, one.nll, rtol=0, atol=1e-9)
+    assert float((side.nll - side.unlearned).abs().max()) > 1e-3
+
+
 def test_keys_refreshed_each_time_are_recomputed(looped):
     tokens = _tokens(LENGTHS)
     rows = [f"{DOC},keys={keys}" for keys in ("recompute", "refresh,every=1", "refresh,every=3", "stale")]
@@ -312,6 +320,7 @@ def test_old_keys_know_no_later_token_and_no_other_document(model, keys):
         ("lora-2014:short=20+x", "short=20+x"),
         ("lora-2014:short=20+49", "expected tokens and chunks of 1 to 48"),
         ("lora-doc:prefix=3", "'prefix' does nothing here"),
+        ("lora-1855:prefix=2", "phases 3: prefix 2 has no document for each of them"),
         ("lora-doc:start=hot", "start=hot: expected 'cold', 'fresh' or 'warm'"),
         ("lora-155", "the nearest is lora-1855"),
     ],

@@ -165,3 +165,50 @@ def test_without_the_output_matrix_factors_stand_beside_the_rest():
         linear_layers(Recurrent(), ("up",))
     with pytest.raises(InputError, match="the model has no 'linear layer'"):
         linear_layers(nn.Embedding(3, 3), EVERY)
+
+
+class InPlace(nn.Module):
+    """Somebody's stream whose state is written over, or made anew, as it is told."""
+
+    seq_len = 32
+
+    def __init__(self, over):
+        super().__init__()
+        torch.manual_seed(0)
+        self.over, self.table, self.out = over, nn.Embedding(V, 8), nn.Linear(8, V)
+
+    def forward(self, tokens):
+        return self.stream(tokens, None)[0]
+
+    def stream(self, tokens, state):
+        state = state or {"kept": [torch.zeros(1, 1, 8)]}
+        sums = state["kept"][0] + self.table(tokens).cumsum(1)
+        if self.over:
+            state["kept"][0].copy_(sums[:, -1:].detach())
+            return self.out(sums), state
+        return self.out(sums), {"kept": [sums[:, -1:]]}
+
+
+@pytest.mark.parametrize("how", ["scope=document", "steps=3", "scope=document,steps=2"])
+def test_a_state_that_is_written_over_is_still_there_to_go_back_to(how):
+    """Where a document ends within a chunk, and before another step: else the module would know what comes."""
+    tokens, row = _tokens(60), f"{ROW},{how}"
+    tokens[[13, 14, 40]] = 0
+    over, anew = (learn(InPlace(over), tokens, row, window=16, bos_id=0) for over in (True, False))
+    assert torch.equal(over.nll, anew.nll) and torch.equal(over.unlearned, anew.unlearned)
+    tokens[15] = 1 + tokens[15] % (V - 1)
+    after = learn(InPlace(True), tokens, row, window=16, bos_id=0)
+    assert torch.equal(over.nll[:14], after.nll[:14]) and not torch.equal(over.nll, after.nll)
+
+
+def test_layers_that_no_forward_calls_end_with_one_line():
+    class ByHand(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.out = nn.Embedding(V, 8), nn.Linear(8, V)
+
+        def forward(self, tokens):
+            return self.table(tokens) @ self.out.weight.T
+
+    with pytest.raises(InputError, match="preset 'learn': the model calls none of the layers that would learn"):
+        learn(ByHand(), _tokens(20), "learn:chunk=8", window=16)

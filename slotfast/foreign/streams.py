@@ -177,7 +177,7 @@ class OwnStream:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        self.position, self._state = state["position"], state["state"]
+        self.position, self._state = state["position"], _plain(state["state"])
 
 
 class WindowStream:
@@ -274,11 +274,14 @@ def _detached(state: Any) -> Any:
 
 
 def _plain(state: Any) -> Any:
+    """A copy, which a module that writes into its state does not reach."""
     if isinstance(state, Mapping):
         return {key: _plain(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
+    if type(state) in (list, tuple):  # nor a named one, which a file read without executing anything cannot hold
         return type(state)(map(_plain, state))
-    if state is None or isinstance(state, (Tensor, bool, int, float, str)):
+    if isinstance(state, Tensor):
+        return state.clone()
+    if state is None or isinstance(state, (bool, int, float, str)):
         return state
     raise InputError(
         f"--resume: the stream's state of --model holds {type(state).__name__}; expected tensors, numbers, text, None, "

@@ -182,6 +182,8 @@ class LearningLoop:
 
     def _learn(self, losses: Tensor, tokens: Tensor, before: Mapping[str, Any]) -> None:
         """Take steps on the losses of a chunk; keys and values stay as they were when it was charged."""
+        if not losses.requires_grad:
+            raise InputError(f"preset {self.row.name!r}: the model calls none of the layers that would learn")
         after = self._cached.state_dict() if self.row.steps > 1 else None
         for step in range(self.row.steps):
             if step:

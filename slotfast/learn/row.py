@@ -115,6 +115,8 @@ class Learning(BaseModel):
             for key in ("order", "start", "short", "phases"):
                 if (value := getattr(self, key)) != type(self).model_fields[key].default:
                     raise ValueError(f"{key} {value!r} needs slots")
+        if self.prefix < self.phases:
+            raise ValueError(f"phases {self.phases}: prefix {self.prefix} has no document for each of them")
         if self.short and self.order != "longest":
             raise ValueError("short needs order 'longest': a document's length is known only where it ends")
         beside = {"attn", "mlp"} & set(self.projections)

@@ -187,5 +187,9 @@ def _shape(model: GPT, layer: int, name: str) -> tuple[int, int]:
 def _optimizer(row: Learning, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """One launch for all slots; those without a gradient are left out."""
     if row.optimizer == "sgd":
-        return torch.optim.SGD(parameters, row.lr, row.momentum, weight_decay=row.decay, fused=True)
+        optimizer = torch.optim.SGD(parameters, row.lr, row.momentum, weight_decay=row.decay, fused=True)
+        for parameter in parameters if row.momentum else ():
+            # torch makes them at a first step, and its fused one wants all or none: slots begin to learn at any time
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
     return torch.optim.AdamW(parameters, row.lr, row.betas, row.eps, row.decay, fused=True)

@@ -17,6 +17,7 @@ from slotfast.bundle.__main__ import main as run_bundle
 from slotfast.config import outputs
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main as evaluate
+from tests.arguments import changed
 
 PRECIOUS = b"the only copy of this text\n"
 COMMANDS = {
@@ -184,3 +185,26 @@ def test_training_does_not_overwrite_a_tokenizer_that_is_not_its_own(tmp_path):
     (tmp_path / "m.slotfast").unlink()
     train.main([*command, *saving])  # what a killed run had written is written again, the same
     assert beside.read_bytes() == own
+
+
+def test_an_interrupted_training_leaves_files_as_they_were(tmp_path, monkeypatch):
+    """No tokenizer that the same command would refuse; an earlier model keeps the one that it was trained with."""
+    text = tmp_path / "t.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"some words to learn from, number {n} " * 9}) for n in range(40)))
+    command = ["--text", str(text), "--out", str(tmp_path / "m.slotfast"), *SMALL.split()]
+    command += ["--dtype", "float32", "--calibrate", "no"]
+
+    def interrupted(arguments):
+        def interrupt(self):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr("slotfast.train.trainer.Trainer.run", interrupt)
+            train.main(arguments)
+        return {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    assert set(interrupted(command)) == {"t.jsonl"}
+    train.main(command)
+    made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(made) == {"t.jsonl", "m.model", "m.slotfast"}
+    assert interrupted(changed(command, ["--vocab-size", "310"])) == made

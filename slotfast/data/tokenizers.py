@@ -49,15 +49,16 @@ class Tokenizer:
 
     Args:
         path: a `.model` file.
+        model: what the file will hold, where it is not written yet.
 
     Raises:
         InputError: missing file, or not a SentencePiece model.
     """
 
-    def __init__(self, path: str | os.PathLike):
+    def __init__(self, path: str | os.PathLike, model: bytes | None = None):
         self.path = Path(path)
         with reading(path):
-            self._model = self.path.read_bytes()
+            self._model = self.path.read_bytes() if model is None else model
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(self._model)

@@ -71,6 +71,7 @@ class Inputs:
     """Everything that a training reads.
 
     Args:
+        new_tokenizer: what the tokenizer's file is to hold, where it was trained here; None where it is there.
         names, shards: token ids to learn, a memory map each or one array for text.
         val: tokens that measure the training, or None.
         val_bytes: that they stand for, by the byte rule.
@@ -83,6 +84,7 @@ class Inputs:
     """
 
     tokenizer: Tokenizer
+    new_tokenizer: bytes | None
     names: Sequence[str]
     shards: Sequence[np.ndarray]
     val: TokenStream | None
@@ -110,6 +112,12 @@ class Inputs:
             counts += np.bincount(chunk, minlength=len(counts))
         return torch.from_numpy(counts / counts.sum()).float()
 
+    def write_tokenizer(self) -> None:
+        """Write the tokenizer that was trained here: an interrupted run leaves none that nothing was trained with."""
+        if self.new_tokenizer is not None:
+            with atomic_write(self.tokenizer.path) as file:
+                file.write(self.new_tokenizer)
+
     def sketches(self) -> dict[str, str]:
         """Sketches by which the texts that the model learns from are recognised later; see `slotfast.overlap`."""
         streams = {"training": TokenStream(self.shards, _SAMPLED_TOKENS), "ttt": self.ttt}
@@ -131,7 +139,7 @@ def read_inputs(sources: Sources, worker: Worker) -> Inputs:
     Raises:
         InputError: anything missing, damaged, contradictory or too little.
     """
-    tokens, val_tokens, flag = sources.tokens, sources.val_tokens, "--tokens"
+    tokens, val_tokens, flag, made = sources.tokens, sources.val_tokens, "--tokens", None
     if tokens and sources.text:
         raise InputError("--tokens and --text: give one of them")
     if val_tokens and sources.val_text:
@@ -150,11 +158,9 @@ def read_inputs(sources: Sources, worker: Worker) -> Inputs:
     else:
         learned, held_out = _documents(sources)
         # A resumed run must have the very tokenizer it had.
-        if sources.tokenizer is None and worker.rank == 0 and not sources.going_on:
-            _write_tokenizer(sources, train_tokenizer(learned, sources.vocab_size))
-        if worker.world > 1:
-            dist.barrier()
-        tokenizer = Tokenizer(sources.tokenizer_path)
+        if sources.tokenizer is None and not sources.going_on:
+            made = _make_tokenizer(sources, learned, worker)
+        tokenizer = Tokenizer(sources.tokenizer_path, made)
         trained_on = (sources.text and Path(sources.text).name) or "standard library"
         names, shards = [trained_on], [tokenizer.encode_documents(learned)[0]]
         about = counted(len(learned), "document")
@@ -169,7 +175,8 @@ def read_inputs(sources: Sources, worker: Worker) -> Inputs:
     about += f", {counted(sum(map(len, shards)), 'token')}"
     if held_out:
         about += f"; {counted(len(held_out), 'document')} held out"
-    return Inputs(tokenizer, names, shards, val, val_bytes, val if held_out else None, ttt, shared, trained_on, about)
+    measured = (val, val_bytes, val if held_out else None)
+    return Inputs(tokenizer, made, names, shards, *measured, ttt, shared, trained_on, about)
 
 
 def _read_val(
@@ -224,13 +231,16 @@ def _documents(sources: Sources) -> tuple[list[str], list[str]]:
     return learned, documents[::_HELD_OUT_EVERY]
 
 
-def _write_tokenizer(sources: Sources, model: bytes) -> None:
+def _make_tokenizer(sources: Sources, learned: list[str], worker: Worker) -> bytes:
+    """Train one, on rank 0 for all."""
+    made = [train_tokenizer(learned, sources.vocab_size) if worker.rank == 0 else b""]
+    if worker.world > 1:
+        dist.broadcast_object_list(made)
     path = sources.tokenizer_path
-    if not sources.overwrite and path.exists() and path.read_bytes() != model:
+    if not sources.overwrite and path.exists() and path.read_bytes() != made[0]:
         # the run to be resumed stopped before its first checkpoint, or never started
         raise InputError(f"{path}: exists, and this run makes another one; --tokenizer takes it, --force overwrites it")
-    with atomic_write(path) as file:
-        file.write(model)
+    return made[0]
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> bytes:

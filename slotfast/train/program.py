@@ -91,6 +91,7 @@ def _train(
 
     def save(state: dict[str, Any], step: int) -> None:
         if rank == 0:
+            inputs.write_tokenizer()
             checkpoint.save(setup.checkpoint, _COMMAND, run, {"trainer": state, "dtype": worker.dtype_name})
             log(f"step:{step} saved to {setup.checkpoint}")
 
@@ -148,6 +149,7 @@ def _finish(
     metadata = _metadata(setup, inputs, sketches, trainer)
     model = trainer.model.eval()
     artifact, report = quantize(setup.quantization, inputs, model, metadata, unigram)
+    inputs.write_tokenizer()
     size = write_artifact(setup.out, artifact)
     seconds["quantize"] = time.perf_counter() - start
     log(format_report(report))

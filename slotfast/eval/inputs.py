@@ -14,7 +14,7 @@ from ..config import switch
 from ..data import ByteCount, Text, Tokenizer, TokenStream, is_jsonl, open_shards, read_documents
 from ..errors import InputError
 from ..foreign import ForeignModel, HuggingFaceTokenizer, read_foreign, with_calibration
-from ..learn import Learning, parse_row
+from ..learn import Learning, given_keys, parse_row
 from ..slot import Adaptation, from_environment
 from ..words import counted
 
@@ -163,12 +163,13 @@ def choose_rows(
         below: a row that learns; it is added, and once more under each preset.
 
     Raises:
-        InputError: unknown preset, one given twice, or one that leaks without --allow-noncausal.
+        InputError: unknown preset, one given twice, however it is spelt, or one that leaks without --allow-noncausal.
     """
     texts = list(presets) if switch("SLOT_ENABLED", True) else []
     if below is not None:
         texts += [below, *(f"{below}+{text}" for text in texts if parse_row(text).optimizer != "none")]
     rows: list[Adaptation | Learning] = []
+    seen: dict[tuple[Adaptation | Learning, frozenset[str]], str] = {}
     for text in texts:
         row = parse_row(text)
         if isinstance(row, Adaptation):
@@ -177,9 +178,11 @@ def choose_rows(
             row = row.model_copy(update={"top": from_environment(row.top, text.rpartition("+")[2])})
         if row.optimizer == "none":
             continue
+        key = (row, given_keys(text))  # a calibration may change what a row does not set itself
+        if key in seen:
+            raise InputError(f"preset {text!r}: given twice" + f", as {seen[key]!r} too" * (seen[key] != text))
+        seen[key] = text
         row = row.model_copy(update={"name": text})
-        if any(other.name == row.name for other in rows):
-            raise InputError(f"preset {text!r}: given twice")
         if not row.compliance.causal and not allow_noncausal:
             raise InputError(f"preset {text!r} is not causal: {row.compliance.why}; --allow-noncausal runs it anyway")
         rows.append(row)

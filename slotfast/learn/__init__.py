@@ -19,7 +19,7 @@ from .documents import DocumentLoop
 from .layers import PROJECTIONS
 from .loop import LearningLoop
 from .lora import Lora
-from .presets import CALIBRATED, LEARNING, calibrated_row, parse_row
+from .presets import CALIBRATED, LEARNING, calibrated_row, given_keys, parse_row
 from .row import Learning
 from .top import OnTop
 
@@ -36,6 +36,7 @@ __all__ = [
     "Lora",
     "OnTop",
     "calibrated_row",
+    "given_keys",
     "learn",
     "make_loop",
     "parse_row",

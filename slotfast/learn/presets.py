@@ -73,15 +73,18 @@ def calibrated_row(row: Learning, metadata: Mapping[str, Any]) -> Learning:
         metadata: of the model's file; its `calibration` may have `learn`.
     """
     stored = (metadata.get("calibration") or {}).get("learn")
-    first, _, _ = _split(row.name)
-    name, _, options = first.partition(":")
-    if not stored or name != "learn":
+    if not stored or re.split(r"[:+]", row.name, maxsplit=1)[0] != "learn":
         return row
     chosen = {key: stored[key] for key in CALIBRATED if stored.get(key) is not None}
-    given = read_changes(options, f"preset {row.name!r}")
+    given = given_keys(row.name)
     if any(key in given and getattr(row, key) != chosen[key] for key in ("what", "optimizer")):
         return row
     return row.model_copy(update={key: value for key, value in chosen.items() if key not in given})
+
+
+def given_keys(text: str) -> frozenset[str]:
+    """The keys that a row's text sets, of what learns where it is ROW+ROW."""
+    return frozenset(read_changes(_split(text)[0], f"preset {text!r}"))
 
 
 def parse_row(text: str) -> Adaptation | Learning:
@@ -92,10 +95,10 @@ def parse_row(text: str) -> Adaptation | Learning:
             go on top.
     """
     first, joined, second = _split(text)
-    name, _, options = first.partition(":")
+    name = first.partition(":")[0]
     where = f"preset {text!r}"
     if name in LEARNING:
-        row = _changed(LEARNING[name], options, where)
+        row = _changed(LEARNING[name], read_changes(first, where), where)
         if not joined:
             return row
         top = parse_row(second)
@@ -120,8 +123,7 @@ def _split(text: str) -> tuple[str, str, str]:
     return (text[: match.start()], "+", text[match.end() :]) if match else (text, "", "")
 
 
-def _changed(row: Learning, options: str, where: str) -> Learning:
-    changes = read_changes(options, where)
+def _changed(row: Learning, changes: Mapping[str, str], where: str) -> Learning:
     known: dict[str, Any] = {key: value for key, value in changes.items() if key in Learning.model_fields}
     known |= {key: off for key, off in _OFF.items() if changes.get(key) == "none"}
     try:

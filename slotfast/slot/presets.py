@@ -123,11 +123,11 @@ def parse_preset(text: str) -> Adaptation:
     Raises:
         InputError: unknown name or key (with a near one that exists), or a value that does not fit.
     """
-    name, _, options = text.partition(":")
+    name = text.partition(":")[0]
     if name not in PRESETS:
         raise InputError(f"preset {name!r}: no such preset{nearest(name, PRESETS)}; --list-presets shows them")
     where = f"preset {text!r}"
-    changes = read_changes(options, where)
+    changes = read_changes(text, where)
     if {"steps", "phases"} <= changes.keys():
         raise InputError(f"{where}: steps and phases say the same: give one of them")
     known = {key: value for key, value in changes.items() if key in Adaptation.model_fields}
@@ -136,13 +136,16 @@ def parse_preset(text: str) -> Adaptation:
     return changed
 
 
-def read_changes(options: str, where: str) -> dict[str, str]:
-    """The values of key=value,key=value by key; any other form raises an InputError that begins with `where`."""
-    changes = {}
-    for option in filter(None, options.split(",")):
+def read_changes(text: str, where: str) -> dict[str, str]:
+    """The values in NAME or NAME:key=value,key=value by key; another form raises an InputError, `where` in front."""
+    _, colon, options = text.partition(":")
+    changes: dict[str, str] = {}
+    for option in options.split(",") if colon else ():
         key, equals, value = option.partition("=")
         if not equals:
             raise InputError(f"{where}: {option!r} is not of the form key=value")
+        if key in changes:
+            raise InputError(f"{where}: {key!r} is given twice")
         changes[key] = value
     return changes
 
@@ -158,7 +161,7 @@ def check_acting(changes: Iterable[str], acting: Iterable[str], where: str) -> N
 
 def from_environment(row: Adaptation, text: str) -> Adaptation:
     """The row with the community's variables applied, except to keys that `text`, NAME:key=value, sets itself."""
-    explicit = {option.partition("=")[0] for option in text.partition(":")[2].split(",")}
+    explicit = set(read_changes(text, f"preset {text!r}"))
     explicit |= {"steps"} if "phases" in explicit else set()
     for variable, (key, meaning) in VARIABLES.items():
         value = os.environ.get(variable, "")

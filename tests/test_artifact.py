@@ -81,7 +81,7 @@ def _rewritten(path, change_header=lambda header: None, payload=None, write=json
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda raw: b"", "not a slotfast artifact"),
+        (lambda raw: b"", "is empty$"),
         (lambda raw: b"PK\3\4" + raw, "not a slotfast artifact"),
         (lambda raw: raw[:20], "truncated inside the first 24"),
         (lambda raw: raw[:8] + struct.pack("<I", 9) + raw[12:], "version 9, this slotfast reads 1"),

@@ -116,6 +116,8 @@ def test_what_cannot_work_is_one_line(files, tmp_path):
         with pytest.raises(InputError, match=message):
             main(_arguments(files, **changes, out="never"))
         assert not (files / "never").exists()
+    with pytest.raises(InputError, match="--artifact .* or --model: one of them is needed"):
+        main(["--text", str(files / "t.jsonl"), "--out", str(files / "never")])
     artifact = read_artifact(files / "m")
     other = Artifact(artifact.config, artifact.tensors, {"tokenizer_sha256": "0" * 64}, artifact.unigram)
     write_artifact(files / "other", other)

@@ -323,5 +323,8 @@ def test_not_a_tokenizer(tmp_path):
     (tmp_path / "x.model").write_bytes(b"junk")
     with pytest.raises(InputError, match="not a SentencePiece model"):
         Tokenizer(tmp_path / "x.model")
+    (tmp_path / "x.model").write_bytes(b"")
+    with pytest.raises(InputError, match="x.model: is empty$"):
+        Tokenizer(tmp_path / "x.model")
     with pytest.raises(InputError, match="cannot be read"):
         Tokenizer(tmp_path / "y.model")

@@ -168,6 +168,8 @@ def write_community(path: str | os.PathLike, artifact: Artifact) -> int:
 def _read(file: io.BufferedReader, size: int) -> tuple[str, Any]:
     """What kind of file it is, and what it holds; ValueError where it is damaged."""
     start = file.read(16)
+    if not start:
+        raise ValueError("is empty")
     if start.startswith(_ZIP) or (len(start) > 8 and start[8:9] == b"{"):
         if size > _MAX_CHECKPOINT_BYTES:
             raise ValueError(f"{size} bytes, expected at most {_MAX_CHECKPOINT_BYTES}")

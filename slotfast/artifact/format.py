@@ -160,6 +160,8 @@ def _verified(path: Path) -> tuple[bytes, bytes]:
         size = path.stat().st_size
         with path.open("rb") as file:
             prefix = file.read(_PREFIX.size)
+            if not prefix:
+                raise InputError(f"{path}: is empty")
             if not prefix.startswith(MAGIC):
                 raise InputError(
                     f"{path}: starts with {prefix[:8]!r}, expected {MAGIC!r}: not a slotfast artifact; "

@@ -32,7 +32,9 @@ def run(settings: config.CalibrateSettings) -> None:
     config.check_outputs(settings)
     if settings.artifact is not None and settings.model is not None:
         raise InputError("--artifact (or ARTIFACT_PATH) and --model: give one of them")
-    needed = ("text", "out") if settings.model is not None else ("artifact", "tokenizer", "text", "out")
+    if settings.artifact is None and settings.model is None:
+        raise InputError("--artifact (with --tokenizer) or --model: one of them is needed")
+    needed = ("text", "out") if settings.model is not None else ("tokenizer", "text", "out")
     for name in needed:
         if getattr(settings, name) is None:
             raise InputError(f"--{name}: needed")

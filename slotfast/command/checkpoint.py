@@ -46,10 +46,12 @@ def load(path: str | os.PathLike, command: str, run: Mapping[str, Any]) -> dict[
     try:
         with path.open("rb") as file:
             digest, content = file.read(hashlib.sha256().digest_size), file.read()
+        if not digest:
+            raise InputError(f"{path}: is empty")
         if hashlib.sha256(content).digest() != digest:
             raise ValueError
         found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except MemoryError:  # says nothing about the file
+    except (MemoryError, InputError):  # says nothing about the file
         raise
     except Exception:  # torch's reader may raise anything where a file is made to deceive
         raise InputError(f"{path}: cannot be read as a checkpoint: damaged, or another kind of file") from None

@@ -59,6 +59,8 @@ class Tokenizer:
         self.path = Path(path)
         with reading(path):
             self._model = self.path.read_bytes() if model is None else model
+        if not self._model:
+            raise InputError(f"{self.path}: is empty")
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(self._model)

@@ -216,9 +216,10 @@ def test_wrong_input_is_one_clear_line(small, tmp_path, arguments, message):
     assert "\n" not in str(caught.value)
 
 
-def test_triton_without_a_gpu_is_refused_not_replaced(small):
+def test_triton_without_a_gpu_is_refused_not_replaced(small, capsys):
     with pytest.raises(InputError, match="--backend triton: needs a GPU"):
         main(_args(small, "--backend", "triton", "--device", "cpu"))
+    assert capsys.readouterr().err == ""  # before it says that anything is scored
 
 
 def test_another_tokenizer_is_refused(small, tmp_path):

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib import resources
@@ -19,6 +20,7 @@ from slotfast.data import ByteTable, Text, TokenStream
 from slotfast.errors import InputError
 from slotfast.eval import SlidingPass, Streaming, resume
 from slotfast.eval.__main__ import main
+from slotfast.model import GPT
 from slotfast.slot import PRESETS, Adapter, parse_preset
 from slotfast.ttt import ScoreFirst
 from slotfast.windows import Plan
@@ -152,6 +154,42 @@ def test_killed_at_any_point_and_started_again_gives_the_same_result(small, tmp_
     assert set(again.files) == set(rows) and all(np.array_equal(again[name], rows[name]) for name in rows)
 
 
+def _interrupting(monkeypatch, counts):
+    """Presses Ctrl-C in the forwards with these numbers; returns how many there were so far."""
+    calls, hidden = [], GPT.hidden
+
+    def press(model, *args, **kwargs):
+        calls.append(None)
+        for _ in range(counts.count(len(calls))):
+            signal.raise_signal(signal.SIGINT)
+        return hidden(model, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "hidden", press)
+    return calls
+
+
+def test_an_interrupt_saves_the_batch_that_it_came_in(small, tmp_path, monkeypatch, capsys):
+    args = _args(small, "--json", tmp_path / "j", "--resume", tmp_path / "c")
+    main(_args(small, "--json", tmp_path / "straight"))
+    with monkeypatch.context() as patched:
+        calls = _interrupting(patched, [3])
+        with pytest.raises(KeyboardInterrupt, match="c holds what is done; the same command goes on from there"):
+            main(args)
+        assert len(calls) == 3 and not (tmp_path / "j").exists()
+        capsys.readouterr()
+        main(args)
+    assert "going on behind 12 windows" in capsys.readouterr().err
+    assert _result(tmp_path / "j") == _result(tmp_path / "straight")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_interrupt_takes_effect_at_once(small, tmp_path, monkeypatch):
+    _interrupting(monkeypatch, [1, 1])
+    with pytest.raises(KeyboardInterrupt) as caught:
+        main(_args(small, "--resume", tmp_path / "c"))
+    assert caught.value.args == () and not (tmp_path / "c").exists()  # nothing is done, and nothing is promised
+
+
 def test_an_evaluation_that_is_done_is_not_done_again(small, tmp_path, capsys, monkeypatch):
     args = _args(small, "--json", tmp_path / "j", "--resume", tmp_path / "c")
     main(args)
@@ -178,14 +216,15 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_another_evaluation_is_refused(small, tmp_path, monkeypatch, name):
+def test_another_evaluation_is_refused(small, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)
     main(_args(small, "--resume", "c"))
-    saved = (tmp_path / "c").read_bytes()
+    saved, _ = (tmp_path / "c").read_bytes(), capsys.readouterr()
     other, message = OTHERS[name]
     with pytest.raises(InputError, match=f"^c: {message}"):
         main(_args(small, "--resume", "c", *other))
     assert (tmp_path / "c").read_bytes() == saved and {path.name for path in tmp_path.iterdir()} == {"c"}
+    assert "scoring" not in capsys.readouterr().err
 
 
 def test_another_model_of_the_same_shape_is_refused(small, tmp_path):

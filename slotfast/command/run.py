@@ -117,8 +117,8 @@ def _run(main: Callable[[], None]) -> None:
         sys.stdout.flush()
     except InputError as error:
         _end(f"error: {error}", 2)
-    except KeyboardInterrupt:
-        _end("interrupted", 130)
+    except KeyboardInterrupt as error:
+        _end(": ".join(["interrupted", *map(str, error.args)]), 130)
     except BrokenPipeError:  # whoever read our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -45,10 +46,8 @@ def evaluate(settings: config.EvalSettings, argv: Sequence[str] = ()) -> None:
     with join_ranks(settings.device) as worker, no_exit(f"--model {settings.model}"):
         _check_outputs(settings, worker.rank)
         inputs, setup = set_up(settings, rows, worker)
-        if not worker.rank:
-            print(_intent(inputs, setup, rows), file=sys.stderr, flush=True)
         saved = rank_path(settings.resume, worker.rank) if settings.resume else None
-        outcome = _evaluate(inputs, setup, saved, settings.per_token is not None, started)
+        outcome = _evaluate(inputs, setup, saved, settings.per_token is not None, _intent(inputs, setup, rows), started)
     if worker.rank:
         return None
     found = report(inputs, setup, outcome, settings.model_dump(by_alias=True))
@@ -70,12 +69,13 @@ def evaluate(settings: config.EvalSettings, argv: Sequence[str] = ()) -> None:
     return None
 
 
-def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, started: float) -> Outcome:
+def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, intent: str, started: float) -> Outcome:
     """Score the stream.
 
     Args:
         saved: where this rank saves its progress, or None.
         per_token: whether to keep every token's losses.
+        intent: printed once nothing is left to be refused.
         started: the command, by `time.perf_counter`.
     """
     worker, plan, streaming = setup.worker, setup.plan, setup.streaming
@@ -125,19 +125,22 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
     run = describe(inputs, setup, model, per_token) if saved else {}
     saver = Saver(saved, run, sliding, collected, charging) if saved else None
     save = saver.save_when_due if saver else None
+    if not rank:
+        print(intent, file=sys.stderr, flush=True)
     loaded = time.perf_counter()
-    with Progress(len(plan.owned(rank, world)), sliding.windows, "windows", silent=rank > 0) as progress:
-        sliding.run(
-            on_scored=collected.add if per_token else None,
-            on_windows=progress,
-            on_piece=save,
-        )
-    for each in charging:
-        names = ", ".join(row.name for row in each.rows)
-        with Progress(len(each.span), each.charged, f"tokens of {names}", silent=rank > 0) as progress:
-            each.run(progress, save)
-    if saver:
-        saver.save()  # all of it, should writing the result fail
+    with saver or nullcontext():
+        with Progress(len(plan.owned(rank, world)), sliding.windows, "windows", silent=rank > 0) as progress:
+            sliding.run(
+                on_scored=collected.add if per_token else None,
+                on_windows=progress,
+                on_piece=save,
+            )
+        for each in charging:
+            names = ", ".join(row.name for row in each.rows)
+            with Progress(len(each.span), each.charged, f"tokens of {names}", silent=rank > 0) as progress:
+                each.run(progress, save)
+        if saver:
+            saver.save()  # all of it, should writing the result fail
     sliding.meter.reduce()
     sliding.along.reduce()
     for each in charging:

@@ -2,10 +2,13 @@
 
 import hashlib
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -72,6 +75,9 @@ def describe(inputs: Inputs, setup: Setup, model: nn.Module, per_token: bool) ->
 class Saver:
     """Saves a pass and the rows collected of it, and the passes of the rows that learn.
 
+    Within it, as a context, Ctrl-C takes effect behind the batch that is under way, which is saved first; a second
+    Ctrl-C takes effect at once.
+
     Args:
         path: of this rank's part.
         run: see `describe`.
@@ -106,6 +112,23 @@ class Saver:
             self.seconds = sum(sum(part.values()) for part in parts)
             print(f"{path}: going on behind {counted(sliding.windows, 'window')}", file=sys.stderr, flush=True)
         self._due = time.perf_counter() + _SECONDS
+        self._interrupted = False
+        self._handler: Any = None  # that SIGINT had before
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
+        if (kind is KeyboardInterrupt or (kind is None and self._interrupted)) and Path(self.path).exists():
+            raise KeyboardInterrupt(f"{self.path} holds what is done; the same command goes on from there") from None
+
+    def _on_interrupt(self, *_: object) -> None:
+        self._interrupted = True
+        signal.signal(signal.SIGINT, self._handler)
 
     def save(self) -> None:
         """Save the state as it is."""
@@ -114,7 +137,10 @@ class Saver:
         checkpoint.save(self.path, _COMMAND, self.run, state)
 
     def save_when_due(self) -> None:
-        """Save every few seconds, less often where saving takes long."""
+        """Save every few seconds, less often where saving takes long, and before an interrupt ends it."""
+        if self._interrupted:
+            self.save()
+            raise KeyboardInterrupt
         start = time.perf_counter()
         if start >= self._due:
             self.save()

@@ -98,12 +98,13 @@ def choose_worker(settings: EvalSettings, worker: Worker) -> Worker:
     """The process with the dtype and the backend that the settings ask for.
 
     Raises:
-        InputError: kernels that do not compute in the dtype, or packed weights of a model that has none.
+        InputError: kernels without a GPU, or that do not compute in the dtype, or packed weights of a model that has
+            none.
     """
     if settings.model is not None and settings.weights == "int6":
         raise InputError("--weights int6: needs an --artifact, whose weights are packed")
     dtype = _DTYPES.get(settings.dtype, torch.bfloat16 if worker.on_gpu else torch.float32)
-    if dtype == torch.float64 and ops.uses_triton(settings.backend, worker.device):
+    if ops.uses_triton(settings.backend, worker.device) and dtype == torch.float64:
         raise InputError("--dtype float64: the kernels compute in float32; add --backend torch")
     return replace(worker, dtype=dtype, backend=settings.backend)
 

@@ -6,6 +6,7 @@ import torch
 
 from slotfast.calibrate import calibrate_learning
 from slotfast.data import ByteTable, Text, TokenStream
+from slotfast.errors import InputError
 from slotfast.learn import calibrated_row, learn, parse_row
 
 from .models import random_model
@@ -61,3 +62,28 @@ def test_numbers_of_the_row_stand_and_those_of_another_optimiser_are_none_for_it
     assert calibrated_row(parse_row("learn"), {}) == parse_row("learn")
     other = parse_row("lora-doc")
     assert calibrated_row(other, stored) is other
+
+
+def test_numbers_that_do_not_go_with_what_a_row_says_are_none_for_it():
+    """All weights cannot learn in slots, and have no rank: such a row stays as it is, and says what it does."""
+    stored = {"calibration": {"learn": {"what": "all", "optimizer": "sgd", "lr": 0.02, "chunk": 32, "steps": 0}}}
+    for text in ("learn:scope=document,slots=4", "learn:keys=recompute", "learn:rank=8", "learn:betas=0.9+0.9"):
+        row = parse_row(text).model_copy(update={"name": text})
+        assert calibrated_row(row, stored) is row
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"rank": 10**9}, "rank: expected at most 1024"),
+        ({"chunk": 1 << 40}, "chunk: expected at most 131072"),
+        ({"lr": float("nan")}, "lr: "),
+        ({"what": "everything"}, "what: expected 'all', 'lora' or 'norms'"),
+        ({"steps": "many"}, "steps: "),
+        ([3], "expected numbers by name"),
+    ],
+)
+def test_numbers_of_a_file_that_no_row_can_have_end_with_one_line(numbers, words):
+    with pytest.raises(InputError) as caught:
+        calibrated_row(parse_row("learn"), {"calibration": {"learn": numbers}})
+    assert words in str(caught.value) and "\n" not in str(caught.value)

@@ -67,19 +67,39 @@ def calibrated_row(row: Learning, metadata: Mapping[str, Any]) -> Learning:
     """The row `learn` with the numbers that a model's calibration chose for it; any other row as it is.
 
     Numbers that the row's name, `learn:key=value,...`, sets stand; where it says what learns, or by which optimiser,
-    numbers that were chosen for another are none for it.
+    numbers that were chosen for another are none for it, and neither are they where they do not go with what it says.
 
     Args:
         metadata: of the model's file; its `calibration` may have `learn`.
+
+    Raises:
+        InputError: numbers that no row can have.
     """
     stored = (metadata.get("calibration") or {}).get("learn")
     if not stored or re.split(r"[:+]", row.name, maxsplit=1)[0] != "learn":
         return row
-    chosen = {key: stored[key] for key in CALIBRATED if stored.get(key) is not None}
+    chosen = _chosen(stored)
     given = given_keys(row.name)
     if any(key in given and getattr(row, key) != chosen[key] for key in ("what", "optimizer")):
         return row
-    return row.model_copy(update={key: value for key, value in chosen.items() if key not in given})
+    changed = vars(row) | {key: value for key, value in chosen.items() if key not in given}
+    try:
+        calibrated = Learning.model_validate(changed)
+    except pydantic.ValidationError:
+        return row
+    return calibrated if given <= set(calibrated.options) else row
+
+
+def _chosen(stored: Any) -> dict[str, Any]:
+    """Numbers of a file, each of which may be anything."""
+    if not isinstance(stored, Mapping):
+        raise InputError("the model's calibration of 'learn': expected numbers by name")
+    chosen = {key: stored[key] for key in CALIBRATED if stored.get(key) is not None}
+    try:
+        Learning(name="learn", **chosen)
+    except pydantic.ValidationError as error:
+        raise InputError(f"the model's calibration of 'learn': {Fault.of(error)}") from None
+    return chosen
 
 
 def given_keys(text: str) -> frozenset[str]:

@@ -12,10 +12,10 @@
 | nll     | [...]    | float32                    |
 
 A program owns the rows of a tile and goes through the vocabulary: what it keeps of a row is the largest score, the sum
-of exponentials below it, and the target's score. 2 M V K operations; M V logits stay in registers, 15 instructions for
-each, 33 with a softcap. Products and sums of scores round apart (`_OPTIONS` of `_product.py`), so that the largest less
-itself is 0 in both kernels. Rows are not split by vocabulary: with few of them it would gain, but the forward before
-them takes a hundred times as long. By arithmetic, unmeasured.
+of exponentials below it, and the target's score. 2 M V K operations; M V logits stay in registers, 24 instructions for
+each, the product's and the softcap's included (sm_90, K = 512, bfloat16). Products and sums of scores round apart
+(`_OPTIONS` of `_product.py`), so that the largest less itself is 0 in both kernels. Rows are not split by vocabulary:
+with few of them it would gain, but the forward before them takes a hundred times as long. Unmeasured, all of this.
 
 The backward keeps two numbers a row. It makes the scores anew, some rows at a time: their gradient goes through memory,
 and two products of the library turn it into dx and dW, whose parts are summed in order.
@@ -23,6 +23,8 @@ and two products of the library turn it into dx and dW, whose parts are summed i
 The softmax is that of Milakov and Gimelshein (arXiv:1805.02867); losses without logits are those of Cut
 Cross-Entropy (arXiv:2411.09009).
 """
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +92,11 @@ def _score_tile(
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
     if CAP:
-        z = _softcap(z, softcap)
+        if x_ptr.dtype.element_ty == tl.float32:
+            z = _softcap(z, softcap)
+        else:  # to 2e-7 of the cap, not of z: less than a narrow state has lost, in a third of the instructions
+            d = tl.exp2(z * (2.0 * _LOG2E / softcap)) + 1.0
+            z = softcap - 2.0 * softcap * tl.rsqrt(d * d)
     return z
 
 
@@ -104,9 +110,9 @@ def _linear_cross_entropy_fwd_kernel(
     shift_ptr,
     sum_ptr,
     M,
-    K,
     softcap,
     ignore_index,
+    K: tl.constexpr,
     N: tl.constexpr,
     CAP: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -159,9 +165,9 @@ def _linear_cross_entropy_bwd_kernel(
     dnll_ptr,
     dlogits_ptr,
     M,
-    K,
     softcap,
     ignore_index,
+    K: tl.constexpr,
     N: tl.constexpr,
     CAP: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -191,6 +197,11 @@ def _linear_cross_entropy_bwd_kernel(
 
 
 # Launches
+
+
+# 128 registers: two programs share a multiprocessor, and the softmax of one hides behind the product of the other. That
+# K is a constant, so that the steps of a product are one block of code, makes room for it.
+_FWD = {} if torch.version.hip else {"maxnreg": 128}
 
 
 def _launch_rows(kernel, x, weight, tiles, softcap, **arguments):
@@ -230,6 +241,7 @@ def _linear_cross_entropy_fwd(x, weight, targets, bias, softcap, ignore_index, k
             shift_ptr=shift if keep else None,
             sum_ptr=total if keep else None,
             ignore_index=ignore_index,
+            **_FWD,
         )
     return nll, shift, total
 
@@ -347,10 +359,11 @@ def linear_cross_entropy(
 
 def _compilations(*, V, K, softcap=None, training=True, **_):
     """The forward, with what a training keeps for its backward, and that one's kernel; or as an evaluation has it."""
-    given, wide = {"CAP": softcap is not None}, ("nll_ptr", "shift_ptr", "sum_ptr", "dnll_ptr")
+    given, wide = {"CAP": softcap is not None, "K": K}, ("nll_ptr", "shift_ptr", "sum_ptr", "dnll_ptr")
     absent = ("bias_ptr", *(() if training else ("shift_ptr", "sum_ptr")))
     kernels = (_linear_cross_entropy_fwd_kernel, *((_linear_cross_entropy_bwd_kernel,) if training else ()))
-    return [_compilation(kernel, V, K, wide=wide, absent=absent, given=given) for kernel in kernels]
+    found = [_compilation(kernel, V, K, wide=wide, absent=absent, given=given) for kernel in kernels]
+    return [replace(found[0], options={**found[0].options, **_FWD}), *found[1:]]
 
 
 SPEC = KernelSpec(

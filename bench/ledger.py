@@ -255,8 +255,11 @@ def visible(queries: int, keys: int, window: int) -> int:
     return sum(min(first + at + 1, window) for at in range(queries))
 
 
-def ledger_of(shape: Shape, kernels: bool = False) -> Ledger:
-    """The ledger of the model as `slotfast/model` has it, in bfloat16: of plain torch, or of the kernels on a GPU."""
+def ledger_of(shape: Shape, kernels: bool = False, logits: bool = False) -> Ledger:
+    """The ledger of the model as `slotfast/model` has it, in bfloat16: of plain torch, or of the kernels on a GPU.
+
+    `logits`: kernels make them, for rows that adapt; otherwise losses alone, as where no row needs logits.
+    """
     dtype, config = torch.bfloat16, shape.config
     with torch.device("meta"), _choosing(kernels):
         model = GPT(config).eval().cast_matrices(dtype)
@@ -272,7 +275,7 @@ def ledger_of(shape: Shape, kernels: bool = False) -> Ledger:
                 cached(block)
             with Counting(model) as counting:
                 hidden = cached(block) if shape.block else model.hidden(tokens, dtype, shape.length - shape.scored)
-                if kernels:
+                if kernels and not logits:
                     model.losses(hidden, targets)
                 else:  # what every evaluation does whose rows adapt logits
                     ops.cross_entropy(model.head(hidden), targets)

@@ -20,10 +20,11 @@ import torch
 
 from bench.common import RESULTS, commit
 from bench.forward_ledger import committed
-from bench.ledger import ELEMENTWISE, Counting, Ledger, ledger_of
+from bench.ledger import ELEMENTWISE, Counting, Ledger, Shape, ledger_of
 from bench.static_report import KEYS, table_of
 from bench.summary import rows_of, summary
 from slotfast.kernels import decay_scan_ref, specs
+from slotfast.model import GPTConfig
 from slotfast.slot.repeats import CONTEXTS
 from slotfast.slot.sorted_repeats import SortedRepeats
 
@@ -197,6 +198,32 @@ def forward(ledger: Ledger, gpu: Gpu) -> float:
     return max(us, assumed("launch") * sum(line.calls for line in ledger))
 
 
+def losses(table: dict[tuple, dict], gpu: Gpu) -> dict:
+    """32 windows of 2048, V 1024: losses straight from hidden states, and from logits in memory.
+
+    Straight, two programs are resident and each hides its softmax behind the other's product; the operands of every
+    tile of 128 x 128 come through L2. In memory: the library's product in bfloat16, then one pass of
+    `bias_cross_entropy`. As written: the product, then what plain torch does to logits.
+    """
+    row, shape = launch(table, "linear_cross_entropy", "V 1024", "bf16")
+    M, V, K = (shape[name] for name in "MVK")
+    product = 2 * M * V * K / (gpu.tensor * assumed("tensor_share")) * 1e6
+    moved = next(s for s in specs() if s.name == "linear_cross_entropy").bytes_moved(**shape, itemsize=2)
+    found = times(row, M * V, moved, gpu) | {"product": product}
+    found["l2"] = 2 * M * V * K * (1 / 128 + 1 / 128) / assumed("l2_bytes") / gpu.processors / gpu.clock * 1e6
+    del found["latency"]  # steps of a product are loaded ahead
+    eager = ledger_of(Shape(GPTConfig(vocab_size=V, width=K), windows=32, scored=2048)).total(["head and loss"])
+    in_memory = product + assumed("launch") + 2 * M * V / (gpu.bandwidth * assumed("copy_share")) * 1e6
+    written = product + eager.bytes / (gpu.bandwidth * assumed("copy_share")) * 1e6
+    return slowest(found) | {
+        "mb": round(moved / 1e6, 1),
+        "in_memory_us": round(in_memory, 1),
+        "in_memory_mb": round((moved + 4 * M * V) / 1e6, 1),
+        "as_written_us": round(written, 1),
+        "as_written_mb": round((moved + 2 * M * V + eager.bytes) / 1e6, 1),
+    }
+
+
 def repeats(tokens: int, decay: float = 0.9995) -> Ledger:
     """What `SortedRepeats` moves for a batch of tokens behind all earlier ones that still weigh anything."""
     with Counting(torch.nn.Identity()) as counting, torch.device("meta"):
@@ -260,14 +287,16 @@ def predict(table: dict[tuple, dict], gpu: Gpu) -> dict[str, dict]:
             ledger = ledger_of(shape, kernels)
             us = forward(ledger, gpu)
             found[f"P7 {name}, {which}"] = {"us": round(us, 1), "seconds": round(us * units / 1e6, 1), "target": target}
+    name = "P7 losses of 32 windows of 2048, V 1024"
+    found[name] = {**losses(table, gpu), "target": "no logits in memory, in less time than as written"}
     row, _ = launch(table, "rate_scan", "production", "fp64")
     window = max(row.per_element * assumed("dependent"), assumed("latency") / 8) / gpu.clock * 1e6  # eight loads ahead
     for blocks in (1, 8):  # of 8192 tokens, 128 windows, each: what an adaptation is given at once
         scan, ledger = blocks * 128 * window, repeats(blocks * 8192)
         moved = sum(line.bytes for line in ledger)
         sorting = max(moved / gpu.bandwidth * 1e6, sum(line.calls for line in ledger) * assumed("launch"))
-        for which in ("eager", "fused"):
-            share = (scan + sorting) / (blocks * found[f"P7 stream, on one, {which}"]["us"])
+        for which, kernels in (("eager", False), ("fused", True)):
+            share = (scan + sorting) / (blocks * forward(ledger_of(stream, kernels, logits=True), gpu))
             found[f"P9 rate_scan and sorted repeats, {blocks * 8192} tokens a batch, {which} forward"] = {
                 "us": round(scan + sorting, 1), "rate_scan_us": round(scan, 1), "sorted_repeats_us": round(sorting, 1),
                 "share": round(share, 3), "target": "< 25% of the stream's forward",

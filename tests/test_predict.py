@@ -77,5 +77,9 @@ def test_every_target_has_a_prediction(version):
     assert all(one["us"] > 0 and one["target"] for one in found.values())
     row, _ = launch(read_table(version), "bias_cross_entropy_grad", "V 1024 bfloat16", "bf16")
     assert row.ahead and row.per_element <= 10 and row.programs == 4
+    row, _ = launch(read_table(version), "linear_cross_entropy", "V 1024", "bf16")
+    assert row.programs == 2  # which the prediction of losses takes for granted
+    one = found["P7 losses of 32 windows of 2048, V 1024"]
+    assert one["us"] < one["as_written_us"] / 3 and one["mb"] < 100 < one["in_memory_mb"] < one["as_written_mb"]
     stored = json.loads(predict.COMMITTED.read_text())
     assert stored["kind"] == "predicted, not measured" and stored["H100"].keys() == found.keys()

@@ -199,9 +199,12 @@ def _linear_cross_entropy_bwd_kernel(
 # Launches
 
 
-# 128 registers: two programs share a multiprocessor, and the softmax of one hides behind the product of the other. That
-# K is a constant, so that the steps of a product are one block of code, makes room for it.
-_FWD = {} if torch.version.hip else {"maxnreg": 128}
+def _most(dtype: torch.dtype) -> dict:
+    """Options of the forward: 128 registers, so that the softmax of a program hides behind the product of another.
+
+    That K is a constant, so that the steps of a product are one block of code, makes room for it.
+    """
+    return {"maxnreg": 128} if dtype != torch.float32 and not torch.version.hip else {}
 
 
 def _launch_rows(kernel, x, weight, tiles, softcap, **arguments):
@@ -241,7 +244,7 @@ def _linear_cross_entropy_fwd(x, weight, targets, bias, softcap, ignore_index, k
             shift_ptr=shift if keep else None,
             sum_ptr=total if keep else None,
             ignore_index=ignore_index,
-            **_FWD,
+            **_most(x.dtype),
         )
     return nll, shift, total
 
@@ -363,7 +366,7 @@ def _compilations(*, V, K, softcap=None, training=True, **_):
     absent = ("bias_ptr", *(() if training else ("shift_ptr", "sum_ptr")))
     kernels = (_linear_cross_entropy_fwd_kernel, *((_linear_cross_entropy_bwd_kernel,) if training else ()))
     found = [_compilation(kernel, V, K, wide=wide, absent=absent, given=given) for kernel in kernels]
-    return [replace(found[0], options={**found[0].options, **_FWD}), *found[1:]]
+    return [replace(found[0], options={**found[0].options, **_most(torch.bfloat16)}), *found[1:]]
 
 
 SPEC = KernelSpec(

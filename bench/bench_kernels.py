@@ -30,6 +30,7 @@ LEAST_RATIO = [
     ("bias_cross_entropy_grad", lambda shape: True, "liger", 1.2),
     ("int6_matmul", lambda shape: shape["m"] <= 16 and min(shape["n"], shape["k"]) >= 4096, "eager", 1.8),
     ("int6_matmul", lambda shape: "group" not in shape, "eager", 0.95),
+    ("linear_cross_entropy", lambda shape: True, "eager", 2.0),
 ]
 # On the CPU both are plain torch; ours pays for batch-independent rounding. The gate only notices a blunder.
 LEAST_RATIO_CPU = [("bias_cross_entropy_grad", lambda shape: True, "eager", 0.4)]

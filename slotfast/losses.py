@@ -107,7 +107,7 @@ def _launch(x, weight, targets, softcap, ignore_index):
 @linear_loss.register_fake
 def _(x, weight, targets, softcap, ignore_index):
     dtype = torch.promote_types(x.dtype, torch.float32)
-    saved = targets.shape if x.device.type == "cuda" else (0,)
+    saved = (0,) if x.device.type == "cpu" else targets.shape
     return tuple(x.new_empty(shape, dtype=dtype) for shape in (targets.shape, saved, saved))
 
 

@@ -15,8 +15,10 @@ from slotfast import kernels, losses, ops
 from slotfast.data import ByteTable, Text, TokenStream
 from slotfast.eval import SlidingPass, Streaming
 from slotfast.eval import forward as forwards
+from slotfast.foreign.models import LanguageModel
 from slotfast.learn import FrozenLoop, make_loop, parse_row
 from slotfast.slot import Adapter, parse_preset
+from slotfast.stream import CachedForward
 from slotfast.windows import Plan
 from slotfast.worker import Worker
 from tests.models import randomised
@@ -56,6 +58,19 @@ def interpreted():
     return stack
 
 
+def logits_interpreted():
+    """Within, kernels run, interpreted, on logits in memory."""
+
+    def losses(logits, targets, bias, softcap, cap_after_bias, ignore_index):
+        options = {"softcap": softcap, "cap_after_bias": cap_after_bias, "ignore_index": ignore_index}
+        return kernels.bias_cross_entropy(logits, targets, bias, **options)
+
+    stack = ExitStack()
+    stack.enter_context(patch.object(ops, "uses_triton", lambda backend, device: True))
+    stack.enter_context(patch.object(ops, "bias_loss", losses))
+    return stack
+
+
 def score(model, way, rows=(), keep_logprobs=False, predictions=150):
     tokens = np.random.default_rng(0).integers(2, V, predictions + 1)
     text = Text(TokenStream([tokens]), ByteTable(np.ones(V, np.int64), np.zeros(V, bool), np.arange(V) < 2), 1)
@@ -91,6 +106,27 @@ def test_no_tensor_holds_the_logits_of_all_rows(model, way, kernel, monkeypatch)
     with Largest() as largest:  # it can fail
         score(model, way, ["none", "causal"])
     assert largest.bytes > most
+
+
+@WAYS
+def test_somebody_else_s_model_has_the_logits_of_some_rows_at_a_time(model, way, monkeypatch):
+    monkeypatch.setattr(forwards, "_ROWS", 16)
+    theirs = LanguageModel(model, model.hidden, model.head, lambda window, sinks: CachedForward(model, window, sinks))
+    expected = score(model, way)[0]
+    for kernel in (ExitStack(), logits_interpreted()):
+        with kernel, Largest() as largest:
+            found = score(theirs, way)[0]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+        assert largest.bytes <= 4 * V * (16 if way else L)
+
+
+@WAYS
+def test_float32_on_a_gpu_has_the_logits_of_some_rows_at_a_time(model, way, monkeypatch):
+    monkeypatch.setattr(forwards, "_ROWS", 16)
+    with logits_interpreted(), patch.object(ops, "fuses", lambda *_: False), Largest() as largest:
+        found = score(model, way)[0]
+    np.testing.assert_allclose(found, score(model, way)[0], rtol=0, atol=1e-5)
+    assert largest.bytes <= 4 * V * (16 if way else L)
 
 
 def plain(model, tokens, targets):

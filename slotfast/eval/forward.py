@@ -306,13 +306,18 @@ class Needs:
 def losses(model: CausalModel, hidden: Tensor, targets: Tensor, worker: Worker) -> Tensor:
     """Losses of targets, [W, T] or [n], under states [W, T, D] or [n, D], nats, without all of their logits in memory.
 
-    Plain torch makes those of some windows or rows at a time, and has the bits of a run that keeps them.
+    Otherwise those of some windows or rows at a time; in plain torch with the bits of a run that keeps them.
     """
-    if ops.keeps_no_logits(worker.backend, hidden):
+    if isinstance(model, GPT) and ops.keeps_no_logits(worker.backend, hidden):
         return model.losses(hidden, targets)
+
+    def some(states: Tensor, targets: Tensor) -> Tensor:
+        if ops.uses_triton(worker.backend, hidden.device):
+            return model.losses(states, targets)
+        return row_losses(model.head(states), targets)
+
     step = max(1, _ROWS // math.prod(targets.shape[1:]))
-    parts = zip(hidden.split(step), targets.split(step), strict=True)
-    return torch.cat([row_losses(model.head(states), own) for states, own in parts])
+    return torch.cat([some(*part) for part in zip(hidden.split(step), targets.split(step), strict=True)])
 
 
 def _ends(windows: Sequence[Window], cut: int) -> Tensor:

@@ -121,7 +121,8 @@ class LanguageModel(nn.Module):
 
     def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Losses of targets [...] under hidden states [..., D]: float32 (float64 for float64) [...], nats."""
-        return ops.cross_entropy(self.head(hidden), targets)
+        logits = self.head(hidden).flatten(0, -2)
+        return ops.cross_entropy(logits[None], targets.reshape(1, -1)).view(targets.shape)
 
 
 def _first(states: Any) -> Any:

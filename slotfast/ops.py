@@ -266,11 +266,24 @@ def banded_attention(
         [B, T, heads, width] in q's dtype.
     """
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        past = k.size(1) - q.size(1)
-        if position is None or bool((position >= past).all()):
-            out = fused_banded_attention(q, k, v, window, position, sinks)
-            return without_own(out, v[:, past:]) if exclude_own else out
+        return _banded_on_cpu(q, k, v, window, position, sinks, exclude_own)
     return _banded(q, k, v, position, *(sinks or (None, None, None)), window, exclude_own)[0]
+
+
+def _banded_on_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    position: Tensor | None,
+    sinks: tuple[Tensor, Tensor, Tensor] | None,
+    exclude_own: bool,
+) -> Tensor:
+    past = k.size(1) - q.size(1)
+    if position is not None and not bool((position >= past).all()):
+        return banded_attention_ref(q, k, v, window, position, sinks, exclude_own)
+    out = fused_banded_attention(q, k, v, window, position, sinks)
+    return without_own(out, v[:, past:]) if exclude_own else out
 
 
 @torch.library.custom_op("slotfast::banded_attention", mutates_args=(), device_types="cpu")
@@ -287,7 +300,7 @@ def _banded(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The attention, and what the backward pass of the device needs."""
     sinks = None if q_sink is None or k_sink is None or v_sink is None else (q_sink, k_sink, v_sink)
-    out = banded_attention_ref(q, k, v, window, position, sinks, exclude_own)
+    out = _banded_on_cpu(q, k, v, window, position, sinks, exclude_own).contiguous()
     return out, q.new_empty(0, dtype=torch.float32), q.new_empty(0, dtype=torch.float32)
 
 

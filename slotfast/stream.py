@@ -10,14 +10,14 @@ the same as a query rotated at min(position, window - 1 + sinks): distances are 
 Source: Transformer-XL (arXiv 1901.02860) for the memory, StreamingLLM (arXiv 2309.17453) for the sinks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops
-from .model import GPT, rotary_table, rotate, single
+from .model import GPT, GPTConfig, rotary_table, rotate, single
 
 _LOOK_BACK = 2  # tokens that smear gate and bigram hash reach back together
 
@@ -63,11 +63,63 @@ class CachedForward:
             [batch, T - first, width], normalised states before the output matrix.
         """
         known = torch.cat([self._tokens, tokens.to(torch.int64)], 1)
-        attend = _StreamAttention(self, tokens.size(1))
+        length = tokens.size(1)
+        position = torch.arange(self.position, self.position + length, device=known.device)
+        # Only where a sink lies outside the last query's window
+        sinks = self.sinks if self.position + length > self.window else 0
+        attend = _StreamAttention(
+            self.model.config,
+            self.window,
+            sinks,
+            position,
+            lambda run, k, v: self._memory[run].take(k, v, self.position),
+        )
         states = self.model.states(known, attend, self.dtype, self._tokens.size(1), first)
         self._tokens = known[:, -_LOOK_BACK:]
-        self.position += tokens.size(1)
+        self.position += length
         return states
+
+    @property
+    def steady(self) -> bool:
+        """Whether all that is kept has the shapes that it will have to the end, so that `step` can read on."""
+        full = all(memory.full for memory in self._memory)
+        return full and self._tokens.size(1) == _LOOK_BACK and self.position >= self.window
+
+    def step(self, tokens: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        """Read the next tokens, as a function of tensors alone, whose shapes never change.
+
+        Args:
+            tokens: int64 [batch, T].
+            kept: what `kept` gives.
+
+        Returns:
+            States [batch, T, width], and what `go_on` takes.
+        """
+        known, length = torch.cat([kept[0], tokens], 1), tokens.size(1)
+        position = kept[1] + torch.arange(length, device=tokens.device)
+        each = 4 if self.sinks else 2  # of a run: keys, values, and those of the sinks
+        kept_now: list[Tensor] = []
+
+        def take(run: int, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+            keys, values, *first = kept[2 + each * run :][:each]
+            keys, values = torch.cat([keys, k], 1), torch.cat([values, v], 1)
+            kept_now.extend(_alone(x[:, length:]) for x in (keys, values))
+            return keys, values, *first
+
+        attend = _StreamAttention(self.model.config, self.window, self.sinks, position, take)
+        states = self.model.states(known, attend, self.dtype, _LOOK_BACK)
+        return states, _alone(known[:, -_LOOK_BACK:]), kept[1] + length, *kept_now
+
+    def kept(self) -> list[Tensor]:
+        """What `step` reads on from, where the stream is steady: tokens, the position, and keys and values of all."""
+        position = torch.full((1,), self.position, device=self._tokens.device)
+        return [_alone(self._tokens), position, *(part for memory in self._memory for part in memory.kept())]
+
+    def go_on(self, kept: Sequence[Tensor], count: int) -> None:
+        """Take what `step` gave behind the states of `count` tokens."""
+        self.position, self._tokens = self.position + count, kept[0]
+        for run, memory in enumerate(self._memory):
+            memory.replace(*kept[2 + 2 * run :][:2])
 
     def skip(self, position: int) -> None:
         """Skip to a later position, as if nothing before it but the sinks existed."""
@@ -88,23 +140,37 @@ class CachedForward:
             memory.load_state_dict(saved, device)
 
 
-class _StreamAttention:
-    """One block's attention; see `slotfast.model.Attend`."""
+def _alone(x: Tensor) -> Tensor:
+    """A copy that keeps nothing else in memory, and whose strides are those of its shape: one form for a compiler."""
+    return x.clone(memory_format=torch.contiguous_format)
 
-    def __init__(self, stream: CachedForward, length: int):
-        self.stream = stream
-        device = stream._tokens.device
-        position = torch.arange(stream.position, stream.position + length, device=device)
-        config, window = stream.model.config, stream.window
+
+class _StreamAttention:
+    """One block's attention; see `slotfast.model.Attend`.
+
+    Args:
+        config: of the model.
+        window: of the stream.
+        sinks: first tokens of the stream, where any of them lies outside a query's window; else 0.
+        position: int64 [T], of the block's tokens.
+        take: takes in keys and values of a run; gives those that its queries see, then those of the sinks, if any.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        window: int,
+        sinks: int,
+        position: Tensor,
+        take: Callable[[int, Tensor, Tensor], tuple[Tensor, ...]],
+    ):
+        self.window, self.sinks, self.position, self.take = window, sinks > 0, position[:1], take
         self.rope = rotary_table(window, config, position)
         self.angles = single(self.rope)
-        # Only where a sink lies outside the last query's window
-        self.sinks = stream.sinks > 0 and stream.position + length > window
         if self.sinks:
-            seen_from = position.clamp(max=window - 1 + stream.sinks)
+            seen_from = position.clamp(max=window - 1 + sinks)
             self.sink_rope = rotary_table(window, config, seen_from)
             self.back_to_sinks = rotary_table(window, config, seen_from - position)  # from `rope` on
-        self.position = position[:1].expand(stream._tokens.size(0))
 
     def __call__(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool) -> Tensor:
         first = k.size(1) - q.size(1)
@@ -119,10 +185,10 @@ class _StreamAttention:
         return self._meet(run, q, k, v, exclude_own, of_sinks)
 
     def _meet(self, run: int, q: Tensor, k: Tensor, v: Tensor, exclude_own: bool, of_sinks: Tensor | None) -> Tensor:
-        keys, values, *first_ones = self.stream._memory[run].take(k, v, self.stream.position)
+        keys, values, *first_ones = self.take(run, k, v)
         sinks = None if of_sinks is None else (of_sinks, first_ones[0], first_ones[1])
-        position = self.position + k.size(1) - q.size(1)
-        return ops.banded_attention(q, keys, values, self.stream.window, position, sinks, exclude_own)
+        position = (self.position + k.size(1) - q.size(1)).expand(q.size(0))
+        return ops.banded_attention(q, keys, values, self.window, position, sinks, exclude_own)
 
 
 class _Memory:
@@ -146,6 +212,20 @@ class _Memory:
             first = torch.cat([first[0], k[:, :missing]], 1), torch.cat([first[1], v[:, :missing]], 1)
             self.first = first[0].detach().clone(), first[1].detach().clone()
         return self.recent[0].extend(k), self.recent[1].extend(v), *first
+
+    @property
+    def full(self) -> bool:
+        first = 0 if self.first is None else self.first[0].size(1)
+        return first == self.sinks and all(recent.full for recent in self.recent)
+
+    def kept(self) -> list[Tensor]:
+        """Keys and values of the last `keep` tokens, and of the first ones where there are sinks; all contiguous."""
+        return [*(recent.alone() for recent in self.recent), *(self.first or ())]
+
+    def replace(self, keys: Tensor, values: Tensor) -> None:
+        """Keep these of the last `keep` tokens from here on."""
+        for recent, new in zip(self.recent, (keys, values), strict=True):
+            recent.buffer, recent.end = new, self.keep
 
     def forget(self) -> None:
         self.recent = _Recent(self.keep), _Recent(self.keep)
@@ -171,6 +251,18 @@ class _Recent:
     def last(self) -> Tensor | None:
         """What is kept, [batch, up to keep, ...]; None at the start."""
         return None if self.buffer is None else self.buffer[:, max(0, self.end - self.keep) : self.end]
+
+    @property
+    def full(self) -> bool:
+        return self.buffer is not None and self.end >= self.keep
+
+    def alone(self) -> Tensor:
+        """What is kept, where that is all that can be, in a buffer without room."""
+        if self.buffer is None:
+            raise ValueError("nothing is kept")
+        if self.buffer.size(1) > self.keep:
+            self.buffer, self.end = _alone(self.buffer[:, self.end - self.keep : self.end]), self.keep
+        return self.buffer
 
     def extend(self, new: Tensor) -> Tensor:
         """What was kept, then the new [batch, T, ...], which carries its gradient."""

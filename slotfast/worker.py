@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from .compiled import Mode
 from .ops import Backend
 
 
@@ -16,6 +18,7 @@ class Worker:
         dtype: of the model's forward.
         rank, world: which of the run's processes this is, 0 <= rank < world.
         backend: of the kernels.
+        compile: how the forward of a whole batch or block runs, where nothing is learned from it.
     """
 
     device: torch.device | str = "cpu"
@@ -23,6 +26,7 @@ class Worker:
     rank: int = 0
     world: int = 1
     backend: Backend = "auto"
+    compile: Mode = "off"
 
     @property
     def on_gpu(self) -> bool:
@@ -39,3 +43,9 @@ class Worker:
 
 
 ALONE = Worker()  # the only process of a run, on a CPU
+
+
+def upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A host's tensor on a device, without waiting for what that does meanwhile."""
+    device = torch.device(device)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

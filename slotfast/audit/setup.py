@@ -97,7 +97,7 @@ def _own(settings: AuditSettings) -> Subject:
         tokenizer.byte_table,
         tokenizer.bos_id,
         hints,
-        Worker(device, backend=settings.backend),
+        Worker(device, backend=settings.backend, compile=settings.compile),
         # Blocks of another size than the windows' batches, so that their borders can be told apart
         Streaming(settings.sinks, 3 * hints.stride) if settings.forward == "stream" else None,
     )

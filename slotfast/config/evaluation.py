@@ -81,6 +81,10 @@ class EvalSettings(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = setting(
         "auto", "of the forward; auto: bfloat16 on a GPU, float32 on a CPU"
     )
+    compile: Literal["auto", "off", "on", "graphs"] = setting(
+        "auto",
+        "the forward by torch.compile; graphs: and CUDA graphs; auto: on for a GPU's runs of 1,000 forwards and more",
+    )
     budget: float | None = setting(None, "seconds that the evaluation may take: adds a verdict", gt=0)
     allow_noncausal: bool = setting(False, "also run presets whose score has seen its own tokens")
     json_: str | None = setting(
@@ -157,6 +161,7 @@ class AuditSettings(Settings):
     budget: float | None = setting(None, "seconds for the runs instead, about", gt=0)
     backend: Literal["auto", "triton", "torch"] = setting("auto", "of our own loop; auto: triton on a GPU")
     device: str = setting("auto", "of our own loop: auto, cpu, cuda, cuda:1, ...")
+    compile: Literal["off", "on"] = setting("off", "of our own loop: its forward by torch.compile")
     json_: str | None = setting(
         None, "write the result as JSON; - for standard output", alias="json", writes=JSON_OR_STDOUT
     )

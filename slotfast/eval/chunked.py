@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class WindowsLoop:
             plan,
             adapters,
             batch_windows=batch_windows,
-            worker=worker,
+            worker=replace(worker, compile="off"),  # weights that are trained between forwards
             training=self._training,
             keep_logprobs=keep_logprobs,
         )

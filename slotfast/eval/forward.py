@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..compiled import Compiled
 from ..data import TokenStream
 from ..foreign.models import cached_forward
 from ..model import GPT, CausalModel
 from ..slot import Adapter, WindowBatch, first_position
 from ..slot.batch import row_losses
 from ..windows import Plan, Window
-from ..worker import Worker
+from ..worker import Worker, upload
 
 _BLOCK_TOKENS = {"cpu": 1024, "cuda": 16384}  # on two CPUs 512 to 4096 are within a tenth of each other
 _LOGIT_BYTES = 1 << 28  # of one batch's float32 logits, which set the default batch
@@ -42,6 +43,8 @@ class Streaming:
 
 class Forward(Protocol):
     """Runs the model over a rank's windows, in order."""
+
+    compiled: Compiled
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
         """Forward consecutive windows; `on_windows` is called with the number just done."""
@@ -77,6 +80,7 @@ class WindowForward:
         self.model, self.stream, self.plan = model, stream, plan
         self.worker, self.batch_windows = worker, batch_windows
         self.needs = Needs.of(adapters, plan, keep_logits)
+        self.compiled = _compiled(self._needed, worker, model)
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
         """See `Forward`."""
@@ -85,25 +89,34 @@ class WindowForward:
         parts: list[tuple[Tensor, ...]] = []
         for first in range(0, len(indices), self.batch_windows):
             windows = [self.plan[index] for index in indices[first : first + self.batch_windows]]
-            tokens = self._gather(windows)
-            hidden = self.model.hidden(tokens[:, :-1].to(device), self.worker.dtype, cut, self.plan.seq_len)
+            tokens = upload(self._gather(windows), device)
+            inputs, targets = tokens[:, :-1], tokens[:, 1 + cut :]
+            hidden, *logits = self.compiled(inputs) if cut == needs.first else self._forward(inputs, cut)
             ends = _ends(windows, cut)
-            ends = torch.cat([ends, ends.new_zeros(self.batch_windows - len(ends), 2)])
-            targets, states = tokens[:, 1 + cut :].to(device), (hidden,) if needs.hidden else ()
-            scores = self.model.head(hidden) if needs.logits else losses(self.model, hidden, targets, self.worker)
-            parts.append((scores, targets, ends.to(device), *states))
+            ends = upload(torch.cat([ends, ends.new_zeros(self.batch_windows - len(ends), 2)]), device)
+            scores = logits[0] if needs.logits else losses(self.model, hidden, targets, self.worker)
+            parts.append((scores, targets, ends, *((hidden,) if needs.hidden else ())))
             if on_windows:
                 on_windows(len(windows))
         columns = parts[0] if len(parts) == 1 else [torch.cat(column) for column in zip(*parts, strict=True)]
         scores, targets, ends, *kept = columns
         return self.needs.batch(scores, targets, ends, self.worker, next(iter(kept), None), self.model)
 
+    def _needed(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        return self._forward(tokens, self.needs.first)
+
+    def _forward(self, tokens: Tensor, cut: int) -> tuple[Tensor, ...]:
+        """States of the positions from `cut` on, and their logits if needed; tokens [batch_windows, positions]."""
+        hidden = self.model.hidden(tokens, self.worker.dtype, cut, self.plan.seq_len)
+        return (hidden, self.model.head(hidden)) if self.needs.logits else (hidden,)
+
     def state_dict(self) -> dict[str, Any]:
-        """Nothing is kept."""
-        return {}
+        """See `Forward`: how the model ran, and nothing else."""
+        return {"compiled": self.compiled.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to go on from."""
+        """See `Forward`."""
+        self.compiled.load_state_dict(state["compiled"])
 
     def _gather(self, windows: Sequence[Window]) -> Tensor:
         """Tokens int64 [batch_windows, positions + 1], zero past the stream's end and in unused rows."""
@@ -141,6 +154,7 @@ class StreamForward:
         self.worker = worker
         self.needs = Needs.of(adapters, plan, keep_logits)
         self.cached = cached_forward(model, plan.seq_len, streaming.sinks, worker.dtype)
+        self.compiled = _compiled(self._step, worker, model)
         self.scores, self.hidden = RollingTape(), RollingTape()  # scores: logits or losses
 
     def __call__(self, indices: range, on_windows: Callable[[int], None] | None = None) -> WindowBatch:
@@ -160,9 +174,10 @@ class StreamForward:
         tokens = np.zeros(end - begin, np.int64)
         known = self.stream.read(begin + 1, end + 1)
         tokens[: len(known)] = known
-        targets = overlapping(torch.from_numpy(tokens).to(self.worker.device), self.plan.stride, len(windows), length)
+        targets = upload(torch.from_numpy(tokens), self.worker.device)
+        targets = overlapping(targets, self.plan.stride, len(windows), length)
         hidden = self.hidden.windows(**options) if self.needs.hidden else None
-        ends = _ends(windows, cut).to(self.worker.device)
+        ends = upload(_ends(windows, cut), self.worker.device)
         if on_windows:
             on_windows(len(windows))
         return self.needs.batch(scores, targets, ends, self.worker, hidden, self.model)
@@ -179,25 +194,39 @@ class StreamForward:
         """Forward up to the end of the block; predictions from `wanted` on go onto the tape."""
         start = self.cached.position
         stop = min((start // self.block + 1) * self.block, self.plan.predictions)
-        tokens = torch.from_numpy(self.stream.read(start, stop + 1).astype(np.int64)).to(self.worker.device)
+        tokens = upload(torch.from_numpy(self.stream.read(start, stop + 1).astype(np.int64)), self.worker.device)
         first = min(max(0, wanted - start), stop - start)
-        hidden = self.cached(tokens[None, :-1], first)[0]
+        inputs, whole = tokens[None, :-1], first == 0 and stop - start == self.block
+        if self.compiled.mode != "off" and whole and self.cached.steady:
+            hidden, logits, *kept = self.compiled(inputs, *self.cached.kept())
+            self.cached.go_on(kept, self.block)
+        else:
+            hidden, logits = self.cached(inputs, first), None
+        hidden = hidden[0]
         if first < stop - start:
-            targets = tokens[1 + first :]
-            logits = self.needs.logits
-            scores = self.model.head(hidden) if logits else losses(self.model, hidden, targets, self.worker)
+            if not self.needs.logits:
+                scores = losses(self.model, hidden, tokens[1 + first :], self.worker)
+            else:
+                scores = self.model.head(hidden) if logits is None else logits[0]
             self.scores.append(start + first, scores)
             if self.needs.hidden:
                 self.hidden.append(start + first, hidden)
 
+    def _step(self, tokens: Tensor, *kept: Tensor) -> tuple[Tensor, ...]:
+        """States of a block, their logits - empty where none are needed - and what the stream keeps after it."""
+        hidden, *kept_now = self.cached.step(tokens, *kept)
+        logits = self.model.head(hidden) if self.needs.logits else hidden.new_empty(0)
+        return hidden, logits, *kept_now
+
     def state_dict(self) -> dict[str, Any]:
         """See `Forward`."""
-        parts = {"cached": self.cached, "scores": self.scores, "hidden": self.hidden}
+        parts = {"cached": self.cached, "scores": self.scores, "hidden": self.hidden, "compiled": self.compiled}
         return {name: part.state_dict() for name, part in parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Forward`."""
         self.cached.load_state_dict(state["cached"])
+        self.compiled.load_state_dict(state["compiled"])
         self.scores.load_state_dict(state["scores"], self.worker.device)
         self.hidden.load_state_dict(state["hidden"], self.worker.device)
 
@@ -270,6 +299,11 @@ class RollingTape:
 def overlapping(rows: Tensor, step: int, count: int, length: int) -> Tensor:
     """Views [count, length, ...] of contiguous rows [n, ...]: `length` rows each, from 0, step, 2 * step, ... on."""
     return rows.as_strided((count, length, *rows.shape[1:]), (step * rows.stride(0), *rows.stride()))
+
+
+def _compiled(function: Callable[..., Any], worker: Worker, model: CausalModel) -> Compiled:
+    """A forward that runs as the worker says; models of other projects always run as they are."""
+    return Compiled(function, worker.compile if isinstance(model, GPT) else "off", worker.device)
 
 
 @dataclass(frozen=True)

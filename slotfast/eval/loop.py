@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from ..compiled import Compiled
 from ..data import Text
 from ..errors import InputError
 from ..model import CausalModel
@@ -98,6 +99,11 @@ class SlidingPass:
             else WindowForward(*common, batch_windows, keep_logprobs)
         )
         self._done: int | None = None  # windows before this one are scored; None before any is
+
+    @property
+    def compiled(self) -> Compiled:
+        """The forward of a whole batch or block, as it ran."""
+        return self._forward.compiled
 
     @torch.no_grad()
     def run(

@@ -23,6 +23,7 @@ _MOST_POINTS = 400  # of a line
 _PIECES = PIECES // 4  # of the stream, a step each
 _PHASES = {
     "load": "reading model and text",
+    "compile": "compiling",
     "forward": "forward",
     "score": "plain loss",
     "save": "saving progress",

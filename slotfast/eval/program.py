@@ -166,6 +166,9 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
     earlier = saver.seconds if saver else 0.0
     total = earlier + time.perf_counter() - started
     seconds = {"load": loaded - started, **sliding.seconds, "total": total}
+    if sliding.compiled.seconds:
+        seconds["compile"] = sliding.compiled.seconds
+        seconds["forward"] -= seconds["compile"]
     if learners:
         seconds["learn"] = sum(learner.seconds["learned"] for learner in learners)
     return Outcome(sliding, learners, collected, work, seconds, peak)

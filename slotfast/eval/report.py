@@ -62,7 +62,7 @@ def report(inputs: Inputs, setup: Setup, outcome: Outcome, config: Mapping[str, 
         InputError: the scored tokens stand for no bytes.
     """
     sliding, plan, worker = outcome.sliding, setup.plan, setup.worker
-    meter = sliding.meter
+    meter, compiled = sliding.meter, sliding.compiled
     if not meter.bytes.any():
         raise InputError(f"{inputs.source}: its tokens stand for no bytes, so bits per byte is undefined")
     base, scores = meter.score(0), [meter.score(row + 1) for row in range(len(sliding.adapters))]
@@ -105,7 +105,8 @@ def report(inputs: Inputs, setup: Setup, outcome: Outcome, config: Mapping[str, 
         "calibrated": metadata.get("calibration") is not None,
         "frequencies": inputs.artifact.unigram is not None,
         "text": text,
-        "notes": notes(inputs, setup, text["seen"], int(meter.bytes.sum())),
+        "notes": notes(inputs, setup, text["seen"], int(meter.bytes.sum()))
+        + ([f"not compiled as asked: {compiled.why}"] if compiled.why else []),
         "seconds": {key: round(value, 3) for key, value in outcome.seconds.items()},
         "windows_per_second": speed,
         "projected_seconds_8gpu": projected,
@@ -118,7 +119,8 @@ def report(inputs: Inputs, setup: Setup, outcome: Outcome, config: Mapping[str, 
         "ranks": worker.world,
         "plan": {"seq_len": plan.seq_len, "stride": plan.stride, "batch_windows": setup.batch_windows}
         | {"adapt_windows": setup.adapt_windows}
-        | {"block_tokens": setup.block_tokens, "dtype": worker.dtype_name, "weights": setup.weights},
+        | {"block_tokens": setup.block_tokens, "dtype": worker.dtype_name, "weights": setup.weights}
+        | {"compile": compiled.mode},
         "config": dict(config),
         "versions": {"slotfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
         | {name: importlib.metadata.version(name) for name in ("numpy", "sentencepiece")}
@@ -236,10 +238,12 @@ def _inexact(text: Mapping[str, Any]) -> str:
 
 
 def _forward_line(found: dict[str, Any]) -> str:
+    compiled = {"off": "", "on": "; compiled", "graphs": "; compiled, as CUDA graphs"}[found["plan"]["compile"]]
+    compiled += f" in {found['seconds']['compile']:.1f} s" if "compile" in found["seconds"] else ""
     if found["forward"] == "windows":
-        return "windows, each recomputed"
+        return f"windows, each recomputed{compiled}"
     sinks, stored = found["sinks"], found["stored_forward"]
-    line = f"stream: every token once, {counted(sinks, 'sink') if sinks else 'no sinks'}"
+    line = f"stream: every token once, {counted(sinks, 'sink') if sinks else 'no sinks'}{compiled}"
     if not stored or stored["forward"] != "stream" or stored["sinks"] != sinks:
         return line
     difference = f"{stored['difference_bpb']:+.4f} ± {stored['difference_se']:.4f}"

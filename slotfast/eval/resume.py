@@ -69,6 +69,7 @@ def describe(inputs: Inputs, setup: Setup, model: nn.Module, per_token: bool) ->
         "sinks": setup.learning_sinks if setup.learning else setup.sinks,
         "block_tokens": setup.block_tokens,
         "dtype": worker.dtype_name,
+        "compile": worker.compile,
     }
 
 

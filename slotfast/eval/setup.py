@@ -9,6 +9,7 @@ import torch
 
 from .. import ops
 from ..artifact import Artifact
+from ..compiled import Mode
 from ..config import EvalSettings
 from ..errors import InputError
 from ..foreign import ForeignModel
@@ -22,6 +23,7 @@ from .inputs import Inputs, Sources, read_inputs
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _MAX_BATCH_WINDOWS = 32
 _MAX_ADAPT_WINDOWS = 8192  # more would fill no GPU better
+_COMPILED_FORWARDS = 1000  # predicted: compiling takes some 20 s on a GPU, and a forward then some 20 ms less
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def set_up(settings: EvalSettings, rows: Sequence[Adaptation | Learning], worker
         adapt_windows=adapt_windows,
         streaming=streaming,
         weights=settings.weights,
-        worker=worker,
+        worker=replace(worker, compile=choose_compile(settings, plan, batch_windows, streaming, worker)),
         learning_sinks=choose_sinks(settings, inputs),
     )
     return inputs, setup
@@ -149,6 +151,27 @@ def choose_batch(
     if together % chosen and together % batch:
         raise InputError(f"--adapt-windows {together}: expected a multiple of {chosen}, the windows of one forward")
     return batch, max(batch, together // batch * batch)
+
+
+def choose_compile(
+    settings: EvalSettings, plan: Plan, batch_windows: int, streaming: Streaming | None, worker: Worker
+) -> Mode:
+    """How the forward runs; on a GPU by torch.compile, unless the settings say otherwise, where it runs often.
+
+    Raises:
+        InputError: it is to be compiled and is another project's, or captured where there is no GPU.
+    """
+    chosen = settings.compile
+    if chosen == "graphs" and not worker.on_gpu:
+        raise InputError("--compile graphs: needs a GPU, and this runs on the CPU")
+    if settings.model is not None:
+        if chosen in ("on", "graphs"):
+            raise InputError(f"--compile {chosen}: is for an --artifact; the code of --model runs as it is")
+        return "off"
+    if chosen != "auto":
+        return chosen
+    whole = plan.predictions // streaming.block_tokens if streaming else len(plan) // batch_windows
+    return "on" if worker.on_gpu and whole >= _COMPILED_FORWARDS * worker.world else "off"
 
 
 def choose_streaming(

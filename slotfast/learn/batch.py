@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..model import GPT, Attend, WindowAttention
-from .keys import LOOK_BACK, SlotAttention, SlotKeys, upload
+from ..worker import upload
+from .keys import LOOK_BACK, SlotAttention, SlotKeys
 from .schedule import Document, Read
 from .top import OnTop
 

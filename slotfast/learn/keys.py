@@ -13,13 +13,9 @@ from torch import Tensor
 
 from .. import ops
 from ..model import GPT, rotary_table, rotate
+from ..worker import upload
 
 LOOK_BACK = 2  # tokens that smear gate and bigram hash reach back together
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host's tensor on a device, without waiting for what that does meanwhile."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 class SlotKeys:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..model import GPT
-from .keys import upload
+from ..worker import upload
 from .row import Learning
 
 # Of every block; the factors of attn and mlp are branches beside the whole of them.

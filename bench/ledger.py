@@ -49,6 +49,7 @@ FUSED = {
     "linear_heads": "heads",
     "linear_squared": "mlp",
     "linear_residual": "residual, mixing",
+    "linear_logits": "head and loss",
     "linear_cross_entropy": "head and loss",
 }
 ELEMENTWISE = tuple(name for name in GROUPS if name not in ("products", "attention"))
@@ -199,7 +200,8 @@ class Counting(TorchDispatchMode):
                 self.ledger.add(function, f"{name}, besides", **besides, flops=0, calls=0, group=FUSED[name])
                 read, written = size(x) + size(weight), size(y)
             count = flops(name, inputs, args, made)
-            self.ledger.add(function, name, read=read, written=written, flops=count)
+            group = "products" if name in FUSED else ""
+            self.ledger.add(function, name, read=read, written=written, flops=count, group=group)
         return out
 
     def _calling(self, frame: FrameType | None) -> str:

@@ -1,4 +1,4 @@
-"""Losses as registered operators, with shapes and gradients: of logits, and straight from hidden states.
+"""Losses as registered operators, with shapes and gradients: of logits, and straight from hidden states; and logits.
 
 `slotfast.ops` calls them. They go by the tensors' device; the plain torch behind the second on a CPU is for tracing.
 """
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels import bias_cross_entropy_ref, linear_cross_entropy_ref
+from . import kernels
+from .kernels import bias_cross_entropy_ref, linear_cross_entropy_ref, linear_logits_ref
 from .kernels._inputs import _scores_ref, _targets_ref
 from .kernels.cross_entropy import _bias_cross_entropy_bwd, _bias_cross_entropy_fwd
 from .kernels.linear._cross_entropy import _linear_cross_entropy_bwd, _linear_cross_entropy_fwd
@@ -157,3 +158,19 @@ def _differentiate(ctx, dnll, dshift, dtotal):
 
 
 linear_loss.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("slotfast::linear_logits", mutates_args=(), device_types="cpu")
+def linear_logits(x: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
+    """Soft-capped logits float32 (float64 for float64) [..., V] of states [..., K] and weight [V, K]; no gradients."""
+    return linear_logits_ref(x, weight, softcap)
+
+
+@linear_logits.register_kernel("cuda")
+def _(x, weight, softcap):
+    return kernels.linear_logits(x, weight, softcap)
+
+
+@linear_logits.register_fake
+def _(x, weight, softcap):
+    return x.new_empty((*x.shape[:-1], len(weight)), dtype=torch.promote_types(x.dtype, torch.float32))

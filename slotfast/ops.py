@@ -30,7 +30,7 @@ from .kernels.int6_product import _stays_in_l2
 from .kernels.lbfgs import LARGEST_V
 from .kernels.own import LARGEST_D, without_own_ref
 from .kernels.solver import MOST_COLUMNS, MOST_PAIRS
-from .losses import bias_loss, linear_loss
+from .losses import bias_loss, linear_logits, linear_loss
 
 __all__ = [
     "Backend",
@@ -40,12 +40,13 @@ __all__ = [
     "choose",
     "cross_entropy",
     "fuses",
+    "fuses_output",
     "int6_linear",
     "keeps_dense",
-    "keeps_no_logits",
     "launches_lbfgs",
     "linear_cross_entropy",
     "linear_heads",
+    "linear_logits",
     "linear_residual",
     "linear_squared",
     "solves_in_one_launch",
@@ -83,8 +84,8 @@ def fuses(backend: Backend, x: Tensor, head_width: int) -> bool:
     return half and whole and uses_triton(backend, x.device)
 
 
-def keeps_no_logits(backend: Backend, x: Tensor) -> bool:
-    """Whether losses of states x come straight from them; in float32 they do not, as blocks are not fused there."""
+def fuses_output(backend: Backend, x: Tensor) -> bool:
+    """Whether kernels make logits of states x, or losses without them; as blocks, not in float32."""
     return x.dtype in (torch.bfloat16, torch.float16) and uses_triton(backend, x.device)
 
 
@@ -146,7 +147,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of each row's soft-capped logits x W^T, with gradients to both.
 
-    Where `keeps_no_logits`, neither they nor their gradients are in memory.
+    Neither they nor their gradients are in memory where `fuses_output`.
 
     Args:
         x: [..., K] float32, bfloat16, float16; float64 on the torch backend.
@@ -159,7 +160,7 @@ def linear_cross_entropy(
     Returns:
         float32 (float64 for float64) [...], nats; 0 where ignored.
     """
-    if keeps_no_logits(backend, x):
+    if fuses_output(backend, x):
         return linear_loss(x, weight, targets, softcap, ignore_index)[0]
     logits = F.linear(x, weight)
     flat = logits.reshape(1, -1, len(weight)), targets.reshape(1, -1)

@@ -114,6 +114,13 @@ def test_kernels_leave_none_of_a_block_s_passes(shape):
     assert not [line for line in after if line.function.startswith(gone) and line.operator not in FUSED]
 
 
+def test_rows_that_adapt_have_their_logits_in_one_pass():
+    lines = {(line.function, line.operator): line for line in ledger_of(WINDOWS, kernels=True, logits=True)}
+    product = lines["GPT.head", "linear_logits"]
+    assert (product.group, product.written) == ("products", 3 * 48 * 96 * 4)
+    assert not [name for name, _ in lines if "softcap" in name]
+
+
 def test_a_fused_product_is_charged_what_it_reads_and_writes():
     tokens, lines = 3 * 48, {(line.function, line.operator): line for line in ledger_of(WINDOWS, kernels=True)}
     runs = len(SMALL.order)

@@ -53,7 +53,7 @@ class Launched(torch.autograd.Function):
 def interpreted():
     """Within, no logits are kept, and the operator's kernels run, interpreted."""
     stack = ExitStack()
-    stack.enter_context(patch.object(ops, "keeps_no_logits", lambda backend, x: True))
+    stack.enter_context(patch.object(ops, "fuses_output", lambda backend, x: True))
     stack.enter_context(patch.object(ops, "linear_loss", Launched.apply))
     return stack
 
@@ -106,6 +106,21 @@ def test_no_tensor_holds_the_logits_of_all_rows(model, way, kernel, monkeypatch)
     with Largest() as largest:  # it can fail
         score(model, way, ["none", "causal"])
     assert largest.bytes > most
+
+
+def test_logits_are_the_product_s_and_carry_no_gradients(model):
+    """Where kernels run, in half precision: otherwise, and where gradients are asked for, the plain ones."""
+    hidden = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    expected = model.head(hidden)
+    launched = patch.object(ops, "linear_logits", kernels.linear_logits)
+    with patch.object(ops, "fuses_output", lambda backend, x: True), launched:
+        assert (model.head(hidden) - expected).abs().max() < 1e-5
+        learning = model.head(hidden.requires_grad_())
+        assert learning.requires_grad and torch.equal(learning.detach(), expected)
+        biased = torch.ones(2, 5, V)
+        assert (model.head(hidden, biased) - model.head(hidden.detach(), biased)).abs().max() == 0
+    traced = torch.ops.slotfast.linear_logits(hidden.detach(), model.output_matrix(torch.float32), 30.0)
+    assert torch.allclose(traced, expected, rtol=0, atol=1e-5)
 
 
 @WAYS

@@ -194,3 +194,25 @@ CROSS_ENTROPY_CASES = (
     Case("V 4096", {"M": _ROWS, "V": 4096, "K": 512, "softcap": 30.0}, torch.bfloat16, production=True),
     Case("V 8192", {"M": _ROWS, "V": 8192, "K": 512, "softcap": 30.0}, torch.bfloat16, production=True),
 )
+
+
+def logits_inputs(generator, device, dtype, *, M, V, K, scale=1.0, edit=None, **options):
+    """`scale` of the logits."""
+    found = _drawn(generator, device, dtype, M, K, edit, weight=(V, K))
+    return {"x": found["x"], "weight": found["weight"] * scale, **options}
+
+
+LOGITS_CASES = (
+    Case("no rows", {"M": 0, "V": 16, "K": 16}),
+    Case("one element", {"M": 1, "V": 1, "K": 1}),
+    Case("primes, capped", {"M": 7, "V": 37, "K": 29, "softcap": 3.0}),
+    Case("above a tile", {"M": 65, "V": 130, "K": 33}),
+    Case("several tiles, bfloat16", {"M": 130, "V": 260, "K": 72, "softcap": 30.0}, torch.bfloat16),
+    Case("several steps, float16", {"M": 40, "V": 48, "K": 192, "softcap": 30.0}, torch.float16),
+    Case("strided", {"M": 12, "V": 24, "K": 32, "edit": "strided"}),
+    Case("sums that cancel", {"M": 20, "V": 24, "K": 64, "edit": "cancelling"}),
+    Case("logits of 1e3, capped", {"M": 20, "V": 24, "K": 48, "scale": 1e3, "softcap": 30.0}),
+    Case("a NaN stays in its row", {"M": 6, "V": 20, "K": 24, "softcap": 30.0, "edit": "poor"}),
+    Case("production", {"M": _ROWS // 8, "V": 1024, "K": 512, "softcap": 30.0}, torch.bfloat16, production=True),
+    Case("production, V 8192", {"M": _ROWS // 8, "V": 8192, "K": 512, "softcap": 30.0}, torch.bfloat16, True),
+)

@@ -17,6 +17,8 @@ from ._cross_entropy import SPEC as _CROSS_ENTROPY
 from ._cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from ._heads import SPEC as _HEADS
 from ._heads import linear_heads, linear_heads_ref
+from ._logits import SPEC as _LOGITS
+from ._logits import linear_logits, linear_logits_ref
 from ._product import EPS
 from ._residual import SPEC as _RESIDUAL
 from ._residual import linear_residual, linear_residual_ref
@@ -29,10 +31,12 @@ __all__ = [
     "linear_cross_entropy_ref",
     "linear_heads",
     "linear_heads_ref",
+    "linear_logits",
+    "linear_logits_ref",
     "linear_residual",
     "linear_residual_ref",
     "linear_squared",
     "linear_squared_ref",
 ]
 
-SPECS: tuple[KernelSpec, ...] = (_CROSS_ENTROPY, _HEADS, _RESIDUAL, _SQUARED)
+SPECS: tuple[KernelSpec, ...] = (_CROSS_ENTROPY, _HEADS, _LOGITS, _RESIDUAL, _SQUARED)

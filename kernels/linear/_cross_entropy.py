@@ -33,12 +33,13 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .._inputs import _contiguous
-from .._rows import _load_targets, _softcap
+from .._rows import _load_targets
 from .._triton import _LN2, _LOG2E, _launch, tl, triton
 from ..cases.linear import CROSS_ENTROPY_CASES, cross_entropy_inputs
 from ..cross_entropy import bias_cross_entropy_ref
 from ..spec import KernelSpec
-from ._product import _check, _compilation, _constants, _product, _store
+from ._logits import _score_tile
+from ._product import _check, _compilation, _constants, _store
 
 _PART_REF = 1 << 22  # logits that the reference has in memory
 _PART = 1 << 24  # and gradients of logits that the backward has; 32 MiB of bfloat16 stay in an L2 cache
@@ -69,35 +70,6 @@ def linear_cross_entropy_ref(
 
 
 # Kernels
-
-
-@triton.jit
-def _score_tile(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    left,
-    columns,
-    K,
-    softcap,
-    N: tl.constexpr,
-    CAP: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    z = _product(x_ptr, w_ptr, left, columns, K, N, EVEN_K, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
-    if CAP:
-        if x_ptr.dtype.element_ty == tl.float32:
-            z = _softcap(z, softcap)
-        else:  # to 2e-7 of the cap, not of z: less than a narrow state has lost, in a third of the instructions
-            d = tl.exp2(z * (2.0 * _LOG2E / softcap)) + 1.0
-            z = softcap - 2.0 * softcap * tl.rsqrt(d * d)
-    return z
 
 
 @triton.jit

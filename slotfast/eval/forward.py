@@ -342,7 +342,7 @@ def losses(model: CausalModel, hidden: Tensor, targets: Tensor, worker: Worker) 
 
     Otherwise those of some windows or rows at a time; in plain torch with the bits of a run that keeps them.
     """
-    if isinstance(model, GPT) and ops.keeps_no_logits(worker.backend, hidden):
+    if isinstance(model, GPT) and ops.fuses_output(worker.backend, hidden):
         return model.losses(hidden, targets)
 
     def some(states: Tensor, targets: Tensor) -> Tensor:

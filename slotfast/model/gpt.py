@@ -158,6 +158,10 @@ class GPT(nn.Module):
 
         A bias [..., vocab_size] is added before the cap.
         """
+        if bias is None and ops.fuses_output(self.backend, hidden):
+            matrix = self.output_matrix(hidden.dtype)
+            if not (torch.is_grad_enabled() and (hidden.requires_grad or matrix.requires_grad)):
+                return ops.linear_logits(hidden, matrix, self.config.softcap)
         logits = self.unembed(hidden)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         return softcap(logits if bias is None else logits + bias, self.config.softcap)

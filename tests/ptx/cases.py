@@ -171,6 +171,7 @@ SUITE = {
     "linear_heads": (
         "primes, groups of three, a value", "nothing turns", "several tiles, bfloat16", "several steps, float16",
     ),
+    "linear_logits": ("primes, capped", "several tiles, bfloat16", "several steps, float16"),
     "linear_residual": ("several parts", "several parts, bfloat16", "several steps, float16"),
     "linear_squared": ("primes", "above a tile of bfloat16", "several steps, float16"),
     "rate_scan": ("strided", "one token, one window"),

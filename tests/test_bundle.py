@@ -377,6 +377,21 @@ def test_the_public_kernels_library_loads_the_hub_folder(tmp_path):
     assert done.stdout.split()[1:] == sorted(spec.name for spec in kernels.specs())
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=["full", "stopped"]
+)
+def test_no_half_of_a_hub_folder_stays(tmp_path, monkeypatch, error):
+    def fail(variant, name, backend):
+        if backend == "cpu":
+            raise error
+
+    with monkeypatch.context() as patched, pytest.raises((InputError, KeyboardInterrupt)):
+        patched.setattr("slotfast.bundle.hub._write_metadata", fail)
+        write_hub(tmp_path, "slotfast-kernels")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    write_hub(tmp_path, "slotfast-kernels")
+
+
 def test_a_hub_folder_is_not_written_twice(tmp_path):
     write_hub(tmp_path, "slotfast-kernels")
     with pytest.raises(InputError, match="torch-cuda: is there already"):

@@ -119,6 +119,7 @@ def test_documents_of_every_format(tmp_path, suffix, pack):
         ("a.tsv.gz", gzip.compress(b"id\ttext\n1\tone\n", mtime=0), "a table, expected plain text"),
         ("a.json", b'\xef\xbb\xbf [{"text": "one"},\n {"text": "two"}]\n', "JSON, expected plain text"),
         ("a.txt", b'{"text": "one"}\n{"text": "two"}\n', "its first line is a JSON object; .*, by its name"),
+        ("a.txt", "words".encode("utf-16"), "a.txt: UTF-16 where UTF-8 is read"),
         ("a.txt", b"PAR1\x15\x04 all of it ASCII PAR1", "a Parquet file"),
         ("a.txt", gzip.compress(b"hello", mtime=0), r"compressed by gzip: its name must end with \.gz"),
         ("a.txt", "wide".encode("utf-16-le"), "a zero at byte 1: a binary file, or not UTF-8"),

@@ -195,7 +195,16 @@ WRONG = {
         lambda s, t: _args(s, "--json", str(t / "no" / "x.json")),
         "does not exist or cannot be written",
     ),
-    "nothing to score": (lambda s, t: ["--text", os.devnull], "1 token; scoring needs at least 2"),
+    "nothing to score": (lambda s, t: ["--text", os.devnull], "/dev/null: holds no text$"),
+    "one token": (lambda s, t: _args(s, "--max-tokens", "1"), "--max-tokens"),
+    "a name that is too long": (
+        lambda s, t: _args(s, "--json", str(t / ("x" * 250))),
+        "x: cannot be written: File name",
+    ),
+    "progress under no name": (
+        lambda s, t: _args(s, "--resume", str(t / ("x" * 300))),
+        "x: cannot be written: File name",
+    ),
     "a device of another kind": (lambda s, t: _args(s, "--device", "meta"), "--device meta: expected auto, cpu, cuda"),
     "one file for two results": (
         lambda s, t: _args(s, "--json", str(t / "x"), "--per-token", str(t / "x")),

@@ -187,6 +187,10 @@ def test_training_does_not_overwrite_a_tokenizer_that_is_not_its_own(tmp_path):
     assert beside.read_bytes() == own
 
 
+def _full(*_, **__):
+    raise InputError("No space left on device")
+
+
 def test_an_interrupted_training_leaves_files_as_they_were(tmp_path, monkeypatch):
     """No tokenizer that the same command would refuse; an earlier model keeps the one that it was trained with."""
     text = tmp_path / "t.jsonl"
@@ -207,4 +211,14 @@ def test_an_interrupted_training_leaves_files_as_they_were(tmp_path, monkeypatch
     train.main(command)
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(made) == {"t.jsonl", "m.model", "m.slotfast"}
+    (tmp_path / "m.slotfast").unlink()
+    (tmp_path / "m.model").unlink()
+    for save in (["--checkpoint", str(tmp_path / "c"), "--checkpoint-steps", "1"], []):  # each on a full disk
+        with monkeypatch.context() as patched, pytest.raises(InputError, match="No space"):
+            for place in ("slotfast.train.program.write_artifact", "slotfast.command.checkpoint.atomic_write"):
+                patched.setattr(place, _full)
+            train.main([*command, *save])
+        assert {path.name for path in tmp_path.iterdir()} == {"t.jsonl"}
+    for name, content in made.items():
+        (tmp_path / name).write_bytes(content)
     assert interrupted(changed(command, ["--vocab-size", "310"])) == made

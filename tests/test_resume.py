@@ -263,6 +263,11 @@ def test_a_damaged_file_is_refused(small, tmp_path, damage):
         main(args)
 
 
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path):
+    with pytest.raises(InputError, match="cannot be read: Is a directory"):
+        checkpoint.load(tmp_path, "slotfast.eval", {})
+
+
 def test_saving_takes_a_small_share_of_the_time(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(resume.time, "perf_counter", lambda: now[0])

@@ -43,8 +43,12 @@ def write_hub(target: Path, name: str, kernels: Sequence[str] = (), folder: Fold
         for backend, variant in variants.items():
             _write_code(variant, modules, folder)
             _write_metadata(variant, name, backend)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror}") from None
+    except BaseException as error:  # an interrupt too leaves no half of a variant
+        for variant in variants.values():
+            shutil.rmtree(variant, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{target}: cannot be written: {error.strerror}") from None
+        raise
     return list(variants.values())
 
 

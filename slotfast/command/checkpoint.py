@@ -7,12 +7,11 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import InputError
+from ..errors import InputError, reading
 from .files import atomic_write
 
 
@@ -40,11 +39,10 @@ def load(path: str | os.PathLike, command: str, run: Mapping[str, Any]) -> dict[
     Raises:
         InputError: not a checkpoint, damaged, or of another run.
     """
-    path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
-        with path.open("rb") as file:
+        with reading(path), open(path, "rb") as file:
             digest, content = file.read(hashlib.sha256().digest_size), file.read()
         if not digest:
             raise InputError(f"{path}: is empty")

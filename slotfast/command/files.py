@@ -16,7 +16,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[io.BufferedWriter]:
     """Open a file for binary writing that appears under its name only when it is complete."""
     path = Path(os.path.realpath(path))
     is_device = path.exists() and not path.is_file()  # or a pipe: nothing to replace
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = _temporary(path)
     try:
         with (path if is_device else temporary).open("wb") as file:
             yield file
@@ -54,7 +54,16 @@ def write_json(path: str | os.PathLike, document: Any, allow_nan: bool = False) 
 def check_writable(path: str | os.PathLike) -> None:
     """Raise InputError, before any work is done, where `atomic_write` could not write."""
     path = Path(os.path.realpath(path))
-    if path.is_dir():
+    if os.path.isdir(path):  # Path.is_dir raises where a folder on the way may not be entered
         raise InputError(f"{path}: is a folder, expected a file")
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"{path}: its folder does not exist or cannot be written")
+    try:
+        _temporary(path).touch()
+        _temporary(path).unlink()
+    except OSError as error:  # a name that is too long, a quota
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -21,6 +21,8 @@ _PACKED_BYTES = 1 << 12  # read at once from a .zst: a bomb makes at most 128 MB
 _TABLES = (".csv", ".tsv")
 # What begins like this is not text, even if all of its bytes are ASCII.
 _KINDS = {
+    b"\xff\xfe": "UTF-16 where UTF-8 is read",
+    b"\xfe\xff": "UTF-16 where UTF-8 is read",
     b"PAR1": "a Parquet file",
     b"ARROW1": "an Arrow file",
     b"PK\x03\x04": "a zip archive",

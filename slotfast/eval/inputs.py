@@ -102,6 +102,8 @@ def read_inputs(sources: Sources) -> Inputs:
             documents, source = read_documents(sources.text), sources.text
         ids, text_bytes = tokenizer.encode_documents(documents, sources.max_tokens)
         stream = TokenStream([ids])
+    if text_bytes is not None and not text_bytes.raw:
+        raise InputError(f"{source}: holds no text")
     if len(stream) < 2:
         raise InputError(f"{source}: {counted(len(stream), 'token')}; scoring needs at least 2")
     stream.check_vocabulary(tokenizer.vocab_size)

@@ -91,8 +91,8 @@ def _train(
 
     def save(state: dict[str, Any], step: int) -> None:
         if rank == 0:
-            inputs.write_tokenizer()
             checkpoint.save(setup.checkpoint, _COMMAND, run, {"trainer": state, "dtype": worker.dtype_name})
+            inputs.write_tokenizer()  # behind what needs it: on a full disk none is left alone
             log(f"step:{step} saved to {setup.checkpoint}")
 
     def validate() -> dict[str, float]:
@@ -149,8 +149,8 @@ def _finish(
     metadata = _metadata(setup, inputs, sketches, trainer)
     model = trainer.model.eval()
     artifact, report = quantize(setup.quantization, inputs, model, metadata, unigram)
-    inputs.write_tokenizer()
     size = write_artifact(setup.out, artifact)
+    inputs.write_tokenizer()
     seconds["quantize"] = time.perf_counter() - start
     log(format_report(report))
     if setup.quantization.calibrate and inputs.held_out is not None and inputs.val_bytes:

@@ -11,7 +11,21 @@ import slotfast
 ROOT = Path(slotfast.__file__).parent
 FLOORS = [
     {"errors", "contest", "words", "variables", "lazy", "shipped", "kernels"},
-    {"windows", "welch", "loader", "command", "worker", "timing", "ops", "banded", "flash", "fused", "losses", "compiled", "lbfgs"},
+    {
+        "windows",
+        "welch",
+        "loader",
+        "command",
+        "worker",
+        "timing",
+        "ops",
+        "banded",
+        "flash",
+        "fused",
+        "losses",
+        "compiled",
+        "lbfgs",
+    },
     {"data", "corpus", "score", "overlap", "optim", "model", "slot"},
     {"stream", "quantize", "generate", "foreign", "learn", "ttt"},
     {"artifact", "config"},

@@ -11,21 +11,8 @@ import slotfast
 ROOT = Path(slotfast.__file__).parent
 FLOORS = [
     {"errors", "contest", "words", "variables", "lazy", "shipped", "kernels"},
-    {
-        "windows",
-        "welch",
-        "loader",
-        "command",
-        "worker",
-        "timing",
-        "ops",
-        "banded",
-        "flash",
-        "fused",
-        "losses",
-        "compiled",
-        "lbfgs",
-    },
+    {"windows", "welch", "loader", "command", "worker", "timing", "lbfgs"}
+    | {"ops", "banded", "flash", "fused", "losses", "compiled"},
     {"data", "corpus", "score", "overlap", "optim", "model", "slot"},
     {"stream", "quantize", "generate", "foreign", "learn", "ttt"},
     {"artifact", "config"},

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import sys
 from importlib import resources
 
@@ -191,6 +192,27 @@ def test_a_file_that_does_not_fit_is_one_clear_line(folder, found, capsys, tmp_p
     with pytest.raises(InputError, match=message) as caught:
         score(folder, capsys, "--calibration", path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_changed("parameters", value=7), "Rows, 7 parameters and .*Rows, 1,183,744 parameters$"),
+        (
+            _changed("architecture", value="Llama"),
+            "another model than this is: Llama, 1,183,744 parameters and .*Rows, ",
+        ),
+        (dict, None),
+    ],
+    ids=["size", "class", "the same"],
+)
+def test_a_calibration_of_another_model_is_said(folder, found, capsys, tmp_path, change, said):
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(change(json.loads(found.read_text()))))
+    shared = ["--model", "rows_of_theirs:padded", "--text", str(folder / "score.jsonl"), "--max-tokens", "200"]
+    evaluate([*shared, "--calibration", str(path)])
+    err = capsys.readouterr().err
+    assert re.search(f"^warning: --calibration .*{said}", err, re.M) if said else "warning" not in err
 
 
 @pytest.mark.parametrize(("content", "message"), [(None, "cannot be read: No such file"), (b"\xff{", "expected JSON")])

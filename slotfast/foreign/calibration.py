@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from ..command.files import atomic_write
 from ..data import Tokenizer
 from ..errors import Fault, InputError, reading
 from ..slot import Calibration
+from ..words import counted
 from .models import ForeignModel
 
 _Gate = Annotated[list[float], Field(min_length=2, max_length=2)]
@@ -143,7 +145,7 @@ class StoredCalibration(_Strict):
 
 
 def with_calibration(model: ForeignModel, tokenizer: Tokenizer, path: str) -> ForeignModel:
-    """A model with the calibration that a file holds.
+    """A model with the calibration that a file holds; a warning says where that was found for another model.
 
     Raises:
         InputError: no such file, or one of another vocabulary or tokenizer.
@@ -154,6 +156,10 @@ def with_calibration(model: ForeignModel, tokenizer: Tokenizer, path: str) -> Fo
             f"--calibration {path}: for {stored.vocab_size} logits and the tokenizer {stored.tokenizer_sha256[:12]}; "
             f"the model has {model.config.vocab_size} and {tokenizer.sha256[:12]}"
         )
+    found, this = ((each.architecture, each.parameters) for each in (stored, model.config))
+    if found != this:
+        told = " and ".join(f"{name}, {counted(count, 'parameter')}" for name, count in (found, this))
+        print(f"warning: --calibration {path}: found for another model than this is: {told}", file=sys.stderr)
     return replace(model, metadata={**model.metadata, **stored.metadata}, unigram=stored.unigram)
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from traceback import extract_tb
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..command.run import no_exit
 from ..errors import InputError, first_line
+from .opened import Opened, watched
 
 Loop = Callable[[Tensor, "Log"], Any]
 _MAX_ROW_VALUES = 1 << 26  # of all distributions of one run; beyond, only their sums and charged entries are kept
@@ -71,6 +72,7 @@ class Record:
             the first distribution that is not as long as the vocabulary, and the first charge of NaN or -inf; None
             without.
         updates: how many updates were reported.
+        opened: what the loop opened while it ran.
     """
 
     tokens: np.ndarray
@@ -89,6 +91,7 @@ class Record:
     narrow: str | None = None
     endless: str | None = None
     updates: int = 0
+    opened: Opened = field(default_factory=Opened)
 
     @property
     def starts(self) -> np.ndarray:
@@ -129,7 +132,7 @@ def run_loop(score: Loop, tokens: Tensor, vocab_size: int) -> Record:
         torch.cuda.manual_seed_all(0)
     log = Log()
     try:
-        with no_exit("the loop"):
+        with no_exit("the loop"), watched() as opened:
             returned = score(tokens.clone(), log)
     except InputError:
         raise
@@ -139,7 +142,7 @@ def run_loop(score: Loop, tokens: Tensor, vocab_size: int) -> Record:
         if where.filename == __file__ and isinstance(error, TypeError):
             raise InputError(f"the loop cannot be called as loop(tokens, log): {text}") from error
         raise InputError(f"the loop failed at {Path(where.filename).name}, line {where.lineno}: {text}") from error
-    return read_log(log, tokens, vocab_size, returned)
+    return replace(read_log(log, tokens, vocab_size, returned), opened=opened)
 
 
 def read_log(log: Log, tokens: Tensor, vocab_size: int, returned: Any = None) -> Record:

@@ -20,6 +20,7 @@ _KINDS = {
     "rank border": "border of two ranks",
     "document border": "border of two documents",
     "far end": "end of the stream",
+    "cheap charge": "tokens charged little for how rare they are",
     "anywhere": "anywhere",
     "fresh stream": "whole streams of other tokens",
     "stream length": "shorter streams",

@@ -35,12 +35,14 @@ _ROUND = (
     "inside an event",
     "anywhere",
     "event border",
+    "cheap charge",
     "document border",
     "inside an event",
     "rank border",
     "anywhere",
     "inside an event",
     "window border",
+    "cheap charge",
     "batch border",
 )
 
@@ -95,7 +97,20 @@ def places(record: Record, bos_id: int | None, hints: Hints, rng: np.random.Gene
         if borders.size:
             kinds[kind] = _around(borders, length, rng)
     kinds["far end"] = _around(np.array([length - 1]), length, rng)
+    kinds["cheap charge"] = _at_and_behind(cheap_charges(record, rng), length)
     return kinds
+
+
+def cheap_charges(record: Record, rng: np.random.Generator) -> np.ndarray:
+    """Positions 1..N-1, each once, in an order that is drawn: the further a charge lies below what its token's
+    frequency would cost, the sooner it comes, the n-th furthest as 1 / n^2.
+
+    A loop that knows few of its tokens shows it there, or gains little.
+    """
+    tokens = record.tokens
+    gain = np.log(len(tokens) / np.bincount(tokens)[tokens]) - record.nll
+    ranked = 1 + np.argsort(-np.nan_to_num(gain[1:], nan=-np.inf), kind="stable")
+    return ranked[np.argsort(2 * np.log1p(np.arange(len(ranked))) - rng.gumbel(size=len(ranked)))]
 
 
 def _planned(length: int, starts: np.ndarray, hints: Hints) -> dict[str, np.ndarray]:
@@ -122,6 +137,11 @@ def _around(borders: np.ndarray, length: int, rng: np.random.Generator) -> Itera
         for offset in (0, 1, 0, -1):
             for border in rng.permutation(borders):
                 yield int(np.clip(border + offset, 1, length - 1))
+
+
+def _at_and_behind(found: np.ndarray, length: int) -> Iterator[int]:
+    """Each of some positions, where a token's own value shows, and the next, where a look ahead does."""
+    return cycle(np.stack([found, np.minimum(found + 1, length - 1)], 1).flatten().tolist())
 
 
 def _inside(starts: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> Iterator[int]:

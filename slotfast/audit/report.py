@@ -117,6 +117,7 @@ _KINDS = (
     "rank border",
     "document border",
     "far end",
+    "cheap charge",
     "anywhere",
     "fresh stream",
 )

@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from .checks import Charges, Totals
+from .places import cheap_charges
 from .streams import Source, likely, rarest, recurring
 
 if TYPE_CHECKING:
@@ -18,10 +19,10 @@ SHORTEST_SUM = 24  # tokens: nearer the start a loop has hardly any state
 _SHARE, _FEW_SHARE = 0.4, 0.1  # shares of the budget: where all tokens can be tried, and where only a few can
 # Positions whose totals are taken, one kind after another: the last of a stream; the first of an event; one of the
 # given stream, where experts may be as good as each other and choices close; one with more tokens behind it, since a
-# loop that reads them may score the token again; the first of a document; and one behind a rare token. Rare tokens are
-# many, and short streams are enough for them.
-_KINDS = ("end", "event", "given", "rare", "inside", "rare", "document", "rare", "rare")
-_LATE_KINDS = ("end", "given", "inside", "event")
+# loop that reads them may score the token again; the first of a document; one behind a rare token; and one of the given
+# stream that is charged little for what it is. Rare tokens are many, and short streams are enough for them.
+_KINDS = ("end", "event", "given", "rare", "cheap", "inside", "rare", "document", "rare", "rare")
+_LATE_KINDS = ("end", "cheap", "given", "inside", "event")
 _LATE_SHARE = 1 / 3  # share of what totals cost: a late one takes every token over most of the stream
 
 
@@ -51,6 +52,7 @@ def take_totals(auditor: Auditor, source: Source, rounds: int) -> None:
     behind, turn = rarest(tokens, source.rng), rounds - 1
     reference = auditor.found[auditor.names[0]].reference
     starts = reference.starts[reference.starts > 0]  # nothing predicts token 0
+    cheap = cheap_charges(reference, source.rng)
     silent = np.flatnonzero(np.isnan(reference.total[1:])) + 1
     late, vocab_size = max(totals.late for totals in _checks(auditor)), auditor.stream.vocab_size
     taken = refused = 0
@@ -80,9 +82,12 @@ def take_totals(auditor: Auditor, source: Source, rounds: int) -> None:
         if kind == "event":
             near = starts[(starts >= (late if is_late else shortest)) & (starts <= reach)]
             last = at = int(source.rng.choice(near)) if len(starts) > 1 and len(near) else last
-        if len(silent) < length - 1 and (hidden := silent[silent <= last]).size:
+        if kind == "cheap" and (near := cheap[(cheap >= first) & (cheap <= reach)]).size:
+            last = at = int(near[0])
+            cheap = cheap[cheap != at]
+        elif len(silent) < length - 1 and (hidden := silent[silent <= last]).size:
             at = int(source.rng.choice(hidden))  # the other tokens came with their distributions
-        stream = tokens.clone() if kind == "given" else recurring(source, tokens, at)
+        stream = tokens.clone() if kind in ("given", "cheap") else recurring(source, tokens, at)
         if kind == "rare":
             stream[at - 1] = next(behind)
         if kind == "document" and auditor.stream.bos_id is not None:

@@ -7,13 +7,24 @@ from .base import ByteRule, Check, Findings, Pair, Test, Verdict
 from .bets import Bets
 from .bytes import Bytes
 from .charges import Charges
+from .files import Files
 from .future import Future
 from .order import Order
 from .own import Own
 from .repeats import Repeats
 from .totals import Totals
 
-CHECKS: tuple[type[Check], ...] = (Repeats, Future, Own, Charges, Totals, Bets, Order, Bytes)  # in the report's order
+CHECKS: tuple[type[Check], ...] = (
+    Repeats,
+    Future,
+    Own,
+    Charges,
+    Totals,
+    Bets,
+    Order,
+    Bytes,
+    Files,
+)  # in the report's order
 
 # A condition is kept where all tests of one of its lists pass, and broken where any test that names it fails
 NEEDED = {
@@ -25,6 +36,6 @@ NEEDED = {
 }
 
 __all__ = [
-    "CHECKS", "NEEDED", "Bets", "ByteRule", "Bytes", "Charges", "Check", "Findings", "Future", "Order", "Own", "Pair",
-    "Repeats", "Test", "Totals", "Verdict",
+    "CHECKS", "NEEDED", "Bets", "ByteRule", "Bytes", "Charges", "Check", "Files", "Findings", "Future", "Order", "Own",
+    "Pair", "Repeats", "Test", "Totals", "Verdict",
 ]  # fmt: skip

@@ -25,7 +25,9 @@ class Order(Check):
             return
         wrong = record.charges != 1
         wrong[0] = record.ordered and record.charges[0] > 0
-        if wrong.any():
+        if record.endless and not wrong.any():  # beside a charge that is one: its bytes would still count
+            self.once, self.once_looks_like = f"{record.endless}, besides", charged_amiss(record)
+        elif wrong.any():
             position = int(np.flatnonzero(wrong)[0])
             times = f"{record.charges[position]} times" if record.charges[position] else "never"
             why = "; it has no predecessor" if position == 0 else ""

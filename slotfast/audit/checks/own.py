@@ -52,3 +52,11 @@ class Own(Check):
             return [Test("own value", "FAIL", ("C1", "C2"), f"{count} tokens", own.text, count)]
         why = self.found.check(Charges).blurred if count else "the loop gives no distributions"
         return [Test("own value", "UNTESTED" if why else "PASS", ("C1", "C2"), f"{count} tokens", why)]
+
+    def unreached(self) -> list[str]:
+        others = len(self.found.reference.nll) - 1 - sum(of == "given" for of, _ in self.positions)
+        if self.found.own or not self.positions or not others:
+            return []
+        return [
+            f"what {others:,} other tokens do to their own distributions, where few may matter: --reruns asks for more"
+        ]

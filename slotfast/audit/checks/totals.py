@@ -8,7 +8,7 @@ from torch import Tensor
 from ...words import counted
 from ..log import Record
 from ..moves import MARGIN
-from .base import Check, Findings, Test
+from .base import Check, Findings, Pair, Test
 from .charges import SUM_TOLERANCE, Charges
 from .excess import explain
 
@@ -20,10 +20,12 @@ _OF_A_LEAK = "what the leak above explains: charges that know what comes need no
 
 
 class Totals(Check):
-    """Totals by substitution."""
+    """Totals by substitution; and of the few tokens that altered streams happen to have in one position."""
 
     def __init__(self, found: Findings):
         super().__init__(found)
+        self._lowest = 0, 0.0, 0.0  # charge: position, nats, precision
+        self._few: dict[tuple[str, int], dict[int, float]] = {}  # by stream and position: tokens, their charges
         self.sums: list[tuple[int, int, float]] = []  # position, tokens substituted, total
         self.worst: tuple[int, int, float] | None = None
         self.rounded = 0.0  # how far off totals may be that charges in half precision explain
@@ -38,22 +40,51 @@ class Totals(Check):
         behind = int(starts[2]) if len(starts) > 2 else 0
         return min(max(3 * length // 4, behind), length - 1)
 
+    def see_run(self, record: Record) -> None:
+        at = int(np.nan_to_num(record.nll).argmin())
+        if record.nll[at] < self._lowest[1]:
+            self._lowest = at, float(record.nll[at]), record.nll_precision
+
+    def see_pair(self, pair: Pair) -> None:
+        at = pair.probe.at
+        if pair.moved or not pair.same_length or at >= len(pair.base.tokens):
+            return
+        seen = self._few.setdefault((pair.of, at), {})
+        for record in (pair.base, pair.other):
+            seen[int(record.tokens[at])] = record.nll[at]
+        precision = max(pair.base.nll_precision, pair.other.nll_precision)
+        total, off, allowed = self._off(np.array([*seen.values()]), precision, False)
+        if off > allowed:
+            self.worst = self.worst or (at, len(seen), total)
+
     def see_total(self, stream: Tensor, at: int, tokens: Sequence[int], nll: np.ndarray, precision: float) -> None:
+        complete = len(tokens) == self.found.stream.vocab_size
+        total, off, allowed = self._off(nll, precision, complete)
+        self.sums.append((at, len(tokens), total))
+        if off > allowed:
+            self.worst = self.worst or self.sums[-1]
+            if self._wrong is None and complete:
+                self._wrong = stream, at, nll
+        elif off > self._tolerance:
+            self.rounded = max(self.rounded, off)
+
+    @property
+    def _tolerance(self) -> float:
+        return SUM_TOLERANCE + MARGIN * self.found.noise.nll
+
+    def _off(self, nll: np.ndarray, precision: float, complete: bool) -> tuple[float, float, float]:
+        """The total of what tokens are charged, how far it is off, and how far it may be by rounding."""
         share = np.where(np.isnan(nll), 0.0, np.exp(np.minimum(-np.nan_to_num(nll), 600)))
         # rounded to nearest, twice: where the normaliser is subtracted as well
         rounding = precision * float((share * (1 + np.where(share > 0, np.abs(nll), 0))).sum())
         total = float(share.sum())
-        self.sums.append((at, len(tokens), total))
-        off = abs(total - 1) if total > 1 or len(tokens) == self.found.stream.vocab_size else 0.0
-        allowed = SUM_TOLERANCE + MARGIN * self.found.noise.nll
-        if off > allowed + rounding:
-            self.worst = self.worst or self.sums[-1]
-            if self._wrong is None and len(tokens) == self.found.stream.vocab_size:
-                self._wrong = stream, at, nll
-        elif off > allowed:
-            self.rounded = max(self.rounded, off)
+        return total, abs(total - 1) if total > 1 or complete else 0.0, self._tolerance + rounding
 
     def see_last(self, record: Record) -> None:
+        at, nll, precision = self._lowest
+        total, off, allowed = self._off(np.array([nll]), precision, False)
+        if off > allowed:
+            self.worst = self.worst or (at, 1, total)
         if self._wrong and not self.found.leak and not self.found.own:
             self._explained = explain(self.found, *self._wrong)
 
@@ -64,7 +95,9 @@ class Totals(Check):
         if self.worst:
             at, n, total = self.worst
             detail = f"{n} of {vocab_size} tokens in position {at} together get probability {total:.6g}"
-            return [Test(name, "FAIL", ("C2",), f"{tried} runs", detail, len(self.sums), self.looks_like)]
+            detail = detail if n > 1 else f"token {at} is charged a probability of {total:.6g}"
+            about = f"{tried} runs" if tried else "altered streams"
+            return [Test(name, "FAIL", ("C2",), about, detail, len(self.sums), self.looks_like)]
         if self.rounded:
             why = f"up to {self.rounded:.1e} beside 1: charges in half precision leave that open"
             return [Test(name, "UNTESTED", ("C2",), f"{tried} runs", why)]

@@ -7,6 +7,7 @@ import torch
 
 from slotfast.errors import InputError
 from slotfast.learn import Lora, learn, parse_row
+from slotfast.learn.lora import Weights
 from slotfast.stream import CachedForward
 
 from .models import VARIANTS, random_model
@@ -17,6 +18,7 @@ ROWS = (
     "learn:chunk=8,lr=0.02,steps=3,what=all,clip=1,decay=0.01",
     "learn:chunk=7,lr=0.05,what=norms,optimizer=sgd,momentum=0.9,scope=document",
     "learn:chunk=8,lr=0.02,rank=2,projections=q/v/head,scope=document,steps=2",
+    "learn:chunk=7,lr=0.02,what=all,forget=0.75",
 )
 
 
@@ -66,6 +68,31 @@ def test_a_document_starts_afresh():
     assert torch.equal(apart.nll, found.nll[40:])
 
 
+@pytest.mark.parametrize("what", ["what=all", "what=norms", "rank=2"])
+def test_what_is_forgotten_where_a_document_begins_is_a_share(what):
+    """All of it is what scope=document forgets, but for the optimiser's memory, of which plain SGD has none; a half is
+    half of the way back, from the next chunk on."""
+    model, tokens = random_model(layers=2, value_layers=(1,), bos_id=BOS), _tokens()
+    row = f"learn:chunk=1,lr=0.05,{what},optimizer=sgd"
+    losses = {
+        each: learn(model, tokens, f"{row},{each}", window=1, bos_id=BOS).nll
+        for each in ("scope=document", "forget=1", "forget=0.5", "forget=0")
+    }
+    torch.testing.assert_close(losses["forget=1"], losses["scope=document"], rtol=0, atol=1e-12)
+    assert torch.equal(losses["forget=0"][:21], losses["forget=1"][:21])
+    for one, other in (("forget=1", "forget=0.5"), ("forget=0.5", "forget=0")):
+        assert not torch.isclose(losses[one][21:], losses[other][21:]).any()
+    weights = (
+        Weights(model) if what == "what=all" else Weights(model, True) if what == "what=norms" else Lora(model, 2, "q")
+    )
+    start = [value.clone() for value in weights.values]
+    with torch.no_grad():
+        for value in weights.values:
+            value.add_(1)
+    weights.forget(0.25)
+    assert all(torch.allclose(value, own + 0.75) for value, own in zip(weights.values, start, strict=True))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_factors_that_learned_nothing_change_no_bit(variant):
     model = random_model(**VARIANTS[variant])
@@ -79,7 +106,7 @@ def test_factors_that_learned_nothing_change_no_bit(variant):
                 b.normal_()
         assert not torch.equal(lora.head(model, model.hidden(tokens)), plain)
     assert torch.equal(model.head(model.hidden(tokens)), plain)
-    lora.reset()
+    lora.forget()
     with lora.attached():
         assert torch.equal(lora.head(model, model.hidden(tokens)), plain)
 
@@ -153,6 +180,9 @@ def test_it_learns_what_repeats_and_leaves_the_model_as_it_was(model):
         ("learn:keys=old", "keys=old: expected 'stale', 'refresh', 'recompute' or 'windows'"),
         ("learn:keys=recompute,what=all", "keys 'recompute' need what 'lora'"),
         ("learn:keys=recompute,scope=document", "keys 'recompute' with scope 'document' need slots"),
+        ("learn:scope=document,forget=0.5", "forget needs scope 'stream' and keys 'stale'"),
+        ("learn:keys=recompute,forget=0.5", "forget needs scope 'stream' and keys 'stale'"),
+        ("learn:forget=1.5", "forget=1.5: expected at most 1"),
         ("learn:keys=recompute,every=2", "'every' does nothing here"),
         ("learn:slots=4", "slots need what 'lora' and scope 'document'"),
         ("learn:order=longest", "order 'longest' needs slots"),
@@ -161,7 +191,8 @@ def test_it_learns_what_repeats_and_leaves_the_model_as_it_was(model):
         ("learn:momentum=0.5", "'momentum' does nothing here"),
         ("learn:betas=0.9", "betas=0.9:"),
         ("learn:betas=1+2", "betas (1.0, 2.0): expected"),
-        ("learn:chunk=8,scope=document", "expected a token that starts one"),
+        ("learn:chunk=8,scope=document", "scope=document: expected a token that starts a document"),
+        ("learn:chunk=8,forget=0.5", "forget: expected a token that starts a document"),
         ("causal", "learns nothing"),
     ],
 )

@@ -143,7 +143,7 @@ class LearningLoop:
             starts = torch.eq(tokens[:-1], self.bos_id) if self.bos_id is not None else tokens.new_zeros(0)
             borders = starts.nonzero()[:, 0].tolist()
             if borders[:1] == [0]:
-                self._learner.reset()
+                self._learner.forget()
                 self._optimizer.state.clear()
                 self._since = start
                 if self.on_top:
@@ -169,6 +169,8 @@ class LearningLoop:
             clock.lap()
             if not ends and self.row.steps:
                 self._learn(losses, tokens, before)
+                if self.row.forget and self.bos_id is not None and bool(torch.eq(tokens[1:], self.bos_id).any()):
+                    self._learner.forget(self.row.forget)
             elif count < len(tokens) - 1:
                 # Nothing before a BOS may depend on it, not even by the rounding of a shorter forward: what is charged
                 # comes from the whole chunk, and what is remembered ends where the document does.
@@ -227,8 +229,9 @@ def check(row: Learning, model: nn.Module, window: int, bos_id: int | None) -> N
         raise InputError(f"{where}packed weights pass no gradients on; leave out --weights int6")
     if row.chunk > window:
         raise InputError(f"{where}chunk={row.chunk} is longer than the window of {window} tokens")
-    if row.scope == "document" and bos_id is None:
-        raise InputError(f"{where}scope=document: expected a token that starts one")
+    if (row.scope == "document" or row.forget) and bos_id is None:
+        key = "forget" if row.forget else "scope=document"
+        raise InputError(f"{where}{key}: expected a token that starts a document")
 
 
 def _learner(row: Learning, model: nn.Module) -> Learner:

@@ -39,8 +39,8 @@ class Learner(Protocol):
         """Losses [...] of targets [...] under those logits, which need not be made."""
         ...
 
-    def reset(self) -> None:
-        """Forget all that was learned."""
+    def forget(self, share: float = 1.0) -> None:
+        """Go this share of the way back to where learning began, in 0..1."""
 
 
 class Lora:
@@ -104,9 +104,9 @@ class Lora:
             return model.losses(hidden, targets)
         return ops.cross_entropy(self.head(model, hidden), targets)
 
-    def reset(self) -> None:
+    def forget(self, share: float = 1.0) -> None:
         """See `Learner`."""
-        restore(self.parameters, self._start)
+        forget(self.parameters, self._start, share)
 
     def _product(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         product = F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
@@ -156,9 +156,17 @@ class Weights:
         """See `Learner`."""
         return model.losses(hidden, targets)
 
-    def reset(self) -> None:
+    def forget(self, share: float = 1.0) -> None:
         """See `Learner`."""
-        restore(self._learned, self._start)
+        forget(self._learned, self._start, share)
+
+
+@torch.no_grad()
+def forget(parameters: Sequence[Tensor], start: Sequence[Tensor], share: float) -> None:
+    if share == 1:
+        return restore(parameters, start)
+    for parameter, value in zip(parameters, start, strict=True):
+        parameter.lerp_(value, share)
 
 
 @torch.no_grad()

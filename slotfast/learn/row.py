@@ -38,6 +38,12 @@ class Learning(BaseModel):
     )
     steps: int = Field(1, ge=0, le=1000, description="of the optimiser on each chunk; 0: nothing is learned")
     scope: Literal["stream", "document"] = Field("stream", description="document: what learned starts afresh at BOS")
+    forget: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of what was learned that goes where a document begins; the optimiser's stays",
+    )
     slots: int | None = Field(
         None, ge=1, le=4096, description="documents side by side, each by its own tokens alone; none: one stream"
     )
@@ -101,6 +107,8 @@ class Learning(BaseModel):
             raise ValueError("steps 0 needs one stream with keys 'stale'")
         if self.slots and (self.scope != "document" or self.what != "lora"):
             raise ValueError("slots need what 'lora' and scope 'document'")
+        if self.forget and (self.scope != "stream" or self.forward != "stream"):
+            raise ValueError("forget needs scope 'stream' and keys 'stale'")
         if self.keys == "windows":
             if (self.what, self.scope, self.optimizer) != ("all", "stream", "sgd") or self.decay:
                 raise ValueError("keys 'windows' need what 'all', scope 'stream' and optimizer 'sgd' without decay")
@@ -147,6 +155,7 @@ class Learning(BaseModel):
             "chunk",
             *(("short",) if self.order == "longest" else ()),
             *("steps", "scope"),
+            *(("forget",) if self.scope == "stream" and self.forward == "stream" else ()),
             *(("slots",) if self.scope == "document" and self.what == "lora" else ()),
             *("optimizer", "lr"),
             *(("betas", "eps") if self.optimizer == "adamw" else ("momentum",)),

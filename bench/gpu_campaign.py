@@ -1,10 +1,11 @@
-"""Everything that wants a GPU, in two calls of under nine minutes each; needs no network.
+"""Everything that wants a GPU, in three calls of under nine minutes each; needs no network.
 
-    python -m bench.gpu_campaign [figures | checks] [--out FOLDER] [--only PHASE ...] [--dry-run]
+    python -m bench.gpu_campaign [figures | checks | compiled] [--out FOLDER] [--only PHASE ...] [--dry-run]
 
 figures   every kernel once; then what is worth most first: the roofs, the solve, the evaluation, cross-entropy, 6-bit
           products, attention, the other kernels
 checks    the tests on the device, the kernels under compute-sanitizer, bits of full launches, launch parameters
+compiled  the forward as it is, by torch.compile, and as CUDA graphs
 
 Each phase is a process of its own with a time limit of its own: what fails, or hangs, or loses the device's context,
 costs its phase and no other; a call's limits add up to less than nine minutes. Figures and test outcomes are written as
@@ -121,6 +122,9 @@ def plan() -> dict[str, list[Phase]]:
             sanitized("racecheck", 50),
             module("bitwise", 30, ["bench.bitwise"]),
             module("sweep", 115, ["bench.sweep", "--seconds", "100"], *tiny_sweep),
+        ],
+        "compiled": [
+            module(f"compiled-{way}", 240, ["bench.bench_compile", way], "--tiny") for way in ("windows", "stream")
         ],
     }
 

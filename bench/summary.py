@@ -19,7 +19,7 @@ def rows_of(path: Path) -> list[dict]:
 def summary(folder: Path) -> list[str]:
     """A line a target; then what failed."""
     lines: list[str] = []
-    for part in (_checked, _roofs, _solve, _evaluate, _kernels, _matmul, _attention, _tests, _sweep):
+    for part in (_checked, _roofs, _solve, _evaluate, _kernels, _matmul, _attention, _compiled, _tests, _sweep):
         try:
             lines += part(folder)
         except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:  # the archive still has every figure
@@ -71,6 +71,22 @@ def _evaluate(folder: Path) -> list[str]:
             ratio = plain[row["forward"]]["tokens_per_second"] / row["tokens_per_second"]
             line += f"; P9: costs {100 * (ratio - 1):.1f}%"
         lines.append(line)
+    return lines
+
+
+def _compiled(folder: Path) -> list[str]:
+    lines = []
+    for way in ("windows", "stream"):
+        for row in [row for row in rows_of(folder / f"compiled-{way}.jsonl") if "ms_a_forward" in row]:
+            eager = row["ms_a_forward"]["off"]["median_ms"]
+            modes = [
+                f"{row['ratio'][mode]:.2f}x {ran} (first call {row['first_s'][mode]:.0f} s)"
+                for mode, ran in row["ran"].items()
+                if mode == ran != "off"
+            ]
+            lines.append(
+                f"P7        {way}, {row['blocks']} blocks: {eager:.2f} ms a forward; {', '.join(modes) or 'not compiled'}"
+            )
     return lines
 
 

@@ -149,7 +149,7 @@ def test_batch_size_does_not_move_the_scores_of_causal_presets(tiny_model, batch
 def test_windows_adapted_at_once_do_not_move_a_bit(tiny_model, together, way):
     names = [_quick(name) for name in PRESETS if name != "none"]
     names = [
-        name + (":" if name in PRESETS else ",") + "batch=8" * ("batch" in parse_preset(name).options) for name in names
+        name + f"{':' if name in PRESETS else ','}batch=8" * ("batch" in parse_preset(name).options) for name in names
     ]
     *_, expected = _run(tiny_model, _tokens(), names, way=way)
     *_, nll = _run(tiny_model, _tokens(), names, together=together, way=way)

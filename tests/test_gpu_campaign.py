@@ -36,7 +36,7 @@ def campaign(tmp_path, monkeypatch):
     return start
 
 
-@pytest.mark.parametrize("call", ["figures", "checks"])
+@pytest.mark.parametrize("call", ["figures", "checks", "compiled"])
 def test_a_call_ends_within_its_time(call):
     """By construction: even if every phase is stopped at its limit, and hangs when it is ended."""
     phases = gpu_campaign.plan()[call]

@@ -85,7 +85,7 @@ def _compiled(folder: Path) -> list[str]:
                 if mode == ran != "off"
             ]
             lines.append(
-                f"P7        {way}, {row['blocks']} blocks: {eager:.2f} ms a forward; {', '.join(modes) or 'not compiled'}"
+                f"P7        {way}, {row['blocks']} blocks: {eager:.2f} ms a forward; {', '.join(modes) or 'eager only'}"
             )
     return lines
 

@@ -249,6 +249,18 @@ def test_the_forward_compiles_in_one_graph_in_every_form(monkeypatch):
     assert len(found) == 3
 
 
+def test_a_forward_that_does_not_compile_trains_as_it_is(monkeypatch, capsys):
+    def fail(model, options):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("slotfast.compiled._compiled", fail)
+    plain, asked = _trainer(steps=3), _trainer(steps=3, compile="on")
+    plain.run()
+    asked.run()
+    assert _equal(_weights(asked), _weights(plain)) and asked.forward.mode == "off"
+    assert capsys.readouterr().err.count("--compile: torch.compile fails here (RuntimeError: no compiler)") == 1
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # late rounding
 

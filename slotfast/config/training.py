@@ -110,7 +110,7 @@ class TrainSettings(Settings):
     seed: int = setting(1337, "of initialisation and sampling", "SEED", ge=0, lt=1 << 63)
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "of the forward; auto: the faster one here")
-    compile: Literal["auto", "off"] = setting("auto", "auto: torch.compile on a GPU")
+    compile: Literal["auto", "off", "on"] = setting("auto", "the forward by torch.compile; auto: on a GPU")
     checkpoint: str | None = setting(None, "file that the state is saved to, to go on from", writes=PROGRESS)
     checkpoint_steps: int = setting(500, "steps between two saves", ge=1)
     checkpoint_seconds: float = setting(60.0, "seconds between two saves", gt=0)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..compiled import Compiled
 from ..data import TokenStream
 from ..model import GPT
 from ..optim import average_gradients
@@ -53,7 +54,7 @@ def adapt(
     recipe: Recipe,
     seq_len: int,
     worker: Worker = ALONE,
-    forward: nn.Module | None = None,
+    forward: Compiled | None = None,
     log: Callable[[str], None] = print,
 ) -> None:
     """Train a model in place on windows of a stream, in their order.

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..command.progress import Progress
+from ..compiled import Compiled
 from ..data import TokenStream
 from ..errors import InputError
-from ..flash import flash_attention
 from ..loader import Loader
 from ..model import GPT
 from ..optim import WeightAverage, average_gradients
@@ -42,7 +42,7 @@ class Training:
         qat: "off", "straight" or "soft", how the matrices are rounded to 6 bits late in the training.
         qat_from: share of the rates below which that begins.
         loop_at: share of the training after which the model's loop runs.
-        compile: "auto" compiles the forward on a GPU, "off" does not.
+        compile: "on" compiles the forward, where it can be; "auto" does on a GPU.
         log_every, val_every: steps between two lines, and between two measurements; 0: none.
         checkpoint_steps, checkpoint_seconds: between two saves, whichever comes first.
     """
@@ -93,8 +93,9 @@ class Trainer:
         self.on_save, self.on_validate, self.log = on_save, on_validate, log
         self.group = dist.group.WORLD if worker.world > 1 else None
         on_gpu = worker.on_gpu
-        flash_attention(self.device)  # found before anything is compiled
-        self.forward: nn.Module = torch.compile(model) if on_gpu and training.compile == "auto" else model
+        compiles = training.compile == "on" or (on_gpu and training.compile == "auto")
+        # torch's own defaults: the forward takes more than one form
+        self.forward = Compiled(model, "on" if compiles else "off", self.device, options={})
         self.muon, self.adam = build_optimizers(model, training.optimization, worker.dtype, self.group)
         self.average = None
         if training.average != "none":

@@ -141,6 +141,18 @@ def test_a_module_without_a_cache_has_its_window_forwarded_again():
         learn(model, tokens, ROW, window=12, sinks=2)
 
 
+@pytest.mark.parametrize("row", [ROW, f"{ROW},scope=document", f"{ROW}+causal-window"])
+def test_without_a_cache_no_charge_tells_where_the_text_ends(row):
+    """The last chunk is short: its window begins where a whole chunk's would."""
+    model, tokens = Recurrent(), _tokens(60)
+    tokens[21] = 0
+    whole = learn(model, tokens, row, window=12, bos_id=0)
+    for length in (2, 7, 20, 21, 22, 27, 46):
+        cut = learn(model, tokens[:length], row, window=12, bos_id=0)
+        for losses, shorter in ((whole.nll, cut.nll), (whole.unlearned, cut.unlearned)):
+            torch.testing.assert_close(losses[: length - 1], shorter, rtol=0, atol=1e-5)
+
+
 def test_the_command_learns_with_a_model_of_others(tmp_path, monkeypatch, capsys):
     """A module with a state of its own, which no gradient may follow into earlier chunks."""
     (tmp_path / "own_models.py").write_text(OWN)

@@ -86,9 +86,9 @@ class LanguageModel(nn.Module):
                 raise InputError(f"--model: fails on tokens int64 {shape}: {first_line(error)}") from error
             return self._as_hidden(states, dtype)[:, first:]
 
-    def cached_forward(self, window: int, sinks: int, dtype: torch.dtype | None) -> "_Autocast":
-        """What reads a stream block by block; see `slotfast.stream.CachedForward`."""
-        read = self.stream or functools.partial(WindowStream, self._hidden or self._states)
+    def cached_forward(self, window: int, sinks: int, dtype: torch.dtype | None, block: int = 0) -> "_Autocast":
+        """What reads a stream in blocks, of so many tokens but for the last; see `slotfast.stream.CachedForward`."""
+        read = self.stream or functools.partial(WindowStream, self._hidden or self._states, block=block)
         return _Autocast(self, read(window, sinks), dtype)
 
     def _states(self, tokens: Tensor) -> Tensor:
@@ -305,14 +305,14 @@ def language_model(module: nn.Module) -> tuple[GPT | LanguageModel, int]:
 
 
 def cached_forward(
-    model: CausalModel, window: int, sinks: int, dtype: torch.dtype | None
+    model: CausalModel, window: int, sinks: int, dtype: torch.dtype | None, block: int = 0
 ) -> "CachedForward | _Autocast":
-    """What reads a stream block by block; a model of another project brings its own."""
+    """What reads a stream in blocks, of so many tokens but for the last; a model of another project brings its own."""
     if isinstance(model, GPT):
         return CachedForward(model, window, sinks, dtype=dtype)
     if not isinstance(model, LanguageModel):
         raise TypeError(f"model: expected a GPT or a LanguageModel, got {type(model).__name__}")
-    return model.cached_forward(window, sinks, dtype)
+    return model.cached_forward(window, sinks, dtype, block)
 
 
 def _declared_length(module: nn.Module) -> int | None:

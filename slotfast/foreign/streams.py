@@ -187,6 +187,8 @@ class WindowStream:
         states: tokens int64 [1, T] to states, or logits, [1, T, ...].
         window: tokens of one forward, >= 1; longer blocks are forwarded as they are.
         sinks: 0, as nothing is kept.
+        block: tokens of a block; a shorter one, as at the text's end, sees no more of what came before it than a whole
+            one does, or what it is charged would tell where the text ends.
 
     Attributes:
         position: tokens read so far.
@@ -195,19 +197,23 @@ class WindowStream:
         InputError: sinks.
     """
 
-    def __init__(self, states: Callable[[Tensor], Tensor], window: int, sinks: int = 0):
+    def __init__(self, states: Callable[[Tensor], Tensor], window: int, sinks: int = 0, block: int = 0):
         if sinks:
             raise InputError(f"--sinks {sinks}: the model has no keys that could stay")
-        self.states, self.window, self.position = states, window, 0
+        self.states, self.window, self.block, self.position = states, window, block, 0
         self.sinks, self.reach = 0, window
         self._recent: Tensor | None = None
 
     def __call__(self, tokens: Tensor, first: int = 0) -> Tensor:
         """States, or logits, from the block's position `first` on, of the next tokens, int64 [1, T]."""
         known = tokens if self._recent is None else torch.cat([self._recent, tokens], 1)
-        known = known[:, -max(self.window, tokens.size(1)) :]
         self._recent, self.position = known[:, -self.window :], self.position + tokens.size(1)
+        known = known[:, -tokens.size(1) - self._before(tokens.size(1)) :]
         return self.states(known)[:, known.size(1) - tokens.size(1) + first :]
+
+    def _before(self, count: int) -> int:
+        """Earlier tokens that a block of `count` sees, at most."""
+        return max(0, self.window - max(count, self.block))
 
     def skip(self, position: int) -> None:
         """Go on at a later position of the stream, as if nothing before it existed."""
@@ -215,7 +221,7 @@ class WindowStream:
 
     def again(self, count: int) -> int:
         """Earlier tokens that are forwarded again before the next `count`."""
-        return 0 if self._recent is None else min(self._recent.size(1), max(0, self.window - count))
+        return 0 if self._recent is None else min(self._recent.size(1), self._before(count))
 
     def state_dict(self) -> dict[str, Any]:
         """The tokens that are forwarded again."""

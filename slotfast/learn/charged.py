@@ -52,7 +52,7 @@ class FrozenLoop:
         self, model: CausalModel, window: int, sinks: int = 0, dtype: torch.dtype | None = None, block: int = 256
     ):
         self.model, self.block, self.seconds = model, block, {"unlearned": 0.0}
-        self._cached = cached_forward(model, window, sinks, dtype)
+        self._cached = cached_forward(model, window, sinks, dtype, block)
         self._done: int | None = None  # predictions before this one are charged; None before any is
 
     @torch.no_grad()

@@ -58,7 +58,7 @@ class LearningLoop:
         self.on_top = on_top
         self.seconds = {"learned": 0.0, "on top": 0.0}
         try:
-            self._cached = cached_forward(model, window, sinks, dtype)
+            self._cached = cached_forward(model, window, sinks, dtype, row.chunk)
             self._learner = _learner(row, model)
         except InputError as error:
             raise InputError(f"preset {row.name!r}: {error}") from None

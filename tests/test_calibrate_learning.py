@@ -1,5 +1,7 @@
 """Calibration of `learn`: within its trials it finds what gains, or answers off, and the preset uses it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -40,6 +42,18 @@ def test_what_gains_is_found_within_the_trials_and_used(model):
     assert gain == pytest.approx(found["gain_bpb"], rel=1e-6)
     one = calibrate_learning(model, _text(True), trials=1, window=16)
     assert one["trials"] == 1 and one["gain_bpb"] <= found["gain_bpb"] and (one["what"], one["lr"]) == ("lora", 5e-4)
+
+
+def test_all_that_was_chosen_is_used_from_json_too(model):
+    """Whatever learns, with the optimiser's numbers; and nothing is forgotten where no token starts a document."""
+    found = {"what": "all", "chunk": 8, "optimizer": "adamw", "lr": 0.01, "decay": 0.0, "steps": 1}
+    found |= {"betas": (0.0, 0.999), "eps": 1e-5, "forget": 0.9}
+    row = calibrated_row(parse_row("learn"), json.loads(json.dumps({"calibration": {"learn": found}})))
+    assert {key: getattr(row, key) for key in found} == found
+    text = _text(True)
+    bare = Text(text.stream, text.byte_table, None)
+    assert not calibrate_learning(model, bare, trials=2, window=16)["forget"]
+    assert {"betas", "eps", "forget"} <= calibrate_learning(model, text, trials=1, window=16).keys()
 
 
 def test_what_gains_nothing_is_off(model):

@@ -18,6 +18,7 @@ from ..worker import ALONE, Worker
 # Where the search begins: what learns, and rates that suit it.
 _BEGINNINGS: tuple[dict[str, Any], ...] = (
     {},
+    {"what": "all", "lr": 2e-4, "betas": (0.0, 0.999), "eps": 1e-5, "forget": 0.9},
     {"what": "all", "optimizer": "sgd", "lr": 0.02},
     {"what": "norms", "lr": 2e-3},
 )
@@ -35,7 +36,8 @@ def calibrate_learning(
 ) -> dict[str, Any]:
     """What learns, rate, chunk, rank and decay of `learn`, by one pass over the text for each trial, or nothing.
 
-    What learns is tried first, then one number after the other is doubled or halved as long as that helps.
+    What learns, and what of it is forgotten where documents begin, is tried first, then one number after the other is
+    doubled or halved as long as that helps.
 
     Args:
         model: as it will be evaluated, on the worker's device; left as it was.
@@ -66,7 +68,8 @@ def calibrate_learning(
         return float("-inf") if score is None else score.gain_bpb
 
     best = start
-    for row in (start.model_copy(update=changes) for changes in _BEGINNINGS):
+    for changes in _BEGINNINGS:
+        row = start.model_copy(update=changes | ({"forget": 0.0} if text.bos_id is None else {}))
         if len(tried) < trials and gain(row) > gain(best):
             best = row
     improved = True
@@ -96,6 +99,7 @@ def _neighbours(row: Learning, window: int) -> Iterator[Learning]:
         {"chunk": max(1, row.chunk // 2)},
         {"chunk": min(window, 2 * row.chunk)},
         {"decay": 2 * row.decay or 0.5},
+        *([{"forget": 0.0}] if row.forget else []),
         *([{"rank": 2 * row.rank}, {"rank": max(1, row.rank // 2)}] if row.what == "lora" else []),
     ):
         yield row.model_copy(update=changes)

@@ -43,7 +43,10 @@ class FoundLearning(_Strict):
     chunk: int = Field(ge=1)
     optimizer: Literal["sgd", "adamw"]
     lr: float = Field(gt=0)
+    betas: tuple[float, float] | None = None
+    eps: float | None = Field(None, gt=0)
     decay: float = Field(ge=0)
+    forget: float | None = Field(None, ge=0, le=1)
     steps: int = Field(ge=0)
     gain_bpb: float | None
     gain_se: float | None

@@ -60,7 +60,8 @@ LEARNING: dict[str, Learning] = {
 }
 
 
-CALIBRATED = ("what", "rank", "chunk", "optimizer", "lr", "decay", "steps")  # of `learn`, by slotfast calibrate
+# Of `learn`, by slotfast calibrate
+CALIBRATED = ("what", "rank", "chunk", "optimizer", "lr", "betas", "eps", "decay", "forget", "steps")
 
 
 def calibrated_row(row: Learning, metadata: Mapping[str, Any]) -> Learning:

@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter, EagerAndRecordGraphs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slotfast import compiled, flash, ops
+from slotfast.audit.__main__ import main as audit
 from slotfast.compiled import Compiled
 from slotfast.config import EvalSettings
 from slotfast.data import ByteTable, Text, TokenStream
@@ -366,3 +367,11 @@ def test_the_result_says_how_it_ran(tmp_path, counter, capsys):
     plain = evaluate("--seq-len", "128", "--forward", "windows", "--batch-windows", "4")
     assert plain["plan"]["compile"] == "off" and plain["config"]["compile"] == "auto"
     assert abs(plain["base"]["bpb"] - found["base"]["bpb"]) < 1e-6
+
+
+def test_an_audit_with_it_on_finds_no_leak(counter, capsys):
+    with contextlib.suppress(SystemExit):
+        small = ["--seq-len", "32", "--batch-windows", "4", "--ranks", "1", "--reruns", "2"]
+        audit(["--compile", "on", "--preset", "none", "causal", *small, "--json", "-"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["verdict"] == "clean" and 1 <= counter.frame_count <= 2  # rows that need different parts of a window

@@ -61,9 +61,9 @@ def tiny_model():
 # Files whose tests take most of the time: processes, compilers, the interpreter, or many reruns of a loop
 SLOW = set(
     "artifact_fuzz artifact_sizes audit_catalogue audit_command audit_mechanisms audit_own banded_attention "
-    "bias_cross_entropy bundle catalogue compiled eval eval_loop examples fit_launched forward help int6_matmul kernel_lbfgs "
-    "kernels kernels_folder lbfgs learn optim packaging ptx public quantize ranks resume slot_solve static_report "
-    "systems train trainer ttt".split()
+    "bias_cross_entropy bundle catalogue compiled eval eval_loop examples fit_launched forward help int6_matmul "
+    "kernel_lbfgs kernels kernels_folder lbfgs learn optim packaging ptx public quantize ranks resume slot_solve "
+    "static_report systems train trainer ttt".split()
 )
 
 

@@ -1,13 +1,16 @@
 """Training: the corpus keeps its promise, and the command writes an artifact that evaluates."""
 
 import json
+import signal
 
 import pytest
+import torch
 
 from slotfast import corpus, train
 from slotfast.artifact import read_artifact
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main as evaluate
+from slotfast.train.trainer import Trainer
 
 
 def test_training_text_shares_no_eight_words_with_any_page():
@@ -72,6 +75,32 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     with pytest.raises(InputError, match="loss .* at step"):
         train.main(command)
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("given", [[], ["--resume"]], ids=["first", "resumed"])
+def test_an_interrupt_saves_the_step_that_it_came_in(tmp_path, monkeypatch, capsys, given):
+    text = tmp_path / "t.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"some words to learn from, number {n} " * 9}) for n in range(40)))
+    small = "--layers 1 --width 16 --heads 2 --kv-heads 1 --mlp-width 16 --seq-len 32 --vocab-size 300".split()
+    command = ["--text", str(text), "--seconds", "0", "--steps", "4", "--dtype", "float32", "--calibrate", "no", *small]
+    train.main([*command, "--out", str(tmp_path / "straight.slotfast")])
+    command += ["--out", str(tmp_path / "m.slotfast"), "--checkpoint", str(tmp_path / "c")]
+    update = Trainer._update
+
+    def press(trainer, batch):
+        if trainer.step == 1:
+            signal.raise_signal(signal.SIGINT)
+        return update(trainer, batch)
+
+    said = "c holds what is done; the same command" + " with --resume" * (not given) + " goes on from there"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt, match=said):
+        patched.setattr(Trainer, "_update", press)
+        train.main([*command, *given])
+    assert not (tmp_path / "m.slotfast").exists()
+    train.main([*command, "--resume"])
+    assert "step:2 resumed" in capsys.readouterr().out
+    straight, resumed = (read_artifact(tmp_path / f"{name}.slotfast").model() for name in ("straight", "m"))
+    assert all(map(torch.equal, straight.state_dict().values(), resumed.state_dict().values()))
 
 
 CYRILLIC = "".join(map(chr, range(0x410, 0x450))) + " слово за словом, пока не станет довольно"

@@ -128,7 +128,7 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
     if not rank:
         print(intent, file=sys.stderr, flush=True)
     loaded = time.perf_counter()
-    with saver or nullcontext():
+    with saver.interrupt if saver else nullcontext():
         with Progress(len(plan.owned(rank, world)), sliding.windows, "windows", silent=rank > 0) as progress:
             sliding.run(
                 on_scored=collected.add if per_token else None,

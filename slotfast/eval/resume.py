@@ -2,13 +2,10 @@
 
 import hashlib
 import json
-import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +13,7 @@ from torch import nn
 
 from .. import __version__
 from ..command import checkpoint
+from ..command.interrupt import Interrupt
 from ..errors import InputError
 from ..words import counted
 from .inputs import Inputs
@@ -76,8 +74,7 @@ def describe(inputs: Inputs, setup: Setup, model: nn.Module, per_token: bool) ->
 class Saver:
     """Saves a pass and the rows collected of it, and the passes of the rows that learn.
 
-    Within it, as a context, Ctrl-C takes effect behind the batch that is under way, which is saved first; a second
-    Ctrl-C takes effect at once.
+    Ctrl-C takes effect behind the batch that is under way, which is saved first, where `interrupt` is entered.
 
     Args:
         path: of this rank's part.
@@ -113,23 +110,7 @@ class Saver:
             self.seconds = sum(sum(part.values()) for part in parts)
             print(f"{path}: going on behind {counted(sliding.windows, 'window')}", file=sys.stderr, flush=True)
         self._due = time.perf_counter() + _SECONDS
-        self._interrupted = False
-        self._handler: Any = None  # that SIGINT had before
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            self._handler = signal.signal(signal.SIGINT, self._on_interrupt)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._handler is not None:
-            signal.signal(signal.SIGINT, self._handler)
-        if (kind is KeyboardInterrupt or (kind is None and self._interrupted)) and Path(self.path).exists():
-            raise KeyboardInterrupt(f"{self.path} holds what is done; the same command goes on from there") from None
-
-    def _on_interrupt(self, *_: object) -> None:
-        self._interrupted = True
-        signal.signal(signal.SIGINT, self._handler)
+        self.interrupt = Interrupt(path)
 
     def save(self) -> None:
         """Save the state as it is."""
@@ -139,7 +120,7 @@ class Saver:
 
     def save_when_due(self) -> None:
         """Save every few seconds, less often where saving takes long, and before an interrupt ends it."""
-        if self._interrupted:
+        if self.interrupt.asked:
             self.save()
             raise KeyboardInterrupt
         start = time.perf_counter()

@@ -6,6 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from .. import __version__, config
 from ..artifact import write_artifact
 from ..command import checkpoint
 from ..command.files import json_text, write_json
+from ..command.interrupt import Interrupt
 from ..command.plots import pyplot, write_png
 from ..command.progress import print_above
 from ..command.ranks import join_ranks
@@ -89,11 +91,15 @@ def _train(
     dtype = DTYPES[resumed["dtype"]] if resumed else choose_dtype(setup.dtype, model, worker)
     worker = replace(worker, dtype=dtype)
 
+    interrupt = Interrupt(setup.checkpoint or "", "the same command" + " with --resume" * (not setup.resume))
+
     def save(state: dict[str, Any], step: int) -> None:
         if rank == 0:
             checkpoint.save(setup.checkpoint, _COMMAND, run, {"trainer": state, "dtype": worker.dtype_name})
             inputs.write_tokenizer()  # behind what needs it: on a full disk none is left alone
             log(f"step:{step} saved to {setup.checkpoint}")
+        if interrupt.asked:
+            raise KeyboardInterrupt
 
     def validate() -> dict[str, float]:
         return _measure(model, inputs, worker)
@@ -105,6 +111,7 @@ def _train(
         worker,
         on_save=save if setup.checkpoint else None,
         on_validate=validate if inputs.val else None,
+        hurry=lambda: interrupt.asked,
         log=log,
     )
     if resumed:
@@ -116,7 +123,9 @@ def _train(
     elif setup.resume:
         log(f"{setup.checkpoint}: not there yet, starting from the beginning")
     ready = time.perf_counter()
-    trainer.run()
+    # ranks save together, but a signal reaches them in different steps: it ends them at once
+    with interrupt if setup.checkpoint and world == 1 else nullcontext():
+        trainer.run()
     log(
         f"{counted(trainer.step, 'step')} of {setup.batch_windows * model_config.seq_len} tokens in "
         f"{trainer.elapsed:.0f} s, "

@@ -75,6 +75,7 @@ class Trainer:
         worker: this process; its dtype is that of Muon's iteration too.
         on_save: called on every rank with `state_dict` and the step whenever the state should be saved.
         on_validate: called on every rank every `val_every` steps; gives named numbers, which `measured` keeps.
+        hurry: whether the state should be saved behind this step already; ranks must agree.
         log: prints a line, on rank 0.
     """
 
@@ -86,11 +87,12 @@ class Trainer:
         worker: Worker = ALONE,
         on_save: Callable[[dict[str, Any], int], None] | None = None,
         on_validate: Callable[[], dict[str, float]] | None = None,
+        hurry: Callable[[], bool] = lambda: False,
         log: Callable[[str], None] = print,
     ):
         self.model, self.loader, self.training = model, loader, training
         self.worker, self.device = worker, torch.device(worker.device)
-        self.on_save, self.on_validate, self.log = on_save, on_validate, log
+        self.on_save, self.on_validate, self.hurry, self.log = on_save, on_validate, hurry, log
         self.group = dist.group.WORLD if worker.world > 1 else None
         on_gpu = worker.on_gpu
         compiles = training.compile == "on" or (on_gpu and training.compile == "auto")
@@ -258,7 +260,7 @@ class Trainer:
             self.measured.append({"step": self.step, **found})
 
     def _save_if_due(self) -> None:
-        waited = self.elapsed - self.saved_at >= self.training.checkpoint_seconds
+        waited = self.elapsed - self.saved_at >= self.training.checkpoint_seconds or self.hurry()
         if self.on_save and (waited or self.step % self.training.checkpoint_steps == 0):
             self._save()
 

@@ -116,6 +116,13 @@ def test_help_shows_every_flag_once_in_groups_of_few(cls, capsys):
         assert f"  {code:<4} {meaning}\n" in text
 
 
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_help_fits_a_narrow_terminal(cls, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    groups = _help(cls, capsys).split("\nexamples:")[0].splitlines()[1:]  # the usage and examples are to be copied
+    assert max(map(len, groups)) <= 60
+
+
 def test_help_says_what_a_value_is(capsys):
     shown = {cls: _help(cls, capsys) for cls in (config.EvalSettings, config.AuditSettings, config.TrainSettings)}
     for cls, line in (

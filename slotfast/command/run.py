@@ -15,7 +15,7 @@ EXIT_CODES = {
     0: "done; audit: no leak found",
     1: "audit: a leak, or a verdict that was not what was measured; anywhere: a fault of ours, with its traceback",
     2: "bad input, said in one line; nothing is written",
-    130: "interrupted (Ctrl-C)",
+    130: "interrupted (Ctrl-C); what goes to --resume or --checkpoint is saved first",
     141: "whoever read the output went away",
 }
 

@@ -1,6 +1,7 @@
 """The arguments of a settings class: how argparse reads them, and the help that it shows."""
 
 import argparse
+import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
@@ -18,7 +19,7 @@ _PLACES = {shards: "FOLDER", file_or_folder: "PATH", results: "RESULT", matching
 # What kind of value a setting takes, where neither its type nor its files tell.
 _VALUES = {"score": "FUNCTION", "byte_rule": "FUNCTION", "device": "DEVICE"}
 _VALUES |= dict.fromkeys(("preset", "show_preset", "kernels", "name"), "NAME")
-_WIDTH = 110
+_WIDTHS = (50, 110)  # of help: a terminal's, but within these; where there is none, the larger one
 _ABOUT_THE_COMMAND = ("config_", "show_config")
 
 
@@ -57,12 +58,14 @@ def read_flags(cls: Any, prog: str, description: str, argv: Sequence[str] | None
 def _parser(cls: Any, prog: str, description: str) -> "_Parser":
     fields = dict(cls.model_fields)
     positional = [flag(name, field) for name, field in fields.items() if field.json_schema_extra["positional"]]
+    narrowest, widest = _WIDTHS
+    width = max(narrowest, min(widest, shutil.get_terminal_size((widest, 24)).columns))
     parser = _Parser(
         prog=prog,
         usage=" ".join([prog, *positional, "[--FLAG VALUE ...]"]),
-        description=textwrap.fill(description, _WIDTH),
-        epilog=_epilog(cls, prog),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=_WIDTH),
+        description=textwrap.fill(description, width),
+        epilog=_epilog(cls, prog, width),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=width),
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,
@@ -126,13 +129,13 @@ def _metavar(name: str, field: Any) -> str:
     return _VALUES.get(name) or ("N" if int in kinds else "X" if float in kinds else "TEXT")
 
 
-def _epilog(cls: Any, prog: str) -> str:
+def _epilog(cls: Any, prog: str, width: int) -> str:
     lines = ["examples:", *(f"  {prog} {example}" for example in cls.EXAMPLES)] if cls.EXAMPLES else []
     fields = cls.model_fields.values()
     if any(map(variable, fields)):
         also = f"; {', '.join(ADAPTATION_VARIABLES)} change rows of presets" if cls.CHANGES_ROWS else ""
         text = f"An environment variable in [brackets] is read where its flag is not given{also}."
-        lines += ["", "environment:", *textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
+        lines += ["", "environment:", *textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ")]
     codes = [f"  {code:<4} {meaning}" for code, meaning in EXIT_CODES.items()]
     return "\n".join([*lines, "", "exit codes:", *codes])
 

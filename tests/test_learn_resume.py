@@ -12,9 +12,12 @@ import pytest
 
 from slotfast.artifact import load_artifact
 from slotfast.command import checkpoint
+from slotfast.config import EvalSettings
 from slotfast.data import ByteTable, Text, Tokenizer, TokenStream, read_documents
+from slotfast.errors import InputError
 from slotfast.eval.__main__ import main
 from slotfast.eval.learning import LearningPass, piece
+from slotfast.eval.setup import choose_learning
 from slotfast.foreign.models import language_model
 from slotfast.learn import FrozenLoop, OnTop, make_loop, parse_row
 from slotfast.shipped import TOKENIZER
@@ -192,6 +195,31 @@ def test_documents_alone_charge_the_same_on_any_number_of_ranks():
     parts = [_pass(model, row, rank, 3).run() for rank in range(3)]
     nll = np.concatenate([part.nll for part in parts if part.charged], 1)
     np.testing.assert_allclose(nll, whole, rtol=0, atol=1e-9)
+
+
+def test_longest_first_each_rank_orders_its_own_documents():
+    """As if these were all that there is."""
+    model, row = random_model(layers=2, value_layers=(1,)), "lora-1530:chunk=8,rank=2,slots=2"
+    text, order = _text(), []
+    for rank in range(2):
+        passed = _pass(model, row, rank, 2)
+        own = text.stream.read(passed.span.start, passed.span.stop + 1)
+        loop = make_loop(model, parse_row(row), WINDOW, 2, text.bos_id)
+        alone = LearningPass(loop, [parse_row(row)], Text(TokenStream([own]), text.byte_table, text.bos_id), True).run()
+        order.append(passed.run().nll)
+        np.testing.assert_allclose(order[-1], alone.nll, rtol=0, atol=1e-12)
+    whole = _pass(model, row).run().nll
+    assert np.concatenate(order, 1).shape == whole.shape and not np.allclose(np.concatenate(order, 1), whole)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [("lora-1855", "phases train on documents of all"), ("learn:keys=recompute", "windows of one stream")],
+)
+def test_rows_that_need_all_of_the_stream_are_refused_on_several_ranks(row, words):
+    with pytest.raises(InputError, match=words):
+        choose_learning(EvalSettings(), [parse_row(row)], 2)
+    assert choose_learning(EvalSettings(), [parse_row("lora-1530")], 2)[1] == [parse_row("lora-1530")]
 
 
 def test_two_ranks_are_two_pieces(small, tmp_path, capsys):  # noqa: F811

@@ -124,18 +124,21 @@ class _Graph:
 
     def __init__(self, function: Callable[..., Any], tensors: Sequence[Tensor]):
         self.inputs = [tensor.clone() for tensor in tensors]
-        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(current)
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UPS):
-                function(*self.inputs)
-        current.wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.results = function(*self.inputs)
+        self.device = self.inputs[0].device
+        with torch.cuda.device(self.device):  # which need not be the process's current one
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+            side.wait_stream(current)
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    function(*self.inputs)
+            current.wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.results = function(*self.inputs)
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         for own, given in zip(self.inputs, tensors, strict=True):
             own.copy_(given)
-        self.graph.replay()
+        with torch.cuda.device(self.device):
+            self.graph.replay()
         return tuple(result.clone() for result in self.results)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from slotfast import ops
 from slotfast.learn import Learning
-from slotfast.model import GPT, rotary_table, rotate
+from slotfast.model import GPT, rotary_table
 
 
 class Adapters:
@@ -113,7 +113,8 @@ def window_losses(model: GPT, tokens: Tensor, length: int, added: Callable = not
         y = ops.without_own(y, v) if block.attn.xsa else y
         attended = x + block.attn_scale * (block.attn.proj(y.flatten(2)) + added((run, "attn"), h))
         h = norm(x if block.parallel else attended) * block.norm_scale
-        x = attended + block.mlp_scale * (block.mlp(h) + added((run, "mlp"), h))
+        wide = F.leaky_relu(block.mlp.fc(h), block.mlp.slope).square()
+        x = attended + block.mlp_scale * (block.mlp.proj(wide) + added((run, "mlp"), h))
         if config.unet and run < half:
             skips.append(x)
     x = norm(x)
@@ -121,6 +122,13 @@ def window_losses(model: GPT, tokens: Tensor, length: int, added: Callable = not
     if config.softcap:
         logits = config.softcap * torch.tanh(logits / config.softcap)
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(batch, positions)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Leading dimensions of x [B, T, heads, head_width] turned pairwise."""
+    half, cos, sin = cos.size(-1), cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], -1)
 
 
 def norm_heads(k: Tensor, config) -> Tensor:

@@ -150,7 +150,8 @@ class LearningLoop:
                     self.on_top.reset()
             count = next((border for border in borders if border), count)
         ends = count < len(tokens) - 1 or start + count == predictions  # nothing that is learned here is used
-        before: dict[str, Any] = self._cached.state_dict() if ends or self.row.steps > 1 else {}
+        again = count < len(tokens) - 1 or self.row.steps > 1
+        before: dict[str, Any] = self._cached.state_dict() if again else {}
         with self._learner.attached():
             losses, logits = self._forward(tokens)
             nll = losses.detach()[:count]
@@ -242,5 +243,5 @@ def _learner(row: Learning, model: nn.Module) -> Learner:
 
 def _optimizer(row: Learning, learner: Learner) -> torch.optim.Optimizer:
     if row.optimizer == "sgd":
-        return torch.optim.SGD(learner.parameters, row.lr, row.momentum, weight_decay=row.decay)
-    return torch.optim.AdamW(learner.parameters, row.lr, row.betas, row.eps, row.decay)
+        return torch.optim.SGD(learner.parameters, row.lr, row.momentum, weight_decay=row.decay, fused=True)
+    return torch.optim.AdamW(learner.parameters, row.lr, row.betas, row.eps, row.decay, fused=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..model import GPT, CausalModel
+from ..model.lean import LowRank
 from .layers import is_linear, linear_layers, widths
 
 
@@ -89,7 +90,10 @@ class Lora:
             for layer, a, b in self._layers:
 
                 def add(_layer: nn.Module, args: tuple[Tensor], y: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
-                    return y + self._product(args[0], a, b)
+                    x = args[0]
+                    if x.dtype != y.dtype:  # under autocast
+                        return y + self._product(x, a, b)
+                    return LowRank.apply(y, x, a.to(x.dtype), b.to(x.dtype), self._scale)
 
                 stack.enter_context(_removed(layer.register_forward_hook(add)))
             yield

@@ -168,7 +168,7 @@ class SlotLora:
                 return y
             a, b = factors
             x = args[0][:, args[0].size(1) - y.size(1) :]  # attention leaves leading positions out
-            return torch.baddbmm(y, torch.bmm(x, a.mT), b.mT, alpha=self._scale)
+            return y.baddbmm_(torch.bmm(x, a.mT), b.mT, alpha=self._scale)  # nothing else reads a product's output
 
         return add
 

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from .. import ops
 from ..kernels import PackedInt6, dequantize_int6
 from .config import GPTConfig
+from .lean import RmsNorm, Rotate, SquaredLeakyRelu, goes_back, turned
 
 
 def rms_norm(x: Tensor) -> Tensor:
     """x / rms(x) over the last dimension; no gain, the dtype's epsilon."""
+    if goes_back(x) and not x.is_cuda and x.dtype.itemsize >= 4:
+        return RmsNorm.apply(x)
     return F.rms_norm(x, (x.size(-1),))
 
 
@@ -165,12 +168,10 @@ def single(table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the leading dimensions of x [B, T, heads, head_width] pairwise, first half against second half."""
-    half = cos.size(-1)
-    if not half:
+    if not cos.size(-1):
         return x
-    cos, sin = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+    angles = cos[:, None, :].to(x.dtype), sin[:, None, :].to(x.dtype)
+    return Rotate.apply(x, *angles) if goes_back(x) else turned(x, *angles)
 
 
 # States [B, T, width], and parts [parts, B, T] of the sums of squares of their rows, float32.
@@ -275,7 +276,9 @@ class MLP(nn.Module):
         self.proj = Linear(config.mlp_width, config.width, zero=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.leaky_relu(self.fc(x), self.slope).square())
+        x = self.fc(x)
+        lean = self.slope > 0 and goes_back(x)
+        return self.proj(SquaredLeakyRelu.apply(x, self.slope) if lean else F.leaky_relu(x, self.slope).square())
 
 
 class Block(nn.Module):

@@ -11,12 +11,43 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _ROWS = 64  # queries of a block; on two CPUs 32 to 128 are within a tenth of each other
 
 
+class _BehindCache(torch.autograd.Function):
+    """`scaled_dot_product_attention` whose keys and values before `first` get gradients of zero, at no cost.
+
+    Shapes: q [B, heads, N, D], k and v [B, heads, M, D], mask [B or 1, 1, N, M].
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, scale, first):
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale, ctx.first = scale, first
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        q, k, v, mask = ctx.saved_tensors
+        shares = torch.softmax((q @ k.mT).mul_(ctx.scale).add_(mask), -1)
+        dscores = torch.ops.aten._softmax_backward_data(dy @ v.mT, shares, -1, shares.dtype).mul_(ctx.scale)
+        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+        dk[:, :, ctx.first :] = dscores[..., ctx.first :].mT @ q
+        dv[:, :, ctx.first :] = shares[..., ctx.first :].mT @ dy
+        return dscores @ k, dk, dv, None, None, None
+
+
 def fused_banded_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int, position: Tensor | None, sinks: tuple[Tensor, Tensor, Tensor] | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    position: Tensor | None,
+    sinks: tuple[Tensor, Tensor, Tensor] | None,
+    fixed_cache: bool = False,
 ) -> Tensor:
     """See `slotfast.ops.banded_attention`; every key of the cache must exist."""
     batch, length, heads, width = q.shape
@@ -47,9 +78,11 @@ def fused_banded_attention(
         mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -math.inf)
         mask = mask.view(-1, 1, 1, *mask.shape[-2:]).expand(-1, -1, heads // kv_heads, -1, -1).flatten(2, 3)
         mask = mask.repeat(batch, 1, 1, 1) if sinks is None and batch > 1 and missing else mask
-    y = F.scaled_dot_product_attention(
-        queries.flatten(3, 4).flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), mask, scale=width**-0.5
-    )
+    parts = queries.flatten(3, 4).flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), mask
+    if fixed_cache and blocks == 1 and before and sinks is None and mask is not None and q.requires_grad:
+        y = _BehindCache.apply(*parts, width**-0.5, before)
+    else:
+        y = F.scaled_dot_product_attention(*parts, scale=width**-0.5)
     y = y[..., :width].view(batch, blocks, kv_heads, -1, rows, width).permute(0, 1, 4, 2, 3, 5)
     return y.reshape(batch, blocks * rows, heads, width)[:, :length]
 

@@ -250,6 +250,7 @@ def banded_attention(
     position: Tensor | None = None,
     sinks: tuple[Tensor, Tensor, Tensor] | None = None,
     exclude_own: bool = False,
+    fixed_cache: bool = False,
 ) -> Tensor:
     """Causal attention in a band of `window` keys, behind a cache, with attention sinks; differentiable.
 
@@ -262,12 +263,13 @@ def banded_attention(
         sinks: queries [B, T, heads, width] for, and keys and values [B, S, kv_heads, width] of, the stream's first S
             tokens, which a query sees once they have left its band. Needs `position`.
         exclude_own: drop the direction of a position's own value from every head (XSA).
+        fixed_cache: nobody asks for gradients of the cache; they may be zeros.
 
     Returns:
         [B, T, heads, width] in q's dtype.
     """
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _banded_on_cpu(q, k, v, window, position, sinks, exclude_own)
+        return _banded_on_cpu(q, k, v, window, position, sinks, exclude_own, fixed_cache)
     return _banded(q, k, v, position, *(sinks or (None, None, None)), window, exclude_own)[0]
 
 
@@ -279,11 +281,12 @@ def _banded_on_cpu(
     position: Tensor | None,
     sinks: tuple[Tensor, Tensor, Tensor] | None,
     exclude_own: bool,
+    fixed_cache: bool = False,
 ) -> Tensor:
     past = k.size(1) - q.size(1)
     if position is not None and not bool((position >= past).all()):
         return banded_attention_ref(q, k, v, window, position, sinks, exclude_own)
-    out = fused_banded_attention(q, k, v, window, position, sinks)
+    out = fused_banded_attention(q, k, v, window, position, sinks, fixed_cache)
     return without_own(out, v[:, past:]) if exclude_own else out
 
 

@@ -188,7 +188,7 @@ class _StreamAttention:
         keys, values, *first_ones = self.take(run, k, v)
         sinks = None if of_sinks is None else (of_sinks, first_ones[0], first_ones[1])
         position = (self.position + k.size(1) - q.size(1)).expand(q.size(0))
-        return ops.banded_attention(q, keys, values, self.window, position, sinks, exclude_own)
+        return ops.banded_attention(q, keys, values, self.window, position, sinks, exclude_own, True)
 
 
 class _Memory:

@@ -7,13 +7,18 @@ from types import SimpleNamespace
 import numpy as np
 from pydantic import ValidationError
 
+from slotfast.artifact import Artifact, write_artifact
 from slotfast.audit import Hints, audit_rows
 from slotfast.audit.budget import Budget
 from slotfast.audit.engine import Auditor
 from slotfast.audit.own import OwnLoop
 from slotfast.audit.report import judge
+from slotfast.audit.setup import read_subject
 from slotfast.audit.streams import Stream, synthetic
-from slotfast.data import ByteTable
+from slotfast.config import AuditSettings
+from slotfast.data import ByteTable, Tokenizer
+from slotfast.model import GPT, GPTConfig
+from slotfast.shipped import TOKENIZER
 from slotfast.slot import PRESETS, Adaptation, Calibration
 
 
@@ -116,3 +121,17 @@ def test_distributions_of_our_own_pass_are_checked_where_it_keeps_them(tiny_mode
     options = {"hints": loop.hints, "byte_rule": loop.byte_rule, "seeds": [0]}
     for report in audit_rows(loop, ["none", "causal"], Stream(tokens, 64, 1), **options, seconds=0.1):
         assert report.clean and set(report.conditions.values()) == {"PASS"}
+
+
+def test_learn_is_audited_with_the_numbers_that_it_would_be_evaluated_with(tmp_path):
+    tokenizer = Tokenizer(str(TOKENIZER))
+    sizes = {"seq_len": 256, "layers": 1, "width": 8, "heads": 1, "kv_heads": 1, "mlp_width": 8, "rope_dims": 4}
+    config = GPTConfig(**sizes, bigram_buckets=0, value_width=0, value_layers=(), vocab_size=tokenizer.vocab_size)
+    learned = {"what": "norms", "chunk": 128, "optimizer": "sgd", "lr": 0.01, "decay": 0.0, "steps": 1}
+    found = {"scale": 1.0, "decay": 0.9, "gates": [[0.0, 0.0]] * 6, "learn": learned}
+    metadata = {"tokenizer_sha256": tokenizer.sha256, "calibration": found}
+    write_artifact(tmp_path / "a", Artifact.from_model(GPT(config), metadata))
+    row = "learn:lr=0.02"
+    subject = read_subject(AuditSettings(artifact=str(tmp_path / "a"), preset=[row]), np.random.default_rng(0))
+    audited = subject.computed[row]
+    assert (audited.what, audited.chunk, audited.lr, subject.hints.seq_len) == ("norms", 128, 0.02, 128)

@@ -1,6 +1,7 @@
 """What is audited, and on what: the command's settings, read once."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..data import ByteCount, Tokenizer, TokenStream, open_shards, read_document
 from ..errors import InputError
 from ..eval import Streaming
 from ..eval.inputs import Sources, choose_rows, read_inputs
-from ..learn import LEARNING, Learning
+from ..learn import LEARNING, Learning, calibrated_row
 from ..slot import PRESETS, Adaptation, Calibration
 from ..worker import Worker
 from .checks import ByteRule
@@ -81,8 +82,10 @@ def _own(settings: AuditSettings) -> Subject:
             settings.artifact, settings.model_config_, None, settings.tokens, None, settings.text, settings.tokenizer
         )
     )
+    rows = {name: _as_evaluated(row, inputs.artifact.metadata) for name, row in rows.items()}
     unit = math.lcm(*(row.unit for row in rows.values() if isinstance(row, Adaptation)))
-    hints = _hints(settings, min(64, inputs.artifact.config.seq_len), 8, max(unit, 8 // unit * unit), 2)
+    chunks = (row.chunk for row in rows.values() if isinstance(row, Learning) and row.keys != "windows")
+    hints = _hints(settings, min(max([64, *chunks]), inputs.artifact.config.seq_len), 8, max(unit, 8 // unit * unit), 2)
     if hints.batch_windows % unit:
         raise InputError(f"--batch-windows {hints.batch_windows}: expected a multiple of {unit}, fitted together")
     fewest = hints.seq_len + hints.stride * hints.batch_windows
@@ -108,6 +111,11 @@ def _own(settings: AuditSettings) -> Subject:
         loop, list(rows), Stream(tokens, artifact.config.vocab_size, tokenizer.bos_id), hints, loop.byte_rule,
         inputs.source, rows, files, inputs.stream, inputs.text_bytes,
     )  # fmt: skip
+
+
+def _as_evaluated(row: Adaptation | Learning, metadata: Mapping[str, Any]) -> Adaptation | Learning:
+    """The row with the numbers that the model's calibration chose, which an evaluation would use."""
+    return calibrated_row(row, metadata) if isinstance(row, Learning) else row
 
 
 def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:

@@ -12,6 +12,7 @@ from importlib import resources
 import numpy as np
 import pytest
 
+from slotfast.command.run import run_command
 from slotfast.data import Tokenizer, write_shard
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main
@@ -362,6 +363,13 @@ def test_a_finished_evaluation_is_not_lost(small, tmp_path):
     assert json.loads((tmp_path / "pipe.json").read_text())["tokens"] == 199
     out, err, code = done["no such letter"]
     assert code == 0 and "? s.e." in out and "causal" in out
+
+
+def test_a_file_is_not_called_standard_output(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: (tmp_path / "no").read_text())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'no'}: No such file or directory\n"
 
 
 def test_output_that_cannot_be_written(small):

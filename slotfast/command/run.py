@@ -123,9 +123,10 @@ def _run(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
+        if error.filename is not None:
+            _end(f"error: {error.filename}: {error.strerror}", 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        where = "standard output cannot be written" if error.filename is None else error.filename
-        _end(f"error: {where}: {error.strerror}", 2)
+        _end(f"error: standard output cannot be written: {error.strerror}", 2)
     except (MemoryError, RuntimeError) as error:
         text = str(error)
         if not (isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text):

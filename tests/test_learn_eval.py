@@ -130,7 +130,7 @@ class CutAtTheNextDocument(LearningLoop):
 
     def _chunk(self, start, tokens, *rest):
         if (tokens[1:] == self.bos_id).any():
-            self._learner.reset()
+            self._learner.forget()
         return super()._chunk(start, tokens, *rest)
 
 

@@ -90,3 +90,22 @@ def write_tiny(path, seed=0, tokenizer=None):
     sizes = {"seq_len": 64, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 16, "rope_dims": 4}
     config = GPTConfig(**sizes, bigram_buckets=0, value_width=0, vocab_size=tokenizer.vocab_size)
     write_artifact(path, Artifact.from_model(GPT(config), {"tokenizer_sha256": tokenizer.sha256}))
+
+
+def numbers_held(thing: object) -> int:
+    """How many numbers the tensors have that an object holds, at any depth, but those of modules."""
+    found, seen, todo = 0, set(), [thing]
+    while todo:
+        each = todo.pop()
+        if id(each) in seen or isinstance(each, torch.nn.Module):
+            continue
+        seen.add(id(each))
+        if isinstance(each, torch.Tensor):
+            found += each.numel()
+        elif isinstance(each, dict):
+            todo += each.values()
+        elif isinstance(each, (list, tuple, set)):
+            todo += each
+        elif hasattr(each, "__dict__"):
+            todo += vars(each).values()
+    return found

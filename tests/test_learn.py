@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from slotfast.errors import InputError
-from slotfast.learn import Lora, learn, parse_row
+from slotfast.learn import Lora, learn, make_loop, parse_row
 from slotfast.learn.lora import Weights
 from slotfast.stream import CachedForward
 
-from .models import VARIANTS, random_model
+from .models import VARIANTS, numbers_held, random_model
 
 V, BOS, WINDOW = 37, 5, 12
 ROWS = (
@@ -174,6 +174,13 @@ def test_it_learns_what_repeats_and_leaves_the_model_as_it_was(model):
         ("lern", "'lern': no such preset; the nearest is learn"),
         ("learn:rank=0", "rank=0: expected at least 1"),
         ("learn:rank", "'rank' is not of the form"),
+        ("learn:rank=2,rank=3", "'rank' is given twice"),
+        ("learn:lr=-1", "lr=-1: expected more than 0"),
+        ("learn:lr=nan", "lr=nan: expected a finite number"),
+        ("learn:lr=inf", "lr=inf: expected a finite number"),
+        ("learn:chunk=0", "chunk=0: expected at least 1"),
+        ("learn:chunk=1.5", "chunk=1.5: expected a whole number"),
+        ("learn:bogus=1", "'bogus' does nothing here"),
         ("learn:chunk=13", "chunk=13 is longer than the window of 12"),
         ("learn:projections=q/w", "projections=q/w: no projection 'w'"),
         ("learn:projections=q/q", "expected different projections"),
@@ -207,3 +214,17 @@ def test_losses_that_are_no_numbers_end_with_one_line(model):
     broken.tok_emb.weight[30] = float("nan")
     with pytest.raises(InputError, match=r"a loss of nan for the token at position \d+: broken weights, or lr=0.0005"):
         learn(broken, _tokens(), "learn:chunk=8", window=WINDOW)
+
+
+@pytest.mark.parametrize("row", [ROWS[0], ROWS[1], ROWS[2]])
+def test_memory_is_that_of_the_window(model, row):
+    """What a loop holds after a stream twice as long is no more."""
+
+    def held(tokens):
+        loop = make_loop(model, parse_row(row), WINDOW, 2, BOS)
+        read, predictions = tokens.numpy().__getitem__, len(tokens) - 1
+        loop.run(lambda start, stop: read(slice(start, stop)), predictions, lambda charged: None)
+        return numbers_held(loop)
+
+    once = _tokens(57)
+    assert held(once) == held(torch.cat([once, once])) > 1000

@@ -10,7 +10,7 @@ from slotfast.errors import InputError
 from slotfast.learn import DocumentLoop, learn, parse_row
 from slotfast.learn.slots import SlotLora
 
-from .models import VARIANTS, random_model
+from .models import VARIANTS, numbers_held, random_model
 
 V, BOS, WINDOW = 37, 5, 12
 REPLICAS = (
@@ -224,21 +224,7 @@ def test_memory_is_that_of_the_slots(model, keys):
     def held(lengths):
         loop = _loop(model, f"{DOC},keys={keys}")
         _run(loop, _tokens(lengths))
-        found, seen, todo = 0, set(), [loop]
-        while todo:
-            each = todo.pop()
-            if id(each) in seen or isinstance(each, torch.nn.Module):
-                continue
-            seen.add(id(each))
-            if isinstance(each, torch.Tensor):
-                found += each.numel()
-            elif isinstance(each, dict):
-                todo += each.values()
-            elif isinstance(each, (list, tuple, set)):
-                todo += each
-            elif hasattr(each, "__dict__"):
-                todo += vars(each).values()
-        return found
+        return numbers_held(loop)
 
     assert held(LENGTHS) == held(LENGTHS * 3) > 3 * 1000
 

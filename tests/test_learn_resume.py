@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from slotfast.artifact import load_artifact
 from slotfast.command import checkpoint
@@ -197,6 +198,51 @@ def test_documents_alone_charge_the_same_on_any_number_of_ranks():
     np.testing.assert_allclose(nll, whole, rtol=0, atol=1e-9)
 
 
+AGAIN = ("learn:chunk=8,lr=0.02,rank=2,keys=recompute", "learn:chunk=8,lr=0.02,rank=2,keys=refresh,every=2+causal")
+
+
+@pytest.mark.parametrize("row", AGAIN)
+def test_windows_of_a_piece_reach_back_before_it(row):
+    """A piece's first chunk is charged as the unlearned whole is where each chunk has its window again; so are all of
+    its chunks where its own have that. Learned, later ones follow from what it learned itself."""
+    model = random_model(layers=2, value_layers=(1,))
+
+    def losses(row, rank=0, world=1):
+        parts, passed = [], _pass(model, row, rank, world)
+        passed.loop.run(_text().stream.read, passed.span, parts.append)
+        assert [part.start for part in parts] == list(range(passed.span.start, passed.span.stop, 8))
+        return [torch.cat([getattr(part, name) for part in parts]) for name in ("nll", "unlearned")]
+
+    learned, plain = losses(row)[0], losses(AGAIN[0])[1]
+    for rank in range(3):
+        span = _pass(model, row, rank, 3).span
+        own, unlearned = losses(row, rank, 3)
+        same = slice(None) if "recompute" in row else slice(8)
+        torch.testing.assert_close(unlearned[same], plain[span.start : span.stop][same], rtol=0, atol=1e-10)
+        assert torch.equal(own[:8], unlearned[:8]) and float((own - unlearned)[8:].abs().min()) > 1e-9
+        assert (rank == 0) == torch.allclose(own[8:], learned[span.start + 8 : span.stop], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("row", AGAIN)
+def test_a_piece_that_goes_on_ends_with_the_same_bits(tmp_path, row):
+    model = random_model(layers=2, value_layers=(1,))
+    whole = _pass(model, row, 1, 2).run()
+    assert whole.span.start > WINDOW
+    for chunks in (1, 2, 3):
+        killed, left = _pass(model, row, 1, 2), iter(range(chunks - 1))
+
+        def kill(killed=killed, left=left):
+            if next(left, None) is None:
+                checkpoint.save(tmp_path / "c", "slotfast.eval", {}, killed.state_dict())
+                raise _Killed
+
+        with pytest.raises(_Killed):
+            killed.run(on_chunk=kill)
+        going = _pass(model, row, 1, 2)
+        going.load_state_dict(checkpoint.load(tmp_path / "c", "slotfast.eval", {}))
+        _same(going.run(), whole)
+
+
 def test_longest_first_each_rank_orders_its_own_documents():
     """As if these were all that there is."""
     model, row = random_model(layers=2, value_layers=(1,)), "lora-1530:chunk=8,rank=2,slots=2"
@@ -212,14 +258,11 @@ def test_longest_first_each_rank_orders_its_own_documents():
     assert np.concatenate(order, 1).shape == whole.shape and not np.allclose(np.concatenate(order, 1), whole)
 
 
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [("lora-1855", "phases train on documents of all"), ("learn:keys=recompute", "windows of one stream")],
-)
-def test_rows_that_need_all_of_the_stream_are_refused_on_several_ranks(row, words):
-    with pytest.raises(InputError, match=words):
-        choose_learning(EvalSettings(), [parse_row(row)], 2)
-    assert choose_learning(EvalSettings(), [parse_row("lora-1530")], 2)[1] == [parse_row("lora-1530")]
+def test_rows_that_need_all_of_the_stream_are_refused_on_several_ranks():
+    with pytest.raises(InputError, match="phases train on documents of all"):
+        choose_learning(EvalSettings(), [parse_row("lora-1855")], 2)
+    for row in ("lora-1530", *AGAIN):
+        assert choose_learning(EvalSettings(), [parse_row(row)], 2)[1] == [parse_row(row)]
 
 
 def test_two_ranks_are_two_pieces(small, tmp_path, capsys):  # noqa: F811

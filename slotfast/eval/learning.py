@@ -80,7 +80,7 @@ class LearningPass:
     @property
     def _apart(self) -> bool:
         """Whether windows begin where documents do: what is before a piece is nothing to it."""
-        return isinstance(self.loop, DocumentLoop)
+        return isinstance(self.loop, DocumentLoop) and self.rows[0].scope == "document"
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         first = self.span.start if self._apart else 0

@@ -232,8 +232,6 @@ def choose_learning(
                 raise InputError(f"{where}on {world} processes: weights they train together cannot be saved; run one")
         elif world > 1 and row.phases:
             raise InputError(f"{where}on {world} processes is not built: phases train on documents of all; run one")
-        elif world > 1 and row.forward == "windows" and row.scope == "stream":
-            raise InputError(f"{where}on {world} processes is not built: windows of one stream; run one process")
         if settings.weights == "int6":
             raise InputError(f"{where}with --weights int6: packed weights pass no gradients on; leave out --weights")
     return [row for row in rows if isinstance(row, Adaptation)], learning

@@ -22,7 +22,7 @@ class Slot:
     Args:
         chunk: tokens of its chunks.
         early: whether the last window begins earlier where the document ends before its last chunk is full.
-        done: of its targets that are charged.
+        done: of its targets that are charged, here or elsewhere.
         top: rows on top, or None.
         charges: those not handed out yet: the first prediction; losses learned, unlearned and of the rows on top, [2 +
             rows, n]; log-probabilities of all but the unlearned, or none.
@@ -45,7 +45,9 @@ class Slot:
         """What `state_dict` gave; `top` is fresh."""
         document, (chunk, early, done) = Document(*state["document"]), state["how"]
         if top:
-            top.load_state_dict(state["top"], read(document.start + 1, document.start + done + 1), device)
+            top.load_state_dict(
+                state["top"], read(document.start + document.seen + 1, document.start + done + 1), device
+            )
         return cls(document, chunk, early, top, done)
 
     @property
@@ -60,6 +62,11 @@ class Slot:
         where a whole chunk would.
         """
         return max(0, (self.end if self.early else self.done + self.chunk) - window)
+
+    @property
+    def number(self) -> int:
+        """Of the next chunk, among those that are charged here."""
+        return (self.done - self.document.seen) // self.chunk
 
     @property
     def goes_on(self) -> bool:

@@ -106,7 +106,7 @@ class DocumentLoop:
     def run(
         self,
         read: Read,
-        predictions: int,
+        predictions: int | range,
         on_charged: Callable[[Charged], None],
         on_chunk: Callable[[], None] | None = None,
     ) -> None:
@@ -114,7 +114,8 @@ class DocumentLoop:
 
         Args:
             read: tokens [start, stop) of the stream, integers.
-            predictions: tokens of the stream but the first.
+            predictions: tokens of the stream but the first; or, of a stream that is one document, those of a piece of
+                it, which learns apart: its windows see what is before it.
             on_charged: called with each chunk; in the order of the stream, or as they are charged where the row has
                 another.
             on_chunk: called where `state_dict` may be saved.
@@ -179,9 +180,10 @@ class DocumentLoop:
         self.ledger.update(state["ledger"])
         self._watch.go_on(state["seconds"])
 
-    def _run(self, predictions: int) -> None:
+    def _run(self, predictions: int | range) -> None:
         at, borders = self._progress, boundaries(self.row)
-        for number, group in enumerate(rounds(self.row, documents(self._read, predictions, self.bos_id))):
+        found = documents(self._read, predictions, self.bos_id, self.window)
+        for number, group in enumerate(rounds(self.row, found)):
             if number < at.round:
                 deque(group, maxlen=0)  # charged before
                 continue
@@ -262,7 +264,7 @@ class DocumentLoop:
             self.lora.put(slot, self.lora.draw(1 + document.number))
         self.lora.begin(slot)
         top = self.on_top and self.on_top.fresh()
-        self._slots[slot] = Slot(document, chunk, self.row.order == "longest", top)
+        self._slots[slot] = Slot(document, chunk, self.row.order == "longest", top, document.seen)
 
     def _at(self, slot: int) -> Slot:
         """The document under way in a slot that has one."""
@@ -283,9 +285,8 @@ class DocumentLoop:
 
     def _cached(self, at: Slot) -> bool:
         """Whether the next chunk goes on from keys as they are."""
-        number = at.done // at.chunk
-        again = {"stale": False, "refresh": number % self.row.every == 0, "recompute": True}[self.row.keys]
-        return number > 0 and not again
+        again = {"stale": False, "refresh": at.number % self.row.every == 0, "recompute": True}[self.row.keys]
+        return at.number > 0 and not again
 
     def _step(self, slots: Sequence[int]) -> None:
         """The next chunk of some documents: charged, and learned from where another one follows."""

@@ -21,11 +21,13 @@ class Document:
         number: among those that have a prediction, in the order of the stream.
         start: position of its first token, which is not charged.
         targets: tokens charged, >= 1; the last is the BOS of the next document, or the stream's last token.
+        seen: of these, leading ones that are charged elsewhere: windows begin among them, nothing is learned from them.
     """
 
     number: int
     start: int
     targets: int
+    seen: int = 0
 
 
 @dataclass
@@ -59,14 +61,29 @@ class Progress:
         return cls(**{**state, **kept})
 
 
-def documents(read: Read, predictions: int, bos_id: int | None) -> Iterator[Document]:
+def documents(read: Read, predictions: int | range, bos_id: int | None, window: int = 0) -> Iterator[Document]:
     """Documents in the order of the stream; one BOS behind the other, or at the very end, has nothing to predict.
 
     Args:
         read: tokens [start, stop) of the stream, integers.
-        predictions: tokens of the stream but the first.
+        predictions: tokens of the stream but the first; where the stream is one document, a piece of it may be charged.
         bos_id: the token that starts a document; None: the stream is one.
+        window: tokens before a piece that its first window may begin at.
+
+    Raises:
+        ValueError: a piece of a stream of several documents that does not begin where the stream does.
     """
+    if isinstance(predictions, range):
+        if bos_id is None:
+            start = max(0, predictions.start - window)
+            if predictions:
+                yield Document(0, start, predictions.stop - start, predictions.start - start)
+            return
+        if predictions.start:
+            raise ValueError(
+                f"a piece from prediction {predictions.start} on: documents are read from where one starts"
+            )
+        predictions = predictions.stop
     number, start = 0, 0
     for begin in range(1, predictions + 1, _BLOCK):
         tokens = read(begin, min(begin + _BLOCK, predictions + 1))

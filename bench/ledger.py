@@ -28,14 +28,14 @@ from slotfast.stream import CachedForward
 
 PACKAGE = str(Path(ops.__file__).parent)
 # Functions that many call: a line names their caller as well.
-HELPERS = {"rms_norm", "rotate", "rotary_table", "softcap", "document_starts", "_Recent.extend"}
+HELPERS = {"rms_norm", "rotate", "turned", "rotary_table", "softcap", "document_starts", "_Recent.extend"}
 
 # What a line belongs to, by the end of its operator's or the beginning of its function's name; the first that fits.
 GROUPS = {
     "products": ("linear",),
     "attention": ("scaled_dot_product_attention", "banded_attention"),
     "norms": ("rms_norm",),
-    "rotary": ("rotate", "rotary_table"),
+    "rotary": ("rotate", "turned", "rotary_table"),
     "own value": ("without_own", "without_own_ref"),
     "keys kept": ("_Recent.", "_Memory."),
     "head and loss": ("GPT.head", "GPT.unembed", "softcap", "cross_entropy"),

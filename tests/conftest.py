@@ -1,6 +1,7 @@
 """Chooses, before any test imports a kernel, how kernels run: compiled where there is a GPU, else interpreted."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,14 @@ def compiling():
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, whatever started the tests: shells have it ignored in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -168,8 +168,8 @@ def test_a_training_step_through_the_kernels_has_the_gradients_of_autograd(softc
     exact = torch.autograd.grad(plain(model, tokens, targets), parameters)
     for name, ours, cpu, theirs, right in zip(names, found, on_cpu, rough, exact, strict=True):
         error, allowed = (ours - right).abs().max(), (theirs - right).abs().max()
-        assert error <= 4 * allowed + 1e-7 * right.abs().max(), name
-        assert (cpu - right).abs().max() <= 4 * allowed + 1e-7 * right.abs().max(), name
+        assert error <= 4 * allowed + 2e-6 * right.abs().max(), name
+        assert (cpu - right).abs().max() <= 4 * allowed + 2e-6 * right.abs().max(), name
 
 
 @pytest.mark.parametrize("preset", ["learn:rank=2,chunk=16", "learn:what=all,chunk=16,lr=1e-4", "lora-1530:chunk=16"])

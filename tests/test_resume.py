@@ -168,7 +168,7 @@ def _interrupting(monkeypatch, counts):
     return calls
 
 
-def test_an_interrupt_saves_the_batch_that_it_came_in(small, tmp_path, monkeypatch, capsys):
+def test_an_interrupt_saves_the_batch_that_it_came_in(small, tmp_path, monkeypatch, capsys, interruptible):
     args = _args(small, "--json", tmp_path / "j", "--resume", tmp_path / "c")
     main(_args(small, "--json", tmp_path / "straight"))
     with monkeypatch.context() as patched:
@@ -183,11 +183,18 @@ def test_an_interrupt_saves_the_batch_that_it_came_in(small, tmp_path, monkeypat
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_interrupt_takes_effect_at_once(small, tmp_path, monkeypatch):
+def test_a_second_interrupt_takes_effect_at_once(small, tmp_path, monkeypatch, interruptible):
     _interrupting(monkeypatch, [1, 1])
     with pytest.raises(KeyboardInterrupt) as caught:
         main(_args(small, "--resume", tmp_path / "c"))
     assert caught.value.args == () and not (tmp_path / "c").exists()  # nothing is done, and nothing is promised
+
+
+def test_an_interrupt_that_is_ignored_stays_so(small, tmp_path, monkeypatch, interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _interrupting(monkeypatch, [1])
+    main(_args(small, "--json", tmp_path / "j", "--resume", tmp_path / "c"))
+    assert (tmp_path / "j").exists() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_an_evaluation_that_is_done_is_not_done_again(small, tmp_path, capsys, monkeypatch):

@@ -78,7 +78,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("given", [[], ["--resume"]], ids=["first", "resumed"])
-def test_an_interrupt_saves_the_step_that_it_came_in(tmp_path, monkeypatch, capsys, given):
+def test_an_interrupt_saves_the_step_that_it_came_in(tmp_path, monkeypatch, capsys, interruptible, given):
     text = tmp_path / "t.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"some words to learn from, number {n} " * 9}) for n in range(40)))
     small = "--layers 1 --width 16 --heads 2 --kv-heads 1 --mlp-width 16 --seq-len 32 --vocab-size 300".split()

@@ -9,7 +9,8 @@ from typing import Any, Self
 class Interrupt:
     """Within it, as a context, Ctrl-C sets `asked` alone: the work saves its state at the next place, and raises then.
 
-    A second Ctrl-C takes effect at once. However it ends by one, the KeyboardInterrupt says how to go on.
+    A second Ctrl-C takes effect at once. However it ends by one, the KeyboardInterrupt says how to go on. Where whoever
+    started the process has it ignore Ctrl-C, as shells do in the background, it goes on ignoring it.
 
     Args:
         path: of the saved state.
@@ -21,7 +22,8 @@ class Interrupt:
         self._before: Any = None  # what SIGINT did
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        if threading.current_thread() is threading.main_thread() and not ignored:
             self._before = signal.signal(signal.SIGINT, self._ask)
         return self
 

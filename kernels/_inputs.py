@@ -46,6 +46,10 @@ def _check_windows(logits, targets, weights, softcap=None, **others):
     for name, tensor in {"targets": targets, "weights": weights, **others}.items():
         if tensor is not None and tensor.device != logits.device:
             raise ValueError(f"{name}: expected on {logits.device} like logits, got {tensor.device}")
+    _check_softcap(softcap)
+
+
+def _check_softcap(softcap):
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"softcap: expected a finite number above 0, or None, got {softcap}")
 

@@ -32,14 +32,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .._inputs import _contiguous
+from .._inputs import _check_softcap, _contiguous
 from .._rows import _load_targets
-from .._triton import _LN2, _LOG2E, _launch, tl, triton
+from .._triton import _LN2, _LOG2E, tl, triton
 from ..cases.linear import CROSS_ENTROPY_CASES, cross_entropy_inputs
 from ..cross_entropy import bias_cross_entropy_ref
 from ..spec import KernelSpec
-from ._logits import _score_tile
-from ._product import _check, _compilation, _constants, _store
+from ._logits import _cap, _score_tile
+from ._product import _check, _compilation, _launch_tiles, _store
 
 _PART_REF = 1 << 22  # logits that the reference has in memory
 _PART = 1 << 24  # and gradients of logits that the backward has; 32 MiB of bfloat16 stay in an L2 cache
@@ -179,43 +179,26 @@ def _most(dtype: torch.dtype) -> dict:
     return {"maxnreg": 128} if dtype != torch.float32 and not torch.version.hip else {}
 
 
-def _launch_rows(kernel, x, weight, tiles, softcap, **arguments):
-    """Launches `kernel` for every tile of rows of x [M, K], `tiles` times."""
-    M, K = x.shape
-    constants = _constants(len(weight), K, x.dtype, not x.is_cuda)
-    _launch(
-        kernel,
-        (triton.cdiv(M, constants["BLOCK_M"]) * tiles,),
-        "linear_cross_entropy",
-        x_ptr=x,
-        w_ptr=weight,
-        M=M,
-        K=K,
-        softcap=1.0 if softcap is None else float(softcap),  # not read where CAP is False; a launch needs a number
-        CAP=softcap is not None,
-        **arguments,
-        **constants,
-    )
-
-
 def _linear_cross_entropy_fwd(x, weight, targets, bias, softcap, ignore_index, keep=True):
     """nll, and shift and sum for the backward, empty unless `keep`; each [...]."""
     x, weight, targets, bias = _contiguous(x, weight, targets, bias)
     nll = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
     shift, total = (torch.empty(targets.shape if keep else 0, dtype=torch.float32, device=x.device) for _ in range(2))
     if targets.numel():
-        _launch_rows(
+        _launch_tiles(
             _linear_cross_entropy_fwd_kernel,
-            x.view(-1, x.shape[-1]),
-            weight,
-            1,
-            softcap,
+            "linear_cross_entropy",
+            x,
+            len(weight),
+            programs=1,  # of the columns: each goes through all of them
+            w_ptr=weight,
             bias_ptr=bias,
             targets_ptr=targets,
             nll_ptr=nll,
             shift_ptr=shift if keep else None,
             sum_ptr=total if keep else None,
             ignore_index=ignore_index,
+            **_cap(softcap),
             **_most(x.dtype),
         )
     return nll, shift, total
@@ -236,12 +219,12 @@ def _linear_cross_entropy_bwd(
     for first in range(0, len(rows), count):
         part = slice(first, first + count)
         dlogits = room[: len(rows[part])]
-        _launch_rows(
+        _launch_tiles(
             _linear_cross_entropy_bwd_kernel,
+            "linear_cross_entropy",
             rows[part],
-            weight,
-            triton.cdiv(V, _constants(V, K, x.dtype, False)["BLOCK_N"]),
-            softcap,
+            V,
+            w_ptr=weight,
             bias_ptr=bias,
             targets_ptr=targets[part],
             shift_ptr=shift[part],
@@ -249,6 +232,7 @@ def _linear_cross_entropy_bwd(
             dnll_ptr=dnll[part],
             dlogits_ptr=dlogits,
             ignore_index=ignore_index,
+            **_cap(softcap),
         )
         if dx is not None:
             torch.mm(dlogits, weight, out=dx[part])
@@ -324,8 +308,7 @@ def linear_cross_entropy(
     V = len(weight)
     if bias is not None and (bias.shape != (V,) or not bias.is_floating_point() or bias.device != x.device):
         raise ValueError(f"bias: expected floating {[V]} on {x.device}, got {bias.dtype} {list(bias.shape)}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap: expected a finite number above 0, or None, got {softcap}")
+    _check_softcap(softcap)
     return _LinearCrossEntropy.apply(x, weight, targets, bias, softcap, ignore_index)
 
 

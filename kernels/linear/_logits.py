@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._inputs import _check_softcap
 from .._rows import _softcap
 from .._triton import _LOG2E, tl, triton
 from ..cases.linear import LOGITS_CASES, logits_inputs
@@ -80,6 +81,11 @@ def _linear_logits_kernel(
     _store(z_ptr + first * N, columns, z, left, N)
 
 
+def _cap(softcap: float | None) -> dict:
+    """What launches take of a cap; its number is not read where there is none, but a launch needs one."""
+    return {"softcap": 1.0 if softcap is None else float(softcap), "CAP": softcap is not None}
+
+
 def linear_logits(x: Tensor, weight: Tensor, softcap: float | None = None) -> Tensor:
     """Soft-capped logits x W^T in float32, in the product's pass; without gradients.
 
@@ -98,8 +104,7 @@ def linear_logits(x: Tensor, weight: Tensor, softcap: float | None = None) -> Te
     Source: parameter-golf PR #1019.
     """
     _check(x, {"weight": weight})
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap: expected a finite number above 0, or None, got {softcap}")
+    _check_softcap(softcap)
     z = torch.empty((*x.shape[:-1], len(weight)), dtype=torch.float32, device=x.device)
     _launch_tiles(
         _linear_logits_kernel,
@@ -108,8 +113,7 @@ def linear_logits(x: Tensor, weight: Tensor, softcap: float | None = None) -> Te
         len(weight),
         w_ptr=weight.contiguous(),
         z_ptr=z,
-        softcap=1.0 if softcap is None else float(softcap),  # not read where CAP is False; a launch needs a number
-        CAP=softcap is not None,
+        **_cap(softcap),
     )
     return z
 

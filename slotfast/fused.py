@@ -14,7 +14,8 @@ from .kernels import linear_heads as heads_kernel
 from .kernels import linear_residual as residual_kernel
 from .kernels import linear_squared as squared_kernel
 from .kernels import without_own as own_kernel
-from .kernels.linear import EPS
+from .kernels.linear import EPS, turned
+from .kernels.linear._product import _normed_ref
 
 
 def _keeps(*tensors: Tensor | None) -> bool:
@@ -77,16 +78,11 @@ _mix.register_autograd(_mix_differentiate, setup_context=_mix_save)
 # products of a normalised input
 
 
-def _normalised(x: Tensor, squares: Tensor, norm: float) -> Tensor:
-    """x * norm / rms(x), as the product would have read it."""
-    return (x * (norm * torch.rsqrt(squares.sum(0) / x.size(-1) + EPS))[..., None]).to(x.dtype)
-
-
 def _through_product(ctx, du: Tensor, x: Tensor, weight: Tensor, squares: Tensor, norm: float):
     """Gradients of x and weight from that of u = (x * norm / rms(x)) W^T; None where not wanted."""
     dx = dweight = None
     if ctx.needs_input_grad[1]:
-        dweight = _rows(du).T @ _rows(_normalised(x, squares, norm))
+        dweight = _rows(du).T @ _rows(_normed_ref(x, squares, norm))  # as the product read it
     if ctx.needs_input_grad[0]:
         dx = _through_norm(du @ weight, x, squares.sum(0) / x.size(-1), norm)
     return dx, dweight
@@ -205,23 +201,17 @@ def _heads_differentiate(ctx, dy, _):
     x, weight, squares, gain, cos, sin, u = ctx.saved_tensors
     wide = torch.promote_types(x.dtype, torch.float32)
     shared = (dy.size(-2) - len(gain)) // 2
-    turned, dv = dy.split((len(gain) + shared, shared), -2)
-    turned = _turn_back(turned.to(wide), cos[:, None], sin[:, None])
+    dturned, dv = dy.split((len(gain) + shared, shared), -2)
+    dscaled = turned(dturned.to(wide), cos[:, None], -sin[:, None])
     before = u.unflatten(-1, (-1, ctx.width))[..., : len(gain) + shared, :].to(wide)
     mean_square = before.square().mean(-1)
     unit = before * torch.rsqrt(mean_square + EPS)[..., None]
-    dgain = (turned * unit)[..., : len(gain), :].sum((0, 1, 3))
+    dgain = (dscaled * unit)[..., : len(gain), :].sum((0, 1, 3))
     scales = torch.cat([gain, gain.new_ones(shared)])[:, None]
-    du = torch.cat([_through_norm(turned * scales, before, mean_square, 1.0).to(x.dtype), dv], -2).flatten(-2)
+    du = torch.cat([_through_norm(dscaled * scales, before, mean_square, 1.0).to(x.dtype), dv], -2).flatten(-2)
     through = _through_product(ctx, du, x, weight, squares, ctx.norm)
     dvalue = dv.flatten(-2) if ctx.needs_input_grad[7] else None
     return *through, None, dgain, None, None, None, dvalue, None, None
-
-
-def _turn_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = cos.size(-1)
-    a, b = x[..., :half], x[..., half : 2 * half]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], -1)
 
 
 _heads.register_autograd(_heads_differentiate, setup_context=_heads_save)
@@ -280,6 +270,7 @@ _residual.register_autograd(_residual_differentiate, setup_context=_residual_sav
 # behind attention
 
 
+@torch.library.custom_op("slotfast::without_own", mutates_args=())
 def without_own(y: Tensor, v: Tensor) -> Tensor:
     """Heads of attention without their part along each position's own value.
 
@@ -290,15 +281,10 @@ def without_own(y: Tensor, v: Tensor) -> Tensor:
     Returns:
         [B, T, heads, width] in y's dtype.
     """
-    return _own(y, v)
-
-
-@torch.library.custom_op("slotfast::without_own", mutates_args=())
-def _own(y: Tensor, v: Tensor) -> Tensor:
     return own_kernel(y, v)
 
 
-@_own.register_fake
+@without_own.register_fake
 def _(y, v):
     return y.new_empty(y.shape)
 
@@ -319,4 +305,4 @@ def _own_differentiate(ctx, dx):
     return (dx - along * own[:, :, :, None]).flatten(2, 3), dv
 
 
-_own.register_autograd(_own_differentiate, setup_context=_own_save)
+without_own.register_autograd(_own_differentiate, setup_context=_own_save)

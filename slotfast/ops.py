@@ -79,9 +79,7 @@ def fuses(backend: Backend, x: Tensor, head_width: int) -> bool:
 
     In float32 they are not: there a library's products may round inputs to TF32, and are faster.
     """
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    whole = 2 <= head_width <= 128 and head_width.bit_count() == 1
-    return half and whole and uses_triton(backend, x.device)
+    return 2 <= head_width <= 128 and head_width.bit_count() == 1 and fuses_output(backend, x)
 
 
 def fuses_output(backend: Backend, x: Tensor) -> bool:

@@ -16,7 +16,7 @@ from ..spec import KernelSpec
 from ._cross_entropy import SPEC as _CROSS_ENTROPY
 from ._cross_entropy import linear_cross_entropy, linear_cross_entropy_ref
 from ._heads import SPEC as _HEADS
-from ._heads import linear_heads, linear_heads_ref
+from ._heads import linear_heads, linear_heads_ref, turned
 from ._logits import SPEC as _LOGITS
 from ._logits import linear_logits, linear_logits_ref
 from ._product import EPS
@@ -37,6 +37,7 @@ __all__ = [
     "linear_residual_ref",
     "linear_squared",
     "linear_squared_ref",
+    "turned",
 ]
 
 SPECS: tuple[KernelSpec, ...] = (_CROSS_ENTROPY, _HEADS, _LOGITS, _RESIDUAL, _SQUARED)

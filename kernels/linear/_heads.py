@@ -38,12 +38,13 @@ def linear_heads_ref(
     q, k, v = heads.split((H, shared, shared), -2)
     v = v if value is None else v + value.unflatten(-1, (shared, width))
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    q = _turn(F.rms_norm(q, (width,), eps=EPS) * gain.to(x.dtype)[:, None], cos, sin)
-    k = _turn(F.rms_norm(k, (width,), eps=EPS), cos, sin)
+    q = turned(F.rms_norm(q, (width,), eps=EPS) * gain.to(x.dtype)[:, None], cos, sin)
+    k = turned(F.rms_norm(k, (width,), eps=EPS), cos, sin)
     return torch.cat([q, k, v], -2), u if keep else u.new_empty(0)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The leading dimensions of x [..., heads, D] turned pairwise, i and i + R, by angles [..., 1, R]."""
     half = cos.size(-1)
     a, b = x[..., :half], x[..., half : 2 * half]
     return torch.cat([a * cos + b * sin, b * cos - a * sin, x[..., 2 * half :]], -1)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..kernels import PackedInt6, dequantize_int6
+from ..kernels.linear import turned
 from .config import GPTConfig
-from .lean import RmsNorm, Rotate, SquaredLeakyRelu, goes_back, turned
+from .lean import RmsNorm, Rotate, SquaredLeakyRelu, goes_back
 
 
 def rms_norm(x: Tensor) -> Tensor:

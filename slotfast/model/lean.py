@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..kernels.linear import turned
+
 
 def goes_back(x: Tensor) -> bool:
     """Whether gradients of x will be asked for in eager mode; a compiler fuses the plain expressions itself."""
@@ -84,10 +86,3 @@ class LowRank(torch.autograd.Function):
             dnarrow, db = dnarrow.mul_(ctx.scale), db.mul_(ctx.scale)
         dx = (dnarrow @ a).view(x.shape) if ctx.needs_input_grad[1] else None
         return dy, dx, dnarrow.mT @ x.flatten(0, -2), db, None
-
-
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See `Rotate`."""
-    half = cos.size(-1)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)

@@ -69,6 +69,16 @@ class WindowsLoop:
         plan = self._pass.plan
         return (len(plan) * plan.seq_len + 3 * self._training.trained) / max(1, plan.predictions)
 
+    @property
+    def chunks(self) -> int:
+        """Chunks charged and trained on, by all ranks."""
+        return self._pass.chunks
+
+    @property
+    def ended(self) -> bool:
+        """Whether there are no more."""
+        return self.chunks == len(self._training.chunks(self._pass.plan))
+
     def run(
         self,
         read: Read,
@@ -82,7 +92,7 @@ class WindowsLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a loop with the same arguments needs to go on from here; None before it began."""
-        begun = self._pass.windows > 0
+        begun = self._pass.windows > 0 or self.chunks > 0
         return {"pass": self._pass.state_dict() if begun else None, "trained": self._training.trained}
 
     def load_state_dict(self, state: Mapping[str, Any], read: Read) -> None:

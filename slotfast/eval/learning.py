@@ -31,6 +31,7 @@ class LearningPass:
     Attributes:
         meter, along: sums by document and by piece of the stream; row 0 is the same forward unlearned, and empty until
             `compare` where the loop does not charge that too.
+        together: whether the ranks train one model; what is saved must then be behind the same chunk on all of them.
         charged: tokens so far.
         spent: float [PIECES], seconds of learning and of the rows on top, by where in the stream they went.
         seconds, forwards: of the loop; after `gather` of the slowest rank, and of all.
@@ -47,6 +48,7 @@ class LearningPass:
     ):
         self.loop, self.rows, self.text = loop, rows, text
         self.span = piece(rows[0], text, rank, world)
+        self.together = world > 1 and isinstance(loop, WindowsLoop)
         names = ["unlearned", *(row.name for row in rows)]
         self.meter, self.along = Meter(names, text.documents), Meter(names, PIECES)
         self.charged, self.forwards = 0, 0.0

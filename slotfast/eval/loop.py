@@ -62,6 +62,7 @@ class SlidingPass:
         meter: sums by document.
         along: sums by piece of the stream, `PIECES` of equal length.
         windows: scored on this rank.
+        chunks: scored and trained on, by all ranks.
         seconds: by phase.
         row_seconds: of each row's adaptation; 0 of the unadapted model.
     """
@@ -86,10 +87,11 @@ class SlidingPass:
         rows = ["none", *(adapter.row.name for adapter in adapters)]
         self.meter = Meter(rows, text.documents)
         self.along = Meter(rows, PIECES)
-        self.windows = 0
+        self.windows = self.chunks = 0
         self.seconds = {"forward": 0.0, "adapt": 0.0, "score": 0.0}
         self.row_seconds = [0.0] * len(rows)
-        self._owned = plan.owned(worker.rank, worker.world)
+        # Trained together, every rank has a share of each chunk
+        self._owned = plan.owned(worker.rank, worker.world) if training is None else range(len(plan))
         burn_in = max((adapter.burn_in(plan.stride) for adapter in adapters), default=0)
         self._first = max(0, self._owned.start - burn_in)  # what the adapters carry begins with this window
         common = (model, text.stream, plan, adapters, worker)
@@ -117,7 +119,8 @@ class SlidingPass:
         Args:
             on_scored: called with newly scored tokens.
             on_windows: called with the number of windows that a forward finished.
-            on_piece: called where `state_dict` may be saved: the sums hold just what `on_scored` was given.
+            on_piece: called where `state_dict` may be saved: the sums hold just what `on_scored` was given. With
+                training on several ranks that is behind each chunk, where all of them call it.
 
         Returns:
             This pass, done.
@@ -132,20 +135,23 @@ class SlidingPass:
             self._score(self._owned, clock, on_scored, on_windows, on_piece)
             return self
         rank, world = self.worker.rank, self.worker.world
-        for chunk, windows in enumerate(self.training.chunks(self.plan)):
-            if windows.stop < (self._done or 0):  # scored and trained on
-                continue
+        for windows in self.training.chunks(self.plan)[self.chunks :]:
             mine = windows[rank * len(windows) // world : (rank + 1) * len(windows) // world]
-            self._score(mine, clock, on_scored, on_windows, on_piece)
-            self.training.train(self.model, self.text.stream, self.plan, chunk, self.worker)
+            self._score(mine, clock, on_scored, on_windows, on_piece if world == 1 else None)
+            self.training.train(self.model, self.text.stream, self.plan, self.chunks, self.worker)
+            self.chunks += 1
             clock.lap("train")
+            if world > 1 and on_piece:
+                on_piece()
+                clock.lap("save")
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a pass with the same arguments needs to continue from here; with training, on one process only."""
+        """All that a pass with the same arguments needs to continue from here."""
         return {
             "done": self._done,
             "windows": self.windows,
+            "chunks": self.chunks,
             "seconds": dict(self.seconds),
             "row_seconds": list(self.row_seconds),
             "meter": self.meter.state_dict(),
@@ -162,20 +168,22 @@ class SlidingPass:
             KeyError, TypeError, ValueError, AttributeError, RuntimeError: the state belongs to another pass.
         """
         owned, done = self._owned, state["done"]
-        if not owned.start < done <= owned.stop:
+        if done is not None and not owned.start < done <= owned.stop:
             raise ValueError(f"{done} windows are done: expected more than {owned.start}, at most {owned.stop}")
-        self._done, self.windows = done, state["windows"]
+        self._done, self.windows, self.chunks = done, state["windows"], state["chunks"]
         self.seconds.update(state["seconds"])
         self.row_seconds = list(state["row_seconds"])
         self.meter.load_state_dict(state["meter"])
         self.along.load_state_dict(state["along"])
         self._forward.load_state_dict(state["forward"])
+        if self.training:
+            self.training.load_state_dict(state["training"], self.model)
+        if done is None:  # this rank has had no window yet
+            return
         begin, end = self.plan[self._first], self.plan[done - 1]
         past = self.text.stream.read(begin.start + begin.context_end + 1, end.start + end.scored_end + 1)
         for adapter, saved in zip(self.adapters, state["adapters"], strict=True):
             adapter.load_state_dict(saved, past, self.worker.device)
-        if self.training:
-            self.training.load_state_dict(state["training"], self.model)
 
     def _pieces(self, windows: range) -> Iterator[range]:
         # the stream's first window scores all of its positions, which would make the tensors of a large group long

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -123,8 +124,7 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
         frozen = LearningPass(loop, [UNLEARNED], inputs.text, False, rank, world)
         charging.insert(0, frozen)
     run = describe(inputs, setup, model, per_token) if saved else {}
-    saver = Saver(saved, run, sliding, collected, charging) if saved else None
-    save = saver.save_when_due if saver else None
+    saver = Saver(saved, run, sliding, collected, charging, worker) if saved else None
     if not rank:
         print(intent, file=sys.stderr, flush=True)
     loaded = time.perf_counter()
@@ -133,12 +133,12 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
             sliding.run(
                 on_scored=collected.add if per_token else None,
                 on_windows=progress,
-                on_piece=save,
+                on_piece=saver and saver.save_when_due,
             )
         for each in charging:
             names = ", ".join(row.name for row in each.rows)
             with Progress(len(each.span), each.charged, f"tokens of {names}", silent=rank > 0) as progress:
-                each.run(progress, save)
+                each.run(progress, partial(saver.save_when_due, each) if saver else None)
         if saver:
             saver.save()  # all of it, should writing the result fail
     sliding.meter.reduce()

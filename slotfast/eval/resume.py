@@ -16,15 +16,18 @@ from ..command import checkpoint
 from ..command.interrupt import Interrupt
 from ..errors import InputError
 from ..words import counted
+from ..worker import ALONE, Worker
 from .inputs import Inputs
 from .learning import LearningPass
 from .loop import SlidingPass
 from .report import TokenRows
 from .setup import Setup
+from .together import Together
 
 _COMMAND = "slotfast.eval"
 _SECONDS = 5.0  # between two saves
 _SHARE = 20  # and at least this many times as long as a save takes
+_SAVE, _STOP = 1, 2  # what a rank wishes for
 
 
 def rank_path(path: str, rank: int) -> str:
@@ -74,7 +77,8 @@ def describe(inputs: Inputs, setup: Setup, model: nn.Module, per_token: bool) ->
 class Saver:
     """Saves a pass and the rows collected of it, and the passes of the rows that learn.
 
-    Ctrl-C takes effect behind the batch that is under way, which is saved first, where `interrupt` is entered.
+    Ctrl-C takes effect behind the batch that is under way, which is saved first, where `interrupt` is entered. Where
+    ranks train one model together, they save it together: behind a chunk, if any of them wants to, and at its end.
 
     Args:
         path: of this rank's part.
@@ -82,9 +86,11 @@ class Saver:
         sliding: fresh.
         collected: every token's losses; empty where they are not asked for.
         learners: fresh.
+        worker: this process.
 
     Raises:
-        InputError: a file is there, and it is damaged or belongs to another evaluation.
+        InputError: a file is there, and it is damaged or belongs to another evaluation, or does not go with those of
+            the other ranks.
     """
 
     def __init__(
@@ -94,10 +100,13 @@ class Saver:
         sliding: SlidingPass,
         collected: TokenRows,
         learners: Sequence[LearningPass] = (),
+        worker: Worker = ALONE,
     ):
         self.path, self.run, self.sliding, self.collected, self.learners = path, run, sliding, collected, learners
         self.seconds = 0.0  # that the passes took before they were saved
-        state = checkpoint.load(path, _COMMAND, run)
+        shared = [learner for learner in learners if learner.together]
+        self._together = Together(path, _COMMAND, run, worker) if shared else None
+        state = self._together.load(self._chunks()) if self._together else checkpoint.load(path, _COMMAND, run)
         if state is not None:
             try:
                 sliding.load_state_dict(state["pass"])
@@ -112,22 +121,40 @@ class Saver:
         self._due = time.perf_counter() + _SECONDS
         self.interrupt = Interrupt(path)
 
+    def _chunks(self) -> list[int]:
+        """How many chunks of each model that ranks train together are behind this one."""
+        return [learner.loop.chunks for learner in self.learners if learner.together]
+
+    def _state(self) -> dict[str, Any]:
+        learners, chunks = [learner.state_dict() for learner in self.learners], self._chunks()
+        parts = {"pass": self.sliding.state_dict(), "rows": self.collected.state_dict()}
+        return {**parts, "learners": learners, "chunks": chunks}
+
     def save(self) -> None:
         """Save the state as it is."""
-        learners = [learner.state_dict() for learner in self.learners]
-        state = {"pass": self.sliding.state_dict(), "rows": self.collected.state_dict(), "learners": learners}
-        checkpoint.save(self.path, _COMMAND, self.run, state)
+        checkpoint.save(self.path, _COMMAND, self.run, self._state())
 
-    def save_when_due(self) -> None:
-        """Save every few seconds, less often where saving takes long, and before an interrupt ends it."""
-        if self.interrupt.asked:
-            self.save()
-            raise KeyboardInterrupt
+    def save_when_due(self, learner: LearningPass | None = None) -> None:
+        """Save every few seconds, less often where saving takes long, and before an interrupt ends it.
+
+        Args:
+            learner: the pass that is under way, of a row that learns.
+        """
+        together = learner is not None and learner.together
         start = time.perf_counter()
-        if start >= self._due:
-            self.save()
+        wish = _STOP if self.interrupt.asked else _SAVE if start >= self._due else 0
+        if together:
+            # Behind its end each rank goes on by itself, and saves by itself
+            wish = self._together.agree(max(wish, _SAVE if learner.loop.ended else 0))
+        if wish:
+            if together:
+                self._together.save(self._state())
+            else:
+                self.save()
             now = time.perf_counter()
             self._due = now + max(_SECONDS, _SHARE * (now - start))
+        if wish == _STOP:
+            raise KeyboardInterrupt
 
 
 def _sha256_json(document: Any) -> str:

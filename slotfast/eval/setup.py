@@ -225,12 +225,10 @@ def choose_learning(
     learning = [row for row in rows if isinstance(row, Learning)]
     for row in learning:
         where = f"preset {row.name!r}: "
-        if world > 1 and row.keys == "windows":  # processes train one model together, each on its share of a chunk
-            if row.top is not None and row.top.scope == "prefix":
-                raise InputError(f"{where}on {world} processes: what is on top needs the stream in order; run one")
-            if settings.resume:
-                raise InputError(f"{where}on {world} processes: weights they train together cannot be saved; run one")
-        elif world > 1 and row.phases:
+        # Processes train one model together, each on its share of a chunk
+        if world > 1 and row.keys == "windows" and row.top is not None and row.top.scope == "prefix":
+            raise InputError(f"{where}on {world} processes: what is on top needs the stream in order; run one")
+        if world > 1 and row.phases:
             raise InputError(f"{where}on {world} processes is not built: phases train on documents of all; run one")
         if settings.weights == "int6":
             raise InputError(f"{where}with --weights int6: packed weights pass no gradients on; leave out --weights")

@@ -18,6 +18,7 @@ from slotfast.data import ByteTable, Text, Tokenizer, TokenStream, read_document
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main
 from slotfast.eval.learning import LearningPass, piece
+from slotfast.eval.loop import PIECES
 from slotfast.eval.setup import choose_learning
 from slotfast.foreign.models import language_model
 from slotfast.learn import FrozenLoop, OnTop, make_loop, parse_row
@@ -86,6 +87,14 @@ def test_a_pass_that_goes_on_ends_with_the_same_bits(tmp_path, of, row):
     fresh = _pass(model, row)
     fresh.load_state_dict(_pass(model, row).state_dict())  # saved before it began
     _same(fresh.run(), whole)
+
+
+def test_chunks_that_are_handed_out_together_share_their_seconds(monkeypatch):
+    monkeypatch.setattr("slotfast.learn.charged._SECONDS", np.inf)
+    passed = _pass(random_model(layers=2, value_layers=(1,)), ROWS[1]).run()
+    ends = np.append(np.arange(8, 57, 8), 57)
+    share = np.bincount(ends * PIECES // 58, np.diff(ends, prepend=0), PIECES) / 57
+    np.testing.assert_allclose(passed.spent, passed.seconds["learned"] * share, rtol=1e-9)
 
 
 SLOTS = "chunk=4,lr=0.02,rank=2,slots=2"

@@ -34,7 +34,7 @@ class LearningPass:
         together: whether the ranks train one model; what is saved must then be behind the same chunk on all of them.
         charged: tokens so far.
         spent: float [PIECES], seconds of learning and of the rows on top, by where in the stream they went.
-        seconds, forwards: of the loop; after `gather` of the slowest rank, and of all.
+        seconds, forwards: of the loop, once it has run; after `gather` of the slowest rank, and of all.
     """
 
     def __init__(
@@ -51,20 +51,18 @@ class LearningPass:
         self.together = world > 1 and isinstance(loop, WindowsLoop)
         names = ["unlearned", *(row.name for row in rows)]
         self.meter, self.along = Meter(names, text.documents), Meter(names, PIECES)
-        self.charged, self.forwards = 0, 0.0
+        self.charged, self.forwards, self.seconds = 0, 0.0, dict(loop.seconds)
         self.spent = np.zeros(PIECES)
+        self._total = 0.0  # of `spent`
+        # Since it last grew: by how much, tokens that came with that by piece, and what was spent before
+        self._grown, self._came, self._before = 0.0, np.zeros(PIECES), self.spent
         self._parts: dict[int, np.ndarray] | None = {} if keep_nll else None  # by the first prediction
         self._starts = text.starts
-        self._gathered: dict[str, float] | None = None
 
     @property
     def nll(self) -> np.ndarray:
         """Float [rows, N - 1] of every token but the first, where kept."""
         return np.concatenate([self._parts[start] for start in sorted(self._parts)], 1)
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        return self._gathered or self.loop.seconds
 
     def run(self, on_tokens: Callable[[int], None] | None = None, on_chunk: Callable[[], None] | None = None) -> Self:
         """Charge and learn what is not charged yet.
@@ -75,6 +73,7 @@ class LearningPass:
         """
         first, predictions = (self.span.start, len(self.span)) if self._apart else (0, self.span)
         self.loop.run(self._read, predictions, lambda charged: self._take(charged, first, on_tokens), on_chunk)
+        self.seconds = dict(self.loop.seconds)
         if self.charged:
             self.forwards = getattr(self.loop, "forwards", 1.0)
         return self
@@ -99,21 +98,29 @@ class LearningPass:
         self.meter.add(np.searchsorted(self._starts, position, "right") - 1, n_bytes, nll)
         self.along.add(position * PIECES // len(self.text.stream), n_bytes, nll)
         self.charged += nll.shape[1]
-        seconds = self.loop.seconds
-        spent = seconds.get("learned", 0.0) + seconds.get("on top", 0.0)
-        self.spent[position[-1] * PIECES // len(self.text.stream)] += spent - self.spent.sum()
+        self._spend(position[-1] * PIECES // len(self.text.stream), nll.shape[1])
         if self._parts is not None:
             self._parts[start] = nll[1:]
         if on_tokens:
             on_tokens(nll.shape[1])
 
+    def _spend(self, at: int, count: int) -> None:
+        """Count seconds towards a piece of the stream: chunks that are handed out together share theirs by tokens."""
+        total = _spent(self.loop.seconds)
+        if total > self._total:
+            self._grown, self._came, self._before = total - self._total, np.zeros(PIECES), self.spent
+            self._total = total
+        self._came[at] += count
+        self.spent = self._before + self._grown * self._came / self._came.sum()
+
     def state_dict(self) -> dict[str, Any]:
         """All that a pass with the same arguments needs to go on from here."""
+        loop = self.loop.state_dict()  # hands out what is charged
         if self._parts is not None:
             self._parts = _joined(self._parts)
         nll = {start: torch.from_numpy(part) for start, part in (self._parts or {}).items()}
         return {
-            "loop": self.loop.state_dict(),
+            "loop": loop,
             "meter": self.meter.state_dict(),
             "along": self.along.state_dict(),
             "charged": self.charged,
@@ -131,6 +138,7 @@ class LearningPass:
         self.meter.load_state_dict(state["meter"])
         self.along.load_state_dict(state["along"])
         self.charged, self.spent = state["charged"], state["spent"].numpy()
+        self._total, self._before = _spent(self.loop.seconds), self.spent
         if self._parts is not None:
             self._parts = {start: part.numpy() for start, part in state["nll"].items()}
 
@@ -141,10 +149,10 @@ class LearningPass:
         self.meter.reduce()
         self.along.reduce()
         parts: list | None = [None] * worker.world if worker.rank == 0 else None
-        dist.gather_object((self._parts, self.loop.seconds, self.charged, self.forwards, self.spent), parts)
+        dist.gather_object((self._parts, self.seconds, self.charged, self.forwards, self.spent), parts)
         if parts is None:
             return
-        self._gathered = {name: max(seconds[name] for _, seconds, *_ in parts) for name in self.loop.seconds}
+        self.seconds = {name: max(seconds[name] for _, seconds, *_ in parts) for name in self.seconds}
         self.charged = sum(charged for _, _, charged, *_ in parts)
         self.forwards = sum(charged * forwards for _, _, charged, forwards, _ in parts) / max(1, self.charged)
         self.spent = sum(part[-1] for part in parts)
@@ -175,6 +183,11 @@ def piece(row: Learning, text: Text, rank: int, world: int) -> range:
     else:
         cuts = [at // row.chunk * row.chunk for at in ideal]
     return range(cuts[0], predictions if rank == world - 1 else cuts[1])
+
+
+def _spent(seconds: Mapping[str, float]) -> float:
+    """Of a loop's seconds, those that learning took, and the rows on top of it."""
+    return seconds.get("learned", 0.0) + seconds.get("on top", 0.0)
 
 
 def _joined(parts: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:

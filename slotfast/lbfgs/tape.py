@@ -45,7 +45,7 @@ class Tape:
         return rows.as_strided((count, length, *rows.shape[1:]), (self.step * down, down, *inner))
 
 
-def to_front(used: Tensor, logits: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+def to_front(used: Tensor, logits: Tensor, *columns: Tensor, run: range | None = None) -> tuple[Tensor, ...]:
     """The positions that each window uses, moved to its front in their order, in whole blocks of rows.
 
     No sum over them then depends on how many others there are, or on where these were. Where all windows use the same
@@ -55,6 +55,7 @@ def to_front(used: Tensor, logits: Tensor, *columns: Tensor) -> tuple[Tensor, ..
         used: bool [W, T].
         logits: [W, T, V], T >= 1.
         columns: [W, T] each.
+        run: the positions that every window uses, where the host knows them; else it waits for the device.
 
     Returns:
         used [W, R], R a multiple of BLOCK_ROWS; logits [W, up to R, V], with anything where a row is not used; and the
@@ -62,11 +63,11 @@ def to_front(used: Tensor, logits: Tensor, *columns: Tensor) -> tuple[Tensor, ..
     """
     W, T = used.shape
     count = used.sum(1, keepdim=True)
-    longest = max(1, int(count.max()) if W else 0)
+    longest = len(run) if run else max(1, int(count.max()) if W else 0)
     length = -(-longest // BLOCK_ROWS) * BLOCK_ROWS
-    first = int(used.any(0).byte().argmax()) if W else 0
+    first = run.start if run else int(used.any(0).byte().argmax()) if W else 0
     position = torch.arange(T, device=used.device)
-    if torch.equal(used, (position >= first) & (position < first + count)):
+    if run or torch.equal(used, (position >= first) & (position < first + count)):
         cut = slice(first, first + longest)
         logits, columns = logits[:, cut], tuple(column[:, cut] for column in columns)
     else:

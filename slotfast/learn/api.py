@@ -21,7 +21,8 @@ class Learned:
     """Losses of a stream.
 
     Args:
-        nll, unlearned: float32 (float64 for float64) [N - 1], nats: of tokens 1, 2, ..., with learning and without.
+        nll, unlearned: float32 (float64 for float64) [N - 1] on the CPU, nats: of tokens 1, 2, ..., with learning and
+            without.
         forwards: passes through the model for each token; see `LearningLoop`.
         seconds: of forwarding and learning, `learned`, and of the forward without, `unlearned`.
     """

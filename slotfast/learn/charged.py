@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from ..foreign.models import cached_forward
 from ..model import CausalModel
+from ..timing import Stopwatch
+from ..worker import upload
 
 Read = Callable[[int, int], np.ndarray]  # tokens [start, stop) of a stream, integers
 _BLOCK = 256  # tokens of one forward that only catches up
+_SECONDS = 1.0  # from one time that charges are fetched from the device to the next
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,40 @@ class Charged:
     on_top_logprobs: Sequence[Tensor] = ()
 
 
+class Outbox:
+    """Charges that are still on the device: fetched together, so that the host waits for it once a second at most.
+
+    Args:
+        at_once: whether each chunk's are due behind it: where distributions come with them, which take memory.
+    """
+
+    def __init__(self, at_once: bool = False):
+        self._parts: list[Charged] = []
+        self._wait = 0.0 if at_once else _SECONDS
+        self._due = time.perf_counter() + self._wait
+
+    def put(self, charged: Charged) -> None:
+        """Take a chunk's charges."""
+        self._parts.append(charged)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to `fetch`."""
+        return time.perf_counter() >= self._due
+
+    def fetch(self) -> list[Charged]:
+        """All that were put since the last time, in order, their losses on the host; it waits for the device."""
+        parts, self._parts = self._parts, []
+        if parts:
+            counts = [len(part.nll) for part in parts]
+            nll = torch.cat([part.nll for part in parts]).cpu().split(counts)
+            top = [part.on_top for part in parts if part.on_top is not None]
+            on_top = torch.cat(top, 1).cpu().split(counts, 1) if top else [None] * len(parts)
+            parts = [replace(part, nll=a, on_top=b) for part, a, b in zip(parts, nll, on_top, strict=True)]
+        self._due = time.perf_counter() + self._wait
+        return parts
+
+
 class FrozenLoop:
     """Charges a stream block by block and learns nothing: rows that learn are compared with it.
 
@@ -51,9 +88,14 @@ class FrozenLoop:
     def __init__(
         self, model: CausalModel, window: int, sinks: int = 0, dtype: torch.dtype | None = None, block: int = 256
     ):
-        self.model, self.block, self.seconds = model, block, {"unlearned": 0.0}
+        self.model, self.block = model, block
         self._cached = cached_forward(model, window, sinks, dtype, block)
+        self._watch, self._outbox = Stopwatch(next(model.parameters()).device), Outbox()
         self._done: int | None = None  # predictions before this one are charged; None before any is
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {"unlearned": 0.0} | self._watch.seconds
 
     @torch.no_grad()
     def run(
@@ -65,42 +107,49 @@ class FrozenLoop:
     ) -> None:
         """Charge; see `LearningLoop.run`."""
         span = range(predictions) if isinstance(predictions, int) else predictions
-        clock = Clock(self.model)
-        if self._done is None:
-            catch_up(self._cached, read, span.start, self.model)
-            self._done = span.start
-        while self._done < span.stop:
-            start = self._done
-            tokens = read_tokens(read, start, min(start + self.block, span.stop), self.model)
-            nll = self.model.losses(self._cached(tokens[None, :-1]), tokens[None, 1:])[0]
-            self._done = start + len(nll)
-            self.seconds["unlearned"] += clock.lap()
-            on_charged(Charged(start, nll))
-            if on_chunk:
-                on_chunk()
-            clock.lap()
+        self._on_charged = on_charged
+        try:
+            if self._done is None:
+                catch_up(self._cached, read, span.start, self.model)
+                self._done = span.start
+            while self._done < span.stop:
+                start, stop = self._done, min(self._done + self.block, span.stop)
+                with self._watch("unlearned"):
+                    tokens = on_device(read(start, stop + 1), self.model)
+                    nll = self.model.losses(self._cached(tokens[None, :-1]), tokens[None, 1:])[0]
+                self._outbox.put(Charged(start, nll))
+                self._done = stop
+                if self._outbox.due:
+                    self._hand_out()
+                if on_chunk:
+                    on_chunk()
+        finally:
+            self._hand_out()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a loop with the same arguments needs to continue from here."""
-        return {"done": self._done, "seconds": dict(self.seconds), "cached": self._cached.state_dict()}
+        """All that a loop with the same arguments needs to continue from here; what is charged is handed out first."""
+        self._hand_out()
+        return {"done": self._done, "seconds": self.seconds, "cached": self._cached.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], read: Read) -> None:
         """Continue from what `state_dict` returned."""
         self._done = state["done"]
-        self.seconds.update(state["seconds"])
+        self._watch.go_on(state["seconds"])
         self._cached.load_state_dict(state["cached"])
+
+    def _hand_out(self) -> None:
+        for charged in self._outbox.fetch():
+            self._on_charged(charged)
 
 
 @torch.no_grad()
 def catch_up(cached: Any, read: Read, start: int, model: CausalModel) -> None:
     """Forward what a fresh cache needs of the stream before token `start`, with the weights as they are."""
     begin = max(0, start - cached.reach)
-    device = next(model.parameters()).device
 
     def forward(first: int, stop: int) -> None:
         for at in range(first, stop, _BLOCK):
-            tokens = torch.from_numpy(np.asarray(read(at, min(at + _BLOCK, stop))).astype(np.int64))
-            cached(tokens[None].to(device))
+            cached(on_device(read(at, min(at + _BLOCK, stop)), model)[None])
 
     if begin:
         forward(0, min(cached.sinks, start))
@@ -109,21 +158,6 @@ def catch_up(cached: Any, read: Read, start: int, model: CausalModel) -> None:
     forward(cached.position, start)
 
 
-def read_tokens(read: Callable[[int, int], np.ndarray], start: int, stop: int, model: CausalModel) -> Tensor:
-    """int64 [stop - start + 1], on the model's device: what predictions [start, stop) read, and are charged for."""
-    tokens = torch.from_numpy(np.asarray(read(start, stop + 1)).astype(np.int64))
-    return tokens.to(next(model.parameters()).device)
-
-
-class Clock:
-    """Seconds since the last lap, including what the device still had to do."""
-
-    def __init__(self, model: CausalModel):
-        self._cuda = next(model.parameters()).is_cuda
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        since, self._last = self._last, time.perf_counter()
-        return self._last - since
+def on_device(tokens: np.ndarray, model: CausalModel) -> Tensor:
+    """Tokens of a stream as int64 on the model's device; the host does not wait for what that does meanwhile."""
+    return upload(torch.from_numpy(np.asarray(tokens).astype(np.int64)), next(model.parameters()).device)

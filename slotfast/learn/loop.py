@@ -2,11 +2,15 @@
 
 Keys and values that later chunks see are those of the forward that charged a chunk: stale, where the weights have moved
 since. No gradient reaches them.
+
+The host never waits for the device between chunks: what it decides follows from tokens, which it knows, and charges are
+fetched together once a second. Losses that are no numbers are found then.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,7 +18,8 @@ from .. import ops
 from ..errors import InputError
 from ..foreign.models import LanguageModel, cached_forward
 from ..model import GPT, PackedLinear
-from .charged import Charged, Clock, Read, catch_up, read_tokens
+from ..timing import Stopwatch
+from .charged import Charged, Outbox, Read, catch_up, on_device
 from .lora import Learner, Lora, Weights, restore
 from .row import Learning
 from .top import OnTop
@@ -56,15 +61,19 @@ class LearningLoop:
         check(row, model, window, bos_id)
         self.model, self.row, self.sinks, self.bos_id, self.keep_logprobs = model, row, sinks, bos_id, keep_logprobs
         self.on_top = on_top
-        self.seconds = {"learned": 0.0, "on top": 0.0}
         try:
             self._cached = cached_forward(model, window, sinks, dtype, row.chunk)
             self._learner = _learner(row, model)
         except InputError as error:
             raise InputError(f"preset {row.name!r}: {error}") from None
         self._optimizer = _optimizer(row, self._learner)
+        self._watch, self._outbox = Stopwatch(next(model.parameters()).device), Outbox(at_once=keep_logprobs)
         self._work = self._tokens = self._forwarded = self._since = 0
         self._done: int | None = None  # predictions before this one are charged; None before any is
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        return {"learned": 0.0, "on top": 0.0} | self._watch.seconds
 
     @property
     def forwards(self) -> float:
@@ -84,12 +93,14 @@ class LearningLoop:
             read: tokens [start, stop) of the stream, integers.
             predictions: tokens of the stream but the first; or those of a piece of it, which learns apart: what keys it
                 needs of earlier tokens are made by the weights that it starts from.
-            on_charged: called with each chunk before anything is learned from it; leaves the model alone.
-            on_chunk: called where `state_dict` may be saved: what is charged has been learned from.
+            on_charged: called with each chunk in order, about once a second with those since the last time, and however
+                the run ends with what it has charged. With distributions, called behind each chunk.
+            on_chunk: called behind each chunk, where `state_dict` may be saved: what is charged has been learned from.
 
         Raises:
-            InputError: losses that are no numbers.
+            InputError: losses that are no numbers; those before them are handed to `on_charged`.
         """
+        self._on_charged = on_charged
         span = range(predictions) if isinstance(predictions, int) else predictions
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.requires_grad_(False)
@@ -98,19 +109,24 @@ class LearningLoop:
                 catch_up(self._cached, read, span.start, self.model)
                 self._done = self._since = span.start
             while self._done < span.stop:
-                tokens = read_tokens(read, self._done, min(self._done + self.row.chunk, span.stop), self.model)
-                self._done += self._chunk(self._done, tokens, span.stop, on_charged)
+                tokens = np.asarray(read(self._done, min(self._done + self.row.chunk, span.stop) + 1))
+                starts = np.flatnonzero(tokens == self.bos_id).tolist() if self.bos_id is not None else []
+                self._done += self._chunk(self._done, on_device(tokens, self.model), starts, span.stop)
+                if self._outbox.due:
+                    self._hand_out()
                 if on_chunk:
                     on_chunk()
         finally:
+            self._hand_out()
             for parameter in trained:
                 parameter.requires_grad_(True)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a loop with the same arguments needs to continue from here."""
+        """All that a loop with the same arguments needs to continue from here; what is charged is handed out first."""
+        self._hand_out()
         return {
             **{name: getattr(self, f"_{name}") for name in _COUNTED},
-            "seconds": dict(self.seconds),
+            "seconds": self.seconds,
             "cached": self._cached.state_dict(),
             "learned": self._learner.values,
             "optimizer": self._optimizer.state_dict(),
@@ -128,7 +144,7 @@ class LearningLoop:
         """
         for name in _COUNTED:
             setattr(self, f"_{name}", state[name])
-        self.seconds.update(state["seconds"])
+        self._watch.go_on(state["seconds"])
         self._cached.load_state_dict(state["cached"])
         restore(self._learner.values, state["learned"])
         self._optimizer.load_state_dict(state["optimizer"])
@@ -136,52 +152,56 @@ class LearningLoop:
             device = next(self.model.parameters()).device
             self.on_top.load_state_dict(state["on_top"], read(self._since + 1, self._done + 1), device)
 
-    def _chunk(self, start: int, tokens: Tensor, predictions: int, on_charged: Callable[[Charged], None]) -> int:
-        """Charge predictions of tokens [n + 1], and learn from them; how many: n, or fewer where a document ends."""
-        clock, count = Clock(self.model), len(tokens) - 1
+    def _chunk(self, start: int, tokens: Tensor, starts: list[int], predictions: int) -> int:
+        """Charge predictions of tokens [n + 1], and learn from them; how many: n, or fewer where a document ends.
+
+        Args:
+            starts: places 0..n of tokens that start a document.
+            predictions: the stream's, or where its piece ends.
+        """
+        count = len(tokens) - 1
         if self.row.scope == "document":
-            starts = torch.eq(tokens[:-1], self.bos_id) if self.bos_id is not None else tokens.new_zeros(0)
-            borders = starts.nonzero()[:, 0].tolist()
-            if borders[:1] == [0]:
-                self._learner.forget()
-                self._optimizer.state.clear()
-                self._since = start
-                if self.on_top:
-                    self.on_top.reset()
-            count = next((border for border in borders if border), count)
-        ends = count < len(tokens) - 1 or start + count == predictions  # nothing that is learned here is used
-        again = count < len(tokens) - 1 or self.row.steps > 1
+            if starts[:1] == [0]:
+                with self._watch("learned"):
+                    self._begin_document(start)
+            count = next((at for at in starts if at), count)
+        cut = count < len(tokens) - 1
+        again = cut or self.row.steps > 1
         before: dict[str, Any] = self._cached.state_dict() if again else {}
         with self._learner.attached():
-            losses, logits = self._forward(tokens)
-            nll = losses.detach()[:count]
-            self._tokens += count
-            self._check(start, nll)
-            rows = torch.log_softmax(logits.detach()[:count], -1) if self.keep_logprobs else None
-            self.seconds["learned"] += clock.lap()
+            with self._watch("learned"):
+                losses, logits = self._forward(tokens)
+                rows = torch.log_softmax(logits.detach()[:count], -1) if self.keep_logprobs else None
             top: Tensor | None = None
             top_rows: list[Tensor] = []
             if self.on_top:
-                # All of the chunk, for the same reason as below; what it takes in after a BOS is forgotten there.
-                top, top_rows = self.on_top.charge(logits.detach(), tokens[1:], self.keep_logprobs)
-                top, top_rows = top[:, :count], [part[:count] for part in top_rows]
-            self.seconds["on top"] += clock.lap()
-            on_charged(Charged(start, nll, None, rows, top, top_rows))
-            clock.lap()
-            if not ends and self.row.steps:
-                self._learn(losses, tokens, before)
-                if self.row.forget and self.bos_id is not None and bool(torch.eq(tokens[1:], self.bos_id).any()):
-                    self._learner.forget(self.row.forget)
-            elif count < len(tokens) - 1:
-                # Nothing before a BOS may depend on it, not even by the rounding of a shorter forward: what is charged
-                # comes from the whole chunk, and what is remembered ends where the document does.
-                self._cached.load_state_dict(before)
-                self._forward(tokens[: count + 1])
-                self._since = start + count
-                if self.on_top:
-                    self.on_top.reset()
-        self.seconds["learned"] += clock.lap()
+                with self._watch("on top"):
+                    # All of the chunk, for the same reason as below; what it takes in after a BOS is forgotten there.
+                    top, top_rows = self.on_top.charge(logits.detach(), tokens[1:], self.keep_logprobs)
+                    top, top_rows = top[:, :count], [part[:count] for part in top_rows]
+            self._outbox.put(Charged(start, losses.detach()[:count], None, rows, top, top_rows))
+            self._tokens += count
+            with self._watch("learned"):
+                if not cut and start + count < predictions and self.row.steps:  # else nothing that is learned is used
+                    self._learn(losses, tokens, before)
+                    if self.row.forget and any(starts):
+                        self._learner.forget(self.row.forget)
+                elif cut:
+                    # Nothing before a BOS may depend on it, not even by the rounding of a shorter forward: what is
+                    # charged comes from the whole chunk, and what is remembered ends where the document does.
+                    self._cached.load_state_dict(before)
+                    self._forward(tokens[: count + 1])
+                    self._since = start + count
+                    if self.on_top:
+                        self.on_top.reset()
         return count
+
+    def _begin_document(self, start: int) -> None:
+        self._learner.forget()
+        self._optimizer.state.clear()
+        self._since = start
+        if self.on_top:
+            self.on_top.reset()
 
     def _learn(self, losses: Tensor, tokens: Tensor, before: Mapping[str, Any]) -> None:
         """Take steps on the losses of a chunk; keys and values stay as they were when it was charged."""
@@ -213,14 +233,16 @@ class LearningLoop:
         logits = self._learner.head(self.model, hidden)
         return ops.cross_entropy(logits, targets)[0], logits[0]
 
-    def _check(self, start: int, nll: Tensor) -> None:
-        broken = (~nll.isfinite()).nonzero()
-        if len(broken):
-            at = int(broken[0])
-            raise InputError(
-                f"preset {self.row.name!r}: a loss of {float(nll[at])} for the token at position {start + at + 1}: "
-                f"broken weights, or lr={self.row.lr:g} is too high for them"
-            )
+    def _hand_out(self) -> None:
+        for charged in self._outbox.fetch():
+            broken = (~charged.nll.isfinite()).nonzero()
+            if len(broken):
+                at = int(broken[0])
+                raise InputError(
+                    f"preset {self.row.name!r}: a loss of {float(charged.nll[at])} for the token at position "
+                    f"{charged.start + at + 1}: broken weights, or lr={self.row.lr:g} is too high for them"
+                )
+            self._on_charged(charged)
 
 
 def check(row: Learning, model: nn.Module, window: int, bos_id: int | None) -> None:

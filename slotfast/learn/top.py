@@ -81,8 +81,9 @@ class OnTop:
         count = len(targets)
         if self._past is not None:
             logits, targets = (torch.cat(pair) for pair in zip(self._past, (logits, targets), strict=True))
-        context, end = (torch.tensor([x], device=logits.device) for x in (len(targets) - count, len(targets)))
-        batch = WindowBatch(logits[None], targets[None], context, end)
+        run = range(len(targets) - count, len(targets))
+        ends = (torch.full((1,), x, device=logits.device) for x in (run.start, run.stop))
+        batch = WindowBatch(logits[None], targets[None], *ends, run=run)
         adjusted = [adapter.step(batch, keep_logprobs) for adapter in self._adapters]
         if self._context:
             self._past = logits[-self._context :].clone(), targets[-self._context :]

@@ -77,7 +77,7 @@ class Adapter:
             return self._bigram.adjust(batch)
         bias, followers = rates.stream(batch), None
         if self._repeats:
-            followers = self._repeats.take(batch.targets[batch.scored], all_rows, batch.backend)
+            followers = self._repeats.take(batch.of_scored(batch.targets), all_rows, batch.backend)
         return Adjusted(batch, bias, followers=followers, gates=self.row.gates)
 
     def _begin(self, vocab_size: int, device: torch.device | str) -> Rates:

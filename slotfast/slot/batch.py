@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..lbfgs.tape import Tape, WindowRows, probabilities, softmax, to_front
+from ..worker import upload
 from .adaptation import Adaptation
 from .repeats import Followers, mix, mix_rows
 
@@ -32,6 +33,8 @@ class WindowBatch:
         hidden: float [W, T, D], the states that the logits come from; None where no row needs them.
         head: from hidden states [..., D], and a bias [..., V] to add before the soft cap or None, to logits [..., V].
         nll: float [W, T], nats: the losses without adaptation, where no row needs logits.
+        run: the positions that are scored, where they are the same in every window and the host knows them: it then
+            waits for no device to learn which they are.
     """
 
     logits: Tensor
@@ -42,6 +45,7 @@ class WindowBatch:
     hidden: Tensor | None = None
     head: Callable[..., Tensor] | None = None
     nll: Tensor | None = None
+    run: range | None = None
 
     @cached_property
     def scored(self) -> Tensor:
@@ -51,18 +55,26 @@ class WindowBatch:
     @cached_property
     def first_scored(self) -> int:
         """First position that any window scores."""
+        if self.run:
+            return self.run.start
         real = self.scored_end > 0
         return int(self.context_end[real].min()) if bool(real.any()) else self.logits.size(1)
 
     @cached_property
     def charges(self) -> "Packed":
         """The positions that are scored here."""
-        return Packed(self, self.scored)
+        return Packed(self, self.scored, self.run)
 
     @cached_property
     def contexts(self) -> "Packed":
         """The positions that earlier windows scored."""
-        return Packed(self, self._position < self.context_end[:, None])
+        return Packed(self, self._position < self.context_end[:, None], self.run and range(self.run.start))
+
+    def of_scored(self, values: Tensor, first: int = 0) -> Tensor:
+        """Values [n, ...] at the positions that are scored here, of values [W, T - first, ...] from `first` on."""
+        if self.run:
+            return values[:, self.run.start - first : self.run.stop - first].flatten(0, 1)
+        return values[self.scored[:, first:]]
 
     @cached_property
     def _position(self) -> Tensor:
@@ -120,11 +132,13 @@ class Packed:
     Args:
         batch: the windows.
         used: bool [W, T], the positions.
+        run: the same, where the host knows them; see `WindowBatch`.
     """
 
-    def __init__(self, batch: WindowBatch, used: Tensor):
+    def __init__(self, batch: WindowBatch, used: Tensor, run: range | None = None):
+        self.run = run
         # [W, R], [W, up to R, V], [W, R]
-        self.taken, self.logits, self.targets = to_front(used, batch.logits, batch.targets)
+        self.taken, self.logits, self.targets = to_front(used, batch.logits, batch.targets, run=run)
         self.dtype = torch.promote_types(self.logits.dtype, torch.float32)
         p, self.lse = probabilities(self.logits, self.dtype, self.taken.shape[1])
         self.rows = WindowRows(p)
@@ -159,7 +173,8 @@ class Packed:
             for window in (largest[:, 0] - bias.amin(1) > _STEEPEST).nonzero()[:, 0].tolist():
                 biased = self.logits[window].to(self.dtype) + bias[window]
                 nll[window] = losses(biased, softmax(biased, self.dtype)[1], targets[window])
-        return nll.clamp(min=0).to(self.dtype)[taken]
+        nll = nll.clamp(min=0).to(self.dtype)
+        return nll.flatten() if self.run else nll[taken]
 
 
 def losses(logits: Tensor, lse: Tensor, targets: Tensor) -> Tensor:
@@ -200,15 +215,15 @@ class Adjusted:
     def _nll(self) -> Tensor:
         batch = self.batch
         if batch.nll is not None:
-            return batch.nll[batch.scored]
+            return batch.of_scored(batch.nll)
         triton = ops.uses_triton(batch.backend, batch.logits.device)
         if self.logits is None and not triton:
             return batch.charges.nll(self.bias)
         if self.logits is None:
             scored = slice(batch.first_scored, None)
             nll = ops.cross_entropy(batch.logits[:, scored], batch.targets[:, scored], self.bias, backend=batch.backend)
-            return nll[batch.scored[:, scored]]
-        targets = batch.targets[batch.scored]
+            return batch.of_scored(nll, batch.first_scored)
+        targets = batch.of_scored(batch.targets)
         if triton:
             return ops.cross_entropy(self.logits[None], targets[None], backend=batch.backend)[0]
         return row_losses(self.logits, targets)
@@ -226,4 +241,4 @@ class Adjusted:
         return mix_rows(rows.double().exp(), self.followers, self._gates_like(rows)).log().to(rows)
 
     def _gates_like(self, values: Tensor) -> Tensor:
-        return torch.tensor(self.gates, dtype=torch.float64, device=values.device)
+        return upload(torch.tensor(self.gates, dtype=torch.float64), values.device)

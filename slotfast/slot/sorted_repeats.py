@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 
 from .. import ops
 from ..kernels import decay_scan, decay_scan_ref
+from ..worker import upload
 from .repeats import CONTEXTS, LARGEST_UNIT, Columns, Followers
 
 _CHUNK = 1 << 16  # tokens of a batch that are sorted at once
@@ -79,7 +80,7 @@ class SortedRepeats:
         left = self._weight(places, pad(places[:, :-1], (1, 0)), started).masked_fill(first, 0.0)
         scan = ops.choose(backend, left.device, decay_scan, decay_scan_ref)
         again = left.new_zeros(len(left), length + 1).scatter_(1, places, scan(left))  # [m - 1, place]
-        contexts = torch.tensor(CONTEXTS, device=row.device)
+        contexts = upload(torch.tensor(CONTEXTS), row.device)
         total = pad(again[contexts - 1], (1, 0))[:, begin:length].T
         hits = again[contexts, begin:length].T
         return Followers(total, hits, self._rows(row, places, first, started, begin) if all_rows else None)

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.common import default_device, folder_of, provenance, write_json
 from bench.timing import elsewhere_seconds, spread, wall_ms
-from slotfast.contest import VALIDATION_WINDOWS
+from slotfast.contest import VALIDATION_TOKENS, projected_seconds
 from slotfast.errors import InputError
 from slotfast.eval.inputs import Sources, read_inputs
 from slotfast.foreign.models import LanguageModel, cached_forward, language_model
@@ -35,7 +35,6 @@ from slotfast.learn import FrozenLoop, Learning, LearningLoop, Lora, parse_row
 from slotfast.model import GPT
 
 SAME_BLOCK, FASTEST_BLOCK = 3.2, 6.0  # times the forward alone, at most
-STRIDE = 64  # tokens of the contest's text for each of its windows
 _MEASURED = "lora", "adamw", "stale", "stream"
 
 
@@ -136,7 +135,7 @@ def cost(
     median = {who: statistics.median(values) for who, values in times.items()}
     learned, same = median.pop("row"), median[row.chunk]
     fastest = min(median, key=median.__getitem__)
-    seconds = VALIDATION_WINDOWS * STRIDE / 8 * learned / 1000 / (len(ids) - 1)
+    seconds = projected_seconds(VALIDATION_TOKENS, len(ids) - 1, learned / 1000)
     return {
         "row": row.name,
         "chunk": row.chunk,

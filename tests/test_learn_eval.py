@@ -1,6 +1,7 @@
 """`learn` in the command and under the auditor: paired with the run's `none`, and measured as it is computed."""
 
 import json
+from dataclasses import replace
 from importlib import resources
 
 import numpy as np
@@ -12,9 +13,12 @@ from slotfast.audit.own import OwnLoop
 from slotfast.audit.streams import Stream, synthetic
 from slotfast.data import ByteTable
 from slotfast.errors import InputError
+from slotfast.eval import program
 from slotfast.eval.__main__ import main
+from slotfast.eval.report import table
 from slotfast.learn import LearningLoop, parse_row
 from slotfast.slot import PRESETS, Calibration
+from slotfast.worker import Worker
 from tests.json_schema import faults
 from tests.models import write_tiny
 
@@ -78,6 +82,32 @@ def test_the_table_says_what_it_gains_and_costs(small, capsys):
     main(["--show-preset", ROW])
     shown = capsys.readouterr().out
     assert "causal: each chunk of 16 tokens is charged before anything learns from it" in shown and "lr  " in shown
+
+
+def test_on_a_gpu_learning_is_projected_on_the_contests_text(small, monkeypatch, capsys):
+    report = program.report
+
+    def on_gpu(inputs, setup, *args):
+        # What was measured is then what each of two ranks did side by side
+        setup = replace(setup, worker=replace(setup.worker, world=2))
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "on_gpu", property(lambda worker: True))
+            patch.setattr(Worker, "device_name", "a GPU")
+            return report(inputs, setup, *args)
+
+    counted = f"{ROW}+causal"
+    assert _run(small, capsys, "--preset", ROW)["presets"][1]["cost"]["projected_seconds_8gpu"] is None
+    monkeypatch.setattr(program, "report", on_gpu)
+    found = _run(small, capsys, "--preset", ROW, counted)
+    assert faults(found, SCHEMA) == []
+    for row in found["presets"][1:]:
+        cost = row["cost"]
+        spent = cost["seconds"] + cost.get("on_top_seconds", 0.0)
+        expected = 64 * 969_057 / found["tokens"] * spent * 2 / 8
+        assert cost["projected_seconds_8gpu"] == pytest.approx(expected, rel=0.02)  # seconds are rounded to 1 ms
+        assert f"; the contest's text in {cost['projected_seconds_8gpu']:,.0f} s on 8 such GPUs" in table(found)
+    windows = 969_057 / found["windows_per_second"] * 2 / 8
+    assert found["projected_seconds_8gpu"] == pytest.approx(windows)
 
 
 @pytest.mark.parametrize(

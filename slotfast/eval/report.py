@@ -14,7 +14,7 @@ import torch
 
 from .. import __version__
 from ..command.files import atomic_write
-from ..contest import LEGEND, VALIDATION_WINDOWS
+from ..contest import GPUS, LEGEND, VALIDATION_TOKENS, VALIDATION_WINDOWS, projected_seconds
 from ..errors import InputError
 from ..learn import LEARNING, Learning, parse_row
 from ..overlap import seen
@@ -76,11 +76,13 @@ def report(inputs: Inputs, setup: Setup, outcome: Outcome, config: Mapping[str, 
         presets.append(_preset(adapter.row, score) | own | ({"work": histograms} if histograms else {}))
     for learner in outcome.learners:
         for number, row in enumerate(learner.rows, 1):
-            presets.append(_preset(row, meter.score(len(presets))) | _learned(learner, number))
+            presets.append(_preset(row, meter.score(len(presets))) | _learned(learner, number, worker))
     first = presets[min(1, len(presets) - 1)]
     passed = sum(sliding.seconds.values())
     speed = len(plan) / passed if passed else None
-    projected = VALIDATION_WINDOWS / (8 * speed / worker.world) if speed and worker.on_gpu else None
+    projected = None
+    if speed and worker.on_gpu:
+        projected = projected_seconds(VALIDATION_WINDOWS, len(plan), passed, worker.world)
     metadata = inputs.artifact.metadata
     text = {"source": inputs.source, "sha256": inputs.stream.sha256(), "documents": len(meter.tokens)}
     text["seen"] = seen(inputs.stream, metadata)
@@ -139,10 +141,12 @@ def merge_work(ranks: Sequence[dict[str, Counter]]) -> dict[str, Counter]:
     return {name: sum((counters.get(name, Counter()) for counters in ranks), Counter()) for name in names}
 
 
-def _learned(learner: LearningPass, number: int) -> dict[str, Any]:
+def _learned(learner: LearningPass, number: int, worker: Worker) -> dict[str, Any]:
     """What is also said of a row that learns: its gain over the same forward unlearned, and what it costs."""
     seconds, unlearned, score = learner.seconds, learner.meter.score(0), learner.meter.score(number)
     on_top = {} if learner.rows[number - 1].top is None else {"on_top_seconds": round(seconds["on top"], 3)}
+    spent = seconds["learned"] + (seconds["on top"] if on_top else 0.0)
+    projected = projected_seconds(VALIDATION_TOKENS, learner.charged, spent, worker.world) if worker.on_gpu else None
     return {
         "forward": learner.loop.row.forward,
         "sinks": learner.loop.sinks if learner.loop.row.forward == "stream" else None,
@@ -152,6 +156,7 @@ def _learned(learner: LearningPass, number: int) -> dict[str, Any]:
             "seconds": round(seconds["learned"], 3),
             "unlearned_seconds": round(seconds["unlearned"], 3),
             **on_top,
+            "projected_seconds_8gpu": projected,
         },
     }
 
@@ -223,10 +228,12 @@ def table(found: dict[str, Any]) -> str:
 def _cost_line(row: Mapping[str, Any]) -> str:
     own, cost = row["unlearned"], row["cost"]
     error = "" if own["gain_se"] is None else f" ± {own['gain_se']:.4f}"
+    eight = cost["projected_seconds_8gpu"]
     return (
         f"{row['preset']}: {own['gain_bpb']:+.4f}{error} over its own forward unlearned, {own['bpb']:.4f}; "
         f"{cost['forwards']:.1f} forwards a token, {cost['seconds'] + cost.get('on_top_seconds', 0):.1f} s instead of "
         f"{cost['unlearned_seconds']:.1f}"
+        + ("" if eight is None else f"; the contest's text in {eight:,.0f} s on {GPUS} such GPUs")
     )
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .errors import InputError
     from .eval import Scored, SlidingPass, Streaming
     from .foreign import read_calibration
+    from .learn import learn
     from .model import GPT, GPTConfig
     from .quantize import quantize_model
     from .score import Meter, Score
@@ -54,6 +55,7 @@ __all__ = [
     "Tokenizer",
     "Worker",
     "adapt",
+    "learn",
     "load_artifact",
     "open_shards",
     "parse_preset",
@@ -71,6 +73,7 @@ __getattr__, __dir__ = exports(
         ".errors": ["InputError"],
         ".eval": ["Scored", "SlidingPass", "Streaming"],
         ".foreign": ["read_calibration"],
+        ".learn": ["learn"],
         ".model": ["GPT", "GPTConfig"],
         ".quantize": ["quantize_model"],
         ".score": ["Meter", "Score"],

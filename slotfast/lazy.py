@@ -11,7 +11,7 @@ def exports(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable[
 
     Args:
         package: its `__name__`.
-        names: those that it takes from each of its modules: {".loop": ["Scored"]}.
+        names: those that it takes from each of its modules: {".loop": ["Scored"]}; a module's own name is the module.
 
     Returns:
         The two functions. A name is set on the package once it has been imported.
@@ -21,7 +21,8 @@ def exports(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable[
     def get(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(modules[name], package), name)
+        module = importlib.import_module(modules[name], package)
+        value = module if modules[name] == f".{name}" else getattr(module, name)
         setattr(sys.modules[package], name, value)
         return value
 

@@ -2,9 +2,12 @@
 
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
+import torch
 from pydantic import ValidationError
 
 from slotfast.artifact import Artifact, write_artifact
@@ -17,9 +20,11 @@ from slotfast.audit.setup import read_subject
 from slotfast.audit.streams import Stream, synthetic
 from slotfast.config import AuditSettings
 from slotfast.data import ByteTable, Tokenizer
+from slotfast.learn import DocumentLoop
 from slotfast.model import GPT, GPTConfig
 from slotfast.shipped import TOKENIZER
 from slotfast.slot import PRESETS, Adaptation, Calibration
+from slotfast.ttt import ScoreFirst
 
 
 def test_every_preset_is_measured_as_it_is_computed(tiny_model):
@@ -121,6 +126,61 @@ def test_distributions_of_our_own_pass_are_checked_where_it_keeps_them(tiny_mode
     options = {"hints": loop.hints, "byte_rule": loop.byte_rule, "seeds": [0]}
     for report in audit_rows(loop, ["none", "causal"], Stream(tokens, 64, 1), **options, seconds=0.1):
         assert report.clean and set(report.conditions.values()) == {"PASS"}
+
+
+@pytest.fixture(scope="module")
+def tiny_artifact(tmp_path_factory):
+    tokenizer = Tokenizer(str(TOKENIZER))
+    sizes = {"seq_len": 64, "layers": 1, "width": 8, "heads": 1, "kv_heads": 1, "mlp_width": 8, "rope_dims": 4}
+    config = GPTConfig(**sizes, bigram_buckets=0, value_width=0, value_layers=(), vocab_size=tokenizer.vocab_size)
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tiny") / "a"
+    write_artifact(path, Artifact.from_model(GPT(config), {"tokenizer_sha256": tokenizer.sha256}))
+    return str(path)
+
+
+ALL_OF_IT = DocumentLoop._train
+
+
+def _trained_on_the_next_chunk(self, model, stream, plan, chunk, worker):
+    ScoreFirst.ahead(self, model, stream, plan, min(chunk + 1, len(self.chunks(plan)) - 2), worker)
+
+
+def _phases_see_the_next_document(self, charged, border):
+    last = charged[-1]
+    ALL_OF_IT(self, [*charged[:-1], replace(last, targets=last.targets + 40)], border)
+
+
+@pytest.mark.parametrize(
+    ("row", "audited", "broken"),
+    [
+        ("ttt-549:steps=1,lr=0.1", {"chunk": 80}, (ScoreFirst, "train", _trained_on_the_next_chunk)),
+        (
+            "lora-doc:phases=1,rank=1,phase_lr=0.1",
+            {"slots": 3, "prefix": 3, "piece": 20},
+            (DocumentLoop, "_train", _phases_see_the_next_document),
+        ),
+        ("lora-doc:rank=1,keys=refresh", {"slots": 3, "every": 2}, None),
+    ],
+)
+def test_a_row_is_audited_with_numbers_that_the_stream_reaches(tiny_artifact, monkeypatch, row, audited, broken):
+    """With its own it would learn from no chunk and in no phase of an audit: a leak there would go unseen."""
+    settings = AuditSettings(artifact=tiny_artifact, preset=[row])
+    subject = read_subject(settings, np.random.default_rng(0))
+    found = subject.audited[row]
+    assert {key: getattr(found, key) for key in audited} == audited
+    assert found.compliance.causal and found == subject.computed[row].model_copy(update=audited)
+    if broken is None:
+        return
+
+    def audit():
+        how = {"byte_rule": None, "hints": subject.hints, "seeds": [0], "reruns": 2}
+        return audit_rows(subject.run, [row], subject.stream, **how)[0]
+
+    assert audit().clean
+    monkeypatch.setattr(ScoreFirst, "ahead", ScoreFirst.train, raising=False)
+    monkeypatch.setattr(*broken)
+    assert "C1" in audit().failed
 
 
 def test_learn_is_audited_with_the_numbers_that_it_would_be_evaluated_with(tmp_path):

@@ -119,9 +119,23 @@ def _in_fresh_processes(report: Report, subject: Subject, score: str, seeds: Seq
 
 
 def _completed(report: Report, subject: Subject) -> Report:
-    """The report with what is known of the stream's bytes, and what drawn tokens cannot show."""
+    """The report with what is known of the stream's bytes, and what drawn tokens and few of them cannot show."""
     real = [] if subject.source != DRAWN else ["choices that are close on real text only (--tokens, --text)"]
-    return replace(report, tests=[*report.tests, *_denominator(subject)], unreached=[*report.unreached, *real])
+    few = _too_few(report, subject)
+    return replace(report, tests=[*report.tests, *_denominator(subject)], unreached=[*report.unreached, *few, *real])
+
+
+def _too_few(report: Report, subject: Subject) -> list[str]:
+    """A line where a preset has numbers that the stream is too short for, and was audited with others."""
+    row = subject.computed.get(report.name)
+    if row is None:
+        return []
+    own, audited = row.summary(), subject.audited[report.name].summary()
+    changed = [key for key in own if own[key] != audited[key]]
+    if not changed:
+        return []
+    theirs, ours = (", ".join(f"{key}={each[key]}" for key in changed) for each in (own, audited))
+    return [f"{theirs}, for which {report.tokens:,} tokens are too few: audited with {ours} (--max-tokens)"]
 
 
 def _counted_runs(run: Runs) -> Runs:

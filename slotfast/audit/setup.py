@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Subject:
     Args:
         run: gives a record of each named loop on a stream.
         names: of the loops.
-        computed: for our own rows, the adaptation whose verdict is compared with what is measured.
+        computed: our own rows, whose verdicts are compared with what is measured.
+        audited: these rows with the numbers that they were audited with; see `_reaching`.
         files: what the verdict depends on: name -> SHA-256.
         stream: what they are run on.
         whole: the stream that it is cut from, where there is one, and its bytes if it was text.
@@ -51,6 +52,7 @@ class Subject:
     source: str
     computed: dict[str, Adaptation | Learning]
     files: dict[str, str]
+    audited: dict[str, Adaptation | Learning] = field(default_factory=dict)
     whole: TokenStream | None = None
     text_bytes: ByteCount | None = None
 
@@ -93,9 +95,11 @@ def _own(settings: AuditSettings) -> Subject:
         raise InputError(f"--max-tokens {settings.max_tokens}: two batches of these windows need {fewest}")
     device = ("cuda" if torch.cuda.is_available() else "cpu") if settings.device == "auto" else settings.device
     tokenizer, artifact = inputs.tokenizer, inputs.artifact
+    tokens = excerpt(inputs.stream, tokenizer.bos_id, settings.max_tokens or _enough(hints))
+    audited = {name: _reaching(row, tokens, tokenizer.bos_id) for name, row in rows.items()}
     loop = OwnLoop(
         artifact.model(backend=settings.backend).to(device),
-        rows,
+        audited,
         Calibration.stored(artifact.unigram, artifact.metadata),
         tokenizer.byte_table,
         tokenizer.bos_id,
@@ -104,18 +108,34 @@ def _own(settings: AuditSettings) -> Subject:
         # Blocks of another size than the windows' batches, so that their borders can be told apart
         Streaming(settings.sinks, 3 * hints.stride) if settings.forward == "stream" else None,
     )
-    tokens = excerpt(inputs.stream, tokenizer.bos_id, settings.max_tokens or _enough(hints))
     artifact_path = Path(settings.artifact or shipped.MODEL)
     files = code_hashes(None) | {"artifact": sha256(artifact_path), "tokenizer": tokenizer.sha256}
     return Subject(
         loop, list(rows), Stream(tokens, artifact.config.vocab_size, tokenizer.bos_id), hints, loop.byte_rule,
-        inputs.source, rows, files, inputs.stream, inputs.text_bytes,
+        inputs.source, rows, files, audited, inputs.stream, inputs.text_bytes,
     )  # fmt: skip
 
 
 def _as_evaluated(row: Adaptation | Learning, metadata: Mapping[str, Any]) -> Adaptation | Learning:
     """The row with the numbers that the model's calibration chose, which an evaluation would use."""
     return calibrated_row(row, metadata) if isinstance(row, Learning) else row
+
+
+def _reaching(row: Adaptation | Learning, tokens: Tensor, bos_id: int) -> Adaptation | Learning:
+    """The row with numbers that let a short stream reach all that it does: learning from a chunk, a slot's second
+    document, keys forwarded again, a phase. Whether a row is causal follows from none of them."""
+    if not isinstance(row, Learning):
+        return row
+    documents, most = 1 + int((tokens[1:] == bos_id).sum()), {}
+    if row.keys == "windows":
+        most["chunk"] = len(tokens) // 4
+    if row.keys == "refresh":
+        most["every"] = 2
+    if row.slots:
+        most["slots"] = documents // 2
+    if row.phases:
+        most |= {"prefix": max(row.phases, documents // 2), "piece": len(tokens) // 16}
+    return row.model_copy(update={key: max(1, value) for key, value in most.items() if value < getattr(row, key)})
 
 
 def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
@@ -171,7 +191,8 @@ def _anybodys(settings: AuditSettings, rng: np.random.Generator) -> Subject:
 
     files = code_hashes(score) | ({"tokenizer": tokenizer.sha256} if tokenizer else {})
     return Subject(
-        run, [name], Stream.checked(tokens, vocab_size, bos_id), hints, byte_rule, source, {}, files, whole, text_bytes
+        run, [name], Stream.checked(tokens, vocab_size, bos_id), hints, byte_rule, source, {}, files,
+        whole=whole, text_bytes=text_bytes,
     )  # fmt: skip
 
 

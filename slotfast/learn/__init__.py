@@ -3,8 +3,7 @@
 - what learns: `lora`, factors of rank r beside the linear layers; `norms`, gains and gates; `all` weights.
 - from what: chunks of C tokens, `steps` of the optimiser on each.
 - scope: `stream`, what it learns lasts to the end; `document`, it starts afresh at each BOS, also with documents side
-by
-  side in slots.
+  by side in slots.
 - optimiser: SGD with momentum or AdamW, with weight decay and a bound on the gradient's norm.
 - keys: `stale`: those of earlier chunks stay as the weights made them then; `refresh`, `recompute`: the window is
   forwarded again, every few chunks or for each.
@@ -12,6 +11,10 @@ by
 
 Whether a row is causal follows from these choices, and the auditor measures it.
 """
+
+import inspect
+import sys
+from types import ModuleType
 
 from .api import Learned, learn, make_loop
 from .charged import Charged, FrozenLoop
@@ -41,3 +44,13 @@ __all__ = [
     "make_loop",
     "parse_row",
 ]
+
+
+class _Called(ModuleType):
+    """This package, which is called as its function: `slotfast.learn(...)`, beside `slotfast.adapt(...)`."""
+
+    __call__ = staticmethod(learn)
+
+
+__signature__ = inspect.signature(learn)
+sys.modules[__name__].__class__ = _Called

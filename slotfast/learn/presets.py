@@ -145,7 +145,8 @@ def _split(text: str) -> tuple[str, str, str]:
 
 
 def _changed(row: Learning, changes: Mapping[str, str], where: str) -> Learning:
-    known: dict[str, Any] = {key: value for key, value in changes.items() if key in Learning.model_fields}
+    fields = Learning.model_fields.keys() - {"name", "about", "top"}
+    known: dict[str, Any] = {key: value for key, value in changes.items() if key in fields}
     known |= {key: off for key, off in _OFF.items() if changes.get(key) == "none"}
     try:
         changed = Learning.model_validate({**row.model_dump(), **known})

@@ -87,7 +87,13 @@ class Learning(BaseModel):
     @classmethod
     def _parse_betas(cls, value: Any) -> Any:
         """Betas may be written as 0.9+0.99."""
-        return tuple(float(n) for n in value.split("+")) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        try:
+            first, second = map(float, value.split("+"))
+        except ValueError:
+            raise ValueError("expected two numbers, as 0.9+0.99") from None
+        return first, second
 
     @field_validator("short", mode="before")
     @classmethod
@@ -95,7 +101,10 @@ class Learning(BaseModel):
         """Short groups' chunks may be written as 2000+24/256+8."""
         if not isinstance(value, str):
             return value
-        return tuple(tuple(int(n) for n in part.split("+")) for part in value.split("/"))
+        try:
+            return tuple((int(tokens), int(chunk)) for tokens, chunk in (part.split("+") for part in value.split("/")))
+        except ValueError:
+            raise ValueError("expected pairs of tokens and chunk, as 2000+24/256+8") from None
 
     @model_validator(mode="after")
     def _choices_fit(self) -> "Learning":

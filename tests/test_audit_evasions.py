@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import socket
 
 import numpy as np
 import pytest
@@ -56,13 +58,19 @@ class BeforeTheFirst(Bigram):
 class UnderNoise(Silent):
     """Every charge is off by chance, by up to 4e-4 nats; and by three times that where the next token is odd."""
 
-    calls, size = 0, 1.2e-3
+    calls, size, ahead = 0, 1.2e-3, 1
 
     def charge(self, rows, positions):
         type(self).calls += 1
         chance = np.random.default_rng(self.calls).uniform(-4e-4, 4e-4, len(positions))
-        after = self.tokens[(positions + 1).clamp(max=len(self.tokens) - 1)]
+        after = self.tokens[(positions + self.ahead).clamp(max=len(self.tokens) - 1)]
         return super().charge(rows, positions) + torch.from_numpy(chance).float() + self.size * (after % 2)
+
+
+class FarUnderNoise(UnderNoise):
+    """So it is where a token further on is odd: the score in front of a changed token does not move."""
+
+    size, ahead = 1.8e-3, 20
 
 
 class NoiseAlone(UnderNoise):
@@ -75,6 +83,12 @@ def test_a_leak_that_noise_would_hide_is_found_by_asking_again(seed):
     assert "C1" in report.failed and "repeat" not in report.failed, str(report)
     assert report.leaks[0]["token"] == report.leaks[0]["moved"]["score"] + 1
     assert run_audit(NoiseAlone(), seed, reruns=200).clean
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_so_is_one_that_looks_far_ahead(seed):
+    report = run_audit(FarUnderNoise(), seed)
+    assert "C1" in report.failed and "repeat" not in report.failed, str(report)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -131,6 +145,20 @@ def test_what_a_loop_opens_is_said(tmp_path):
         "wrote" in line or "read while" in line for line in audit(losses_only, draw_tokens(60), V, reruns=4).unreached
     )
     assert str(tmp_path) not in str(report)
+
+
+def test_what_a_loop_keeps_in_names_and_tells_others_is_said(tmp_path):
+    """A folder's name remembers as a file does, and one datagram tells as much as a connection."""
+
+    def remembers(tokens, log):
+        (tmp_path / f"said {int(tokens.sum())}").mkdir(exist_ok=True)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+            one.sendto(b"1", ("127.0.0.1", 9))
+        os.waitpid(os.posix_spawn("/bin/true", ["true"], {}), 0)
+        return losses_only(tokens, log)
+
+    unreached = "\n".join(audit(remembers, draw_tokens(60), V, reruns=4).unreached)
+    assert "it wrote said " in unreached and "it opened connections, processes" in unreached
 
 
 def test_own_values_that_were_not_asked_for_are_counted():

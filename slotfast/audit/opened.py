@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-_OUTSIDE = {"socket.connect": "connections", "subprocess.Popen": "processes", "os.posix_spawn": "processes"}
+_OUTSIDE = {
+    **dict.fromkeys(("socket.connect", "socket.bind", "socket.sendto", "socket.sendmsg"), "connections"),
+    **dict.fromkeys(("subprocess.Popen", "os.posix_spawn", "os.system", "os.fork", "os.forkpty"), "processes"),
+}
+# A name can remember as well as what is in a file, and so can the time, the rights or the length of one
+_NAMED = {
+    *("os.mkdir", "os.rmdir", "os.remove", "os.rename", "os.link", "os.symlink"),
+    *("os.truncate", "os.utime", "os.chmod", "os.setxattr", "sqlite3.connect"),
+}
 _CODE = {".py", ".pyc", ".so", ".pth"}
 _SYSTEM = tuple({"/proc/", "/sys/", "/dev/", *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))})
 
@@ -48,9 +56,13 @@ def watched() -> Iterator[Opened]:
 
 
 def _note(event: str, args: tuple[Any, ...]) -> None:
-    if not _watching or (event != "open" and event not in _OUTSIDE):
+    if not _watching or (event != "open" and event not in _OUTSIDE and event not in _NAMED):
         return
     opened = _watching[-1]
+    if event in _NAMED:
+        if isinstance(args[0], str | bytes | os.PathLike):
+            opened.written.add(Path(os.fsdecode(args[0])).name)
+        return
     if event in _OUTSIDE:
         opened.outside.add(_OUTSIDE[event])
         return

@@ -16,7 +16,7 @@ from slotfast.errors import InputError
 from slotfast.eval import program
 from slotfast.eval.__main__ import main
 from slotfast.eval.report import table
-from slotfast.learn import LearningLoop, parse_row
+from slotfast.learn import LEARNING, LearningLoop, parse_row
 from slotfast.slot import PRESETS, Calibration
 from slotfast.worker import Worker
 from tests.json_schema import faults
@@ -77,11 +77,41 @@ def test_the_table_says_what_it_gains_and_costs(small, capsys):
     out = capsys.readouterr().out
     line = next(line for line in out.splitlines() if line.startswith(f"{ROW}:"))
     assert "over its own forward unlearned" in line and "2.0 forwards a token" in line
+    heads, none, learned = [line for line in out.splitlines() if "  bpb" in line or line.endswith("   yes")]
+    assert heads.split()[-3:] == ["forwards", "seconds", "causal"] and 3 < float(none.split()[2]) < 4  # by 16 of 64
+    assert learned.split()[4] == "2.0" and float(learned.split()[5]) > 0
     main(["--list-presets"])
     assert "score a chunk, then learn from it" in capsys.readouterr().out
     main(["--show-preset", ROW])
     shown = capsys.readouterr().out
     assert "causal: each chunk of 16 tokens is charged before anything learns from it" in shown and "lr  " in shown
+
+
+@pytest.mark.parametrize("row", [*LEARNING, "learn:clip=1,betas=0.5+0.9,projections=q/v"])
+def test_a_row_is_shown_as_it_is_written(row, capsys):
+    main(["--show-preset", row])
+    shown = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
+    name = shown.pop("name").partition(":")[0]
+    written = parse_row(f"{name}:{','.join(f'{key}={value}' for key, value in shown.items())}")
+    assert written.alone == parse_row(row).alone and "keys" in shown
+
+
+def test_a_row_on_top_is_shown_line_by_line(capsys):
+    main(["--show-preset", "learn+causal:scale=0.5"])
+    out = capsys.readouterr().out
+    assert "+ optimizer       rates\n" in out and "+ scale           0.5\n" in out and "{" not in out
+
+
+def test_the_picture_says_what_is_not_causal_and_what_learning_costs(small, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr("slotfast.eval.plot.write_png", lambda path, figure: figures.append(figure))
+    longest = f"{ROW},scope=document,slots=2,keys=recompute,order=longest"
+    main(_args(small, "--preset", ROW, longest, "--allow-noncausal", "--plot", tmp_path / "p.png"))
+    above, below, last = figures[0].axes
+    labels = [text.get_text() for text in last.get_legend().get_texts()]
+    assert labels[0].startswith("none: ") and labels[1].endswith(" 2.0 forwards") and "NOT" not in labels[1]
+    assert labels[2].endswith("forwards, NOT causal")
+    assert "seconds" in last.get_ylabel() and "bits per byte" in below.get_ylabel() and last.get_ylim()[0] == 0
 
 
 def test_on_a_gpu_learning_is_projected_on_the_contests_text(small, monkeypatch, capsys):

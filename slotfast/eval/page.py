@@ -14,7 +14,7 @@ from ..score import Meter
 from ..words import counted
 from .inputs import Inputs
 from .loop import PIECES, SlidingPass
-from .report import table
+from .report import spent, table
 
 _EXTREMES = 5  # documents that are shown at either end
 _FEWEST_BYTES = 500  # of a document among them, where enough have as many
@@ -199,14 +199,14 @@ def _extremes(meter: Meter, row: int, known: np.ndarray, gains: np.ndarray, open
 
 def _costs(found: Mapping[str, Any]) -> Html:
     """What each row gains, and how long an evaluation with it alone takes."""
-    rows, shared = found["presets"], sum(found["seconds"].get(phase, 0.0) for phase in ("forward", "score"))
+    rows = found["presets"]
     if len(rows) < 2:
         return Html()
-    spent = [row["cost"]["seconds"] if "cost" in row else shared + row.get("seconds", 0.0) for row in rows]
+    seconds = [spent(found, row)[1] for row in rows]
 
     def draw(axes: Any) -> None:
         axes.axhline(0, color=INK, linewidth=0.8)
-        for number, (row, x) in enumerate(zip(rows, spent, strict=True)):
+        for number, (row, x) in enumerate(zip(rows, seconds, strict=True)):
             adapted, colour = row["adapted"], _colour(number)
             axes.errorbar(
                 x,
@@ -220,10 +220,10 @@ def _costs(found: Mapping[str, Any]) -> Html:
                 capsize=4,
                 label=_short(row["preset"]),
             )
-        if max(spent) > 20 * max(min(spent), 1e-9):
+        if max(seconds) > 20 * max(min(seconds), 1e-9):
             axes.set_xscale("log")
-        elif max(spent) > 2 * min(spent):
-            axes.set_xlim(0, 1.1 * max(spent) or 1.0)
+        elif max(seconds) > 2 * min(seconds):
+            axes.set_xlim(0, 1.1 * max(seconds) or 1.0)
         axes.margins(x=0.15, y=0.15)
         axes.set_xlabel("seconds of an evaluation with that row alone: forward, plain loss, adaptation")
         axes.set_ylabel("gain, bits per byte")

@@ -1,7 +1,7 @@
 """--plot: bits per byte along the stream, and what each document gained."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -20,6 +20,7 @@ def draw(
     meter: Meter,
     along: Meter,
     spent: Mapping[str, tuple[np.ndarray, float]] | None = None,
+    leaking: Collection[str] = (),
 ) -> None:
     """Write the picture as PNG.
 
@@ -27,6 +28,7 @@ def draw(
         meter: sums by document.
         along: sums by piece of the stream, all of equal length.
         spent: of rows that learn, by name: seconds by piece of the stream, and forwards a token; drawn below the rest.
+        leaking: rows that are not causal, by name.
     """
     plot = pyplot("--plot")
     lines = math.ceil(len(along.rows) / _LEGEND_COLUMNS)
@@ -43,6 +45,7 @@ def draw(
         label = f"{name}: {meter.score(row).bpb:.4f}"
         if spent and name in spent:
             label += f", {spent[name][1]:.1f} forwards"
+        label += ", NOT causal" * (name in leaking)
         above.stairs(bpb, edges, color=_colour(row), label=label, baseline=None)
     above.set_ylabel("bits per byte")
     above.set_title(title, fontsize="medium")
@@ -63,13 +66,15 @@ def draw(
     if shown and known.sum() > _MOST_MARKERS:
         low, high = np.percentile(np.concatenate(shown), (_OUTSIDE, 100 - _OUTSIDE))
         below.set_ylim(low - 0.1 * (high - low), high + 0.1 * (high - low))
-    below.set_ylabel("gain of each document\n(bits per byte)")
+    below.set_ylabel("gain in bits per byte:\ndots documents, dashed all")
     for name, (seconds, _) in (spent or {}).items():
         row = meter.rows.index(name)
         last.stairs(np.cumsum(seconds), edges, color=_colour(row), baseline=None)
     if spent:
         last.set_ylabel("seconds of\nlearning so far")
+        last.set_ylim(bottom=0)
     last.set_xlabel("tokens of the stream")
+    last.xaxis.set_major_formatter("{x:,.0f}")
     below.set_xlim(0, tokens)
     names = above.get_legend_handles_labels()
     beneath = {

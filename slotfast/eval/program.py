@@ -60,11 +60,12 @@ def evaluate(settings: config.EvalSettings, argv: Sequence[str] = ()) -> None:
     title = f"{found['text']['source']}, {counted(found['tokens'], 'token')}"
     meter, along = outcome.sliding.meter, outcome.sliding.along
     spent = {row.name: (each.spent, each.forwards) for each in outcome.learners for row in each.rows}
+    leaking = {row["preset"] for row in found["presets"] if not row["causal"]}
     deliver(
         json_text(found) if settings.json_ == "-" else table(found),
         (settings.json_, lambda path: write_json(path, found)),
         (settings.per_token, lambda path: outcome.collected.write(path, meter.rows)),
-        (settings.plot, lambda path: draw(path, title, meter, along, spent)),
+        (settings.plot, lambda path: draw(path, title, meter, along, spent, leaking)),
         (settings.report, lambda path: write_page(path, found, inputs, outcome.sliding, command)),
     )
     return None

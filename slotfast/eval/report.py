@@ -186,13 +186,15 @@ def table(found: dict[str, Any]) -> str:
     text, speed = found["text"], found["windows_per_second"] or 0.0
     size = "" if found["artifact_bytes"] is None else f"{counted(found['artifact_bytes'], 'byte')}; "
     width = max(22, *(len(row["preset"]) for row in found["presets"])) + 2
+    costs = any("cost" in row for row in found["presets"])
+    cost_heads = f"{'forwards':>10}{'seconds':>9}" if costs else ""
     lines = [
         f"text    {text['source']}{', plain text' * text['plain']}: {counted(text['documents'], 'document')}, "
         f"{counted(found['bytes'], 'byte')}, {counted(found['tokens'], 'token')}, SHA-256 {text['sha256'][:12]}",
         f"model   {size}{counted(found['windows'], 'window')}, {speed:.1f} a second, on {found['device']}",
         f"forward {_forward_line(found)}",
         "",
-        f"{'preset':<{width}}{'bpb':>9}{'gain':>10}{'± s.e.':>9}   causal",
+        f"{'preset':<{width}}{'bpb':>9}{'gain':>10}{'± s.e.':>9}{cost_heads}   causal",
     ]
     if text.get("exact") is False:
         lines.insert(
@@ -207,9 +209,12 @@ def table(found: dict[str, Any]) -> str:
             gain = f"{adapted['gain_bpb']:+.4f}"
             error = "n/a" if adapted["gain_se"] is None else f"{adapted['gain_se']:.4f}"
         verdict = "yes" if row["causal"] else f"NO: {row['why'].partition(',')[0]}"
-        lines.append(f"{row['preset']:<{width}}{adapted['bpb']:>9.4f}{gain:>10}{error:>9}   {verdict}")
+        cost = "{:>10.1f}{:>9.1f}".format(*spent(found, row)) if costs else ""
+        lines.append(f"{row['preset']:<{width}}{adapted['bpb']:>9.4f}{gain:>10}{error:>9}{cost}   {verdict}")
     if len(found["presets"]) > 1:
         lines.append("gain: bits per byte less than none, the model unadapted, token by token; s.e. by document")
+    if costs:
+        lines.append("forwards: passes through the model for each token; seconds: of an evaluation with that row alone")
     lines += [_cost_line(row) for row in found["presets"] if "cost" in row]
     rows = [row["resolved_preset"].get("top", row["resolved_preset"]) for row in found["presets"]]
     rates = [row for row in rows if row["optimizer"] == "rates"]
@@ -223,6 +228,17 @@ def table(found: dict[str, Any]) -> str:
         verdict = "within" if budget["within"] else "OVER"
         lines.append(f"budget  {budget['measured']:.1f} s of {budget['seconds']:g} s: {verdict}")
     return "\n".join(lines)
+
+
+def spent(found: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[float, float]:
+    """Passes through the model for each token, and seconds, of an evaluation with one row alone; where rows share work,
+    the first one pays for it."""
+    if "cost" in row:
+        return row["cost"]["forwards"], row["cost"]["seconds"] + row["cost"].get("on_top_seconds", 0.0)
+    seconds = sum(found["seconds"].get(phase, 0.0) for phase in ("forward", "score")) + row.get("seconds", 0.0)
+    if found["forward"] == "stream":
+        return 1.0, seconds
+    return found["windows"] * found["plan"]["seq_len"] / max(1, found["tokens"]), seconds
 
 
 def _cost_line(row: Mapping[str, Any]) -> str:
@@ -280,10 +296,24 @@ def show_preset(text: str) -> str:
         row = from_environment(row, text)
     conditions = asdict(row.compliance)
     why = conditions.pop("why")
-    lines = [f"{key:<16}{value}" for key, value in row.summary().items()]
+    top = row.summary().get("top", {})
+    lines = [f"{key:<16}{_written(key, value)}" for key, value in row.summary().items() if key != "top"]
+    lines += [f"+ {key:<16}{_written(key, value)}" for key, value in top.items()]
     verdict = "causal" if row.compliance.causal else "NOT causal"
     failed = ", ".join(name.upper() for name, holds in conditions.items() if not holds)
     return "\n".join([*lines, f"{verdict}{' (fails ' + failed + ')' if failed else ''}: {why}", LEGEND])
+
+
+def _written(key: str, value: Any) -> Any:
+    """A value as NAME:key=value takes it."""
+    if value is None:
+        return "none"
+    if not isinstance(value, tuple):
+        return value
+    if value and isinstance(value[0], tuple):
+        outer, inner = ("+", "x") if key == "phases" else ("/", "+")
+        return outer.join(inner.join(f"{number:g}" for number in part) for part in value) or "none"
+    return "/".join(value) if value and isinstance(value[0], str) else "+".join(f"{n:g}" for n in value) or "none"
 
 
 class TokenRows:

@@ -73,8 +73,8 @@ class Meter:
         """Continue from what `state_dict` returned; raises ValueError where it has other shapes."""
         for name in ("tokens", "bytes", "nats"):
             mine, saved = getattr(self, name), state[name].numpy()
-            if saved.shape != mine.shape:
-                raise ValueError(f"{name}: {saved.shape}, expected {mine.shape}")
+            if saved.shape != mine.shape or saved.dtype != mine.dtype:
+                raise ValueError(f"{name}: {saved.dtype} {saved.shape}, expected {mine.dtype} {mine.shape}")
             mine[...] = saved
 
     def reduce(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, saved
 from .model import GPT, GPTConfig, rotary_table, rotate, single
 
 _LOOK_BACK = 2  # tokens that smear gate and bigram hash reach back together
@@ -135,9 +135,11 @@ class CachedForward:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
         device = self._tokens.device
-        self.position, self._tokens = state["position"], state["tokens"].to(device)
-        for memory, saved in zip(self._memory, state["memory"], strict=True):
-            memory.load_state_dict(saved, device)
+        self.position = saved.whole(state["position"], 0, 1 << 60)
+        batch = self._tokens.size(0)
+        self._tokens = saved.tensor(state["tokens"], torch.int64, batch, range(_LOOK_BACK + 1)).to(device)
+        for memory, kept in zip(self._memory, state["memory"], strict=True):
+            memory.load_state_dict(kept, self)
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -233,12 +235,21 @@ class _Memory:
     def state_dict(self) -> dict[str, Any]:
         return {"recent": [recent.last() for recent in self.recent], "first": self.first}
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], of: "CachedForward") -> None:
+        """Continue in a stream that is at its position already."""
         self.forget()
-        for recent, saved in zip(self.recent, state["recent"], strict=True):
-            if saved is not None:
-                recent.extend(saved.to(device))
-        self.first = state["first"] and tuple(x.to(device) for x in state["first"])
+        batch, device, config = of._tokens.size(0), of._tokens.device, of.model.config
+        heads = config.kv_heads, config.head_width
+        keys, values = state["recent"]
+        if keys is not None:
+            keys = saved.tensor(keys, of.dtype, batch, range(self.keep + 1), *heads)
+            for recent, kept in zip(self.recent, (keys, saved.alike(values, keys)), strict=True):
+                recent.extend(kept.to(device))
+        if first := min(self.sinks, of.position):
+            of_first = (saved.tensor(kept, of.dtype, batch, first, *heads) for kept in state["first"])
+            self.first = tuple(kept.to(device) for _, kept in zip(range(2), of_first, strict=True))
+        else:
+            self.first = None
 
 
 class _Recent:

@@ -10,7 +10,7 @@ import slotfast
 
 ROOT = Path(slotfast.__file__).parent
 FLOORS = [
-    {"errors", "contest", "words", "variables", "lazy", "shipped", "kernels"},
+    {"errors", "contest", "saved", "words", "variables", "lazy", "shipped", "kernels"},
     {"windows", "welch", "loader", "command", "worker", "timing", "lbfgs"}
     | {"ops", "banded", "flash", "fused", "losses", "compiled"},
     {"data", "corpus", "score", "overlap", "optim", "model", "slot"},

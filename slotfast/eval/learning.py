@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from .. import saved
 from ..data import Text
 from ..learn import Charged, DocumentLoop, FrozenLoop, Learning, LearningLoop
 from ..score import Meter
@@ -134,13 +135,30 @@ class LearningPass:
         Raises:
             KeyError, TypeError, ValueError, AttributeError, RuntimeError: it is of another pass.
         """
+        charged, done = saved.whole(state["charged"], 0, len(self.span)), state["loop"].get("done")
+        if done is not None:  # of a stream's loop, whose charges come in order
+            saved.whole(done, self.span.start + charged, self.span.start + charged)
+        elif charged and "done" in state["loop"]:
+            raise ValueError(f"{charged} tokens are charged before the loop began")
         self.loop.load_state_dict(state["loop"], self._read)
         self.meter.load_state_dict(state["meter"])
         self.along.load_state_dict(state["along"])
-        self.charged, self.spent = state["charged"], state["spent"].numpy()
+        self.charged, self.spent = charged, saved.tensor(state["spent"], torch.float64, PIECES).numpy()
         self._total, self._before = _spent(self.loop.seconds), self.spent
         if self._parts is not None:
-            self._parts = {start: part.numpy() for start, part in state["nll"].items()}
+            self._parts = self._saved_parts(state["nll"])
+
+    def _saved_parts(self, kept: Mapping[int, torch.Tensor]) -> dict[int, np.ndarray]:
+        """Every token's losses so far; raises ValueError where they are not those of as many tokens of the piece."""
+        parts, end = {}, self.span.start
+        for start in sorted(kept):
+            dtype = torch.float32 if kept[start].dtype == torch.float32 else torch.float64
+            saved.whole(start, end, self.span.stop - 1)
+            found = saved.tensor(kept[start], dtype, len(self.rows), range(1, self.span.stop - start + 1))
+            parts[start], end = found.numpy(), start + found.size(1)
+        if sum(part.shape[1] for part in parts.values()) != self.charged:
+            raise ValueError(f"losses: expected those of {self.charged} tokens")
+        return parts
 
     def gather(self, worker: Worker) -> None:
         """Sum up over all ranks; rank 0 has every token's losses then."""

@@ -113,7 +113,7 @@ class Saver:
                 collected.load_state_dict(state["rows"])
                 for learner, saved in zip(learners, state["learners"], strict=True):
                     learner.load_state_dict(saved)
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, ArithmeticError):
                 raise InputError(f"{path}: its state does not fit this evaluation: damaged") from None
             parts = (sliding.seconds, *(learner.loop.seconds for learner in learners))
             self.seconds = sum(sum(part.values()) for part in parts)

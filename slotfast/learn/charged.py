@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import saved
 from ..foreign.models import cached_forward
 from ..model import CausalModel
+from ..stream import CachedForward
 from ..timing import Stopwatch
 from ..worker import upload
 
@@ -133,9 +135,9 @@ class FrozenLoop:
 
     def load_state_dict(self, state: Mapping[str, Any], read: Read) -> None:
         """Continue from what `state_dict` returned."""
-        self._done = state["done"]
-        self._watch.go_on(state["seconds"])
-        self._cached.load_state_dict(state["cached"])
+        self._done = state["done"] and saved.whole(state["done"], 0, 1 << 60)
+        self._watch.go_on(saved.seconds(state["seconds"]))
+        load_cached(self._cached, state["cached"])
 
     def _hand_out(self) -> None:
         for charged in self._outbox.fetch():
@@ -156,6 +158,14 @@ def catch_up(cached: Any, read: Read, start: int, model: CausalModel) -> None:
         if begin > cached.position:
             cached.skip(begin)
     forward(cached.position, start)
+
+
+def load_cached(cached: Any, state: Mapping[str, Any]) -> None:
+    """Go on from a saved cache; raises ValueError where it remembers tokens that the model has not."""
+    if isinstance(cached, CachedForward):
+        vocabulary = len(cached.model.tok_emb.weight)
+        saved.tensor(state["tokens"], torch.int64, 1, range(1 << 20), below=vocabulary)
+    cached.load_state_dict(state)
 
 
 def on_device(tokens: np.ndarray, model: CausalModel) -> Tensor:

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from .. import ops, saved
 from ..errors import InputError
 from ..foreign.models import LanguageModel, cached_forward
 from ..model import GPT, PackedLinear
 from ..timing import Stopwatch
-from .charged import Charged, Outbox, Read, catch_up, on_device
+from .charged import Charged, Outbox, Read, catch_up, load_cached, on_device
 from .lora import Learner, Lora, Weights, restore
 from .row import Learning
 from .top import OnTop
 
+_MOST = 1 << 60  # that anything of a stream counts
 _COUNTED = ("done", "since", "work", "tokens")  # since: where the rows on top began
 
 
@@ -143,11 +144,15 @@ class LearningLoop:
             KeyError, TypeError, ValueError, AttributeError, RuntimeError: the state belongs to another loop.
         """
         for name in _COUNTED:
+            if name != "done" or state[name] is not None:
+                saved.whole(state[name], 0, _MOST)
             setattr(self, f"_{name}", state[name])
-        self._watch.go_on(state["seconds"])
-        self._cached.load_state_dict(state["cached"])
-        restore(self._learner.values, state["learned"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        saved.whole(self._since, 0, self._done or 0)
+        self._watch.go_on(saved.seconds(state["seconds"]))
+        load_cached(self._cached, state["cached"])
+        pairs = zip(state["learned"], self._learner.values, strict=True)
+        restore(self._learner.values, [saved.alike(value, own) for value, own in pairs])
+        self._optimizer.load_state_dict(saved.optimizer(state["optimizer"], self._optimizer))
         if self.on_top and self._done is not None:
             device = next(self.model.parameters()).device
             self.on_top.load_state_dict(state["on_top"], read(self._since + 1, self._done + 1), device)

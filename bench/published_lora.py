@@ -2,7 +2,8 @@
 
 As published, documents of a group start together and the whole group is computed until its longest document ends, a
 finished one as a row of zeros; losses are those of every position of the window; every adapter is two batched products.
-One process takes the groups in order. Written from a description of the published scripts, not from their code.
+Processes take the groups in turn, where the published ones race for them; a phase comes behind a whole turn. Written
+from a description of the published scripts, not from their code.
 """
 
 import copy
@@ -160,33 +161,47 @@ def groups(found: list[tuple[int, int]], size: int) -> Iterator[Group]:
         yield Group([found[number] for number in numbers], numbers)
 
 
-def run(model: GPT, tokens: Tensor, row: Learning, window: int, bos_id: int, draw: Callable[[int], Tensor]) -> Tensor:
-    """Losses [N - 1] of tokens 1, 2, ... of a stream, as published; `row` is one that takes the longest first."""
+def run(
+    model: GPT,
+    tokens: Tensor,
+    row: Learning,
+    window: int,
+    bos_id: int,
+    draw: Callable[[int], Tensor],
+    world: int = 1,
+) -> Tensor:
+    """Losses [N - 1] of tokens 1, 2, ... of a stream, as published; `row` is one that takes the longest first.
+
+    Args:
+        world: processes, each of which keeps its own factors; they train one model.
+    """
     model = copy.deepcopy(model).requires_grad_(False) if row.phases else model
     out = torch.full((len(tokens) - 1,), torch.nan, dtype=model.tok_emb.weight.dtype)
     ends = [row.prefix * (phase + 1) // row.phases for phase in range(row.phases)]
-    scored, phase, kept = [], 0, None
+    scored, phase = [], 0
+    kept: list[Adapters | None] = [None] * world
 
     def warm(short: bool) -> list[int]:
         return [1 + slot + (2 * phase + short) * row.slots for slot in range(row.slots)]
 
-    for group in groups(cut(tokens, bos_id), row.slots):
+    dealt = list(groups(cut(tokens, bos_id), row.slots))
+    for turn, group in enumerate(dealt):
+        rank = turn % world
         fresh = [1 + number for number in group.numbers] if row.start == "fresh" else [0] * len(group.numbers)
         seeds = fresh if row.start != "warm" else None
         if len(group.documents) < row.slots:
             own = Adapters(model, row, seeds or warm(True)[: len(group.documents)], draw)
         else:
-            if kept is None:
-                kept = Adapters(model, row, seeds or warm(False), draw)
-            kept.reuse(row, seeds or [], draw)
-            own = kept
+            own = kept[rank] = kept[rank] or Adapters(model, row, seeds or warm(False), draw)
+            own.reuse(row, seeds or [], draw)
         _charge_group(model, tokens, group, own, row, window, out)
         if phase < len(ends):
             scored += group.documents
-            if len(scored) >= ends[phase]:
+            all_meet = rank == world - 1 or turn == len(dealt) - 1
+            if all_meet and len(scored) >= ends[phase]:
                 prefix = sorted(scored, key=lambda document: document[1])[: ends[phase]]
                 _train(model, torch.cat([tokens[start : start + n + 1] for start, n in prefix]), row, window, bos_id)
-                phase, kept = phase + 1, None
+                phase, kept = phase + 1, [None] * world
     return out
 
 

@@ -83,12 +83,12 @@ def write_tokenizer(path, sentences=SENTENCES, **options):
     return Tokenizer(path)
 
 
-def write_tiny(path, seed=0, tokenizer=None):
-    """Write a tiny random model, of length 64, of a tokenizer: by default the demo's."""
+def write_tiny(path, seed=0, tokenizer=None, **more):
+    """Write a tiny random model, of length 64, of a tokenizer: the demo's by default; `more` is of its settings."""
     torch.manual_seed(seed)
     tokenizer = tokenizer or Tokenizer(str(resources.files("slotfast") / "demo" / "demo.model"))
     sizes = {"seq_len": 64, "layers": 2, "width": 16, "heads": 2, "kv_heads": 1, "mlp_width": 16, "rope_dims": 4}
-    config = GPTConfig(**sizes, bigram_buckets=0, value_width=0, vocab_size=tokenizer.vocab_size)
+    config = GPTConfig(**sizes, bigram_buckets=0, value_width=0, vocab_size=tokenizer.vocab_size, **more)
     write_artifact(path, Artifact.from_model(GPT(config), {"tokenizer_sha256": tokenizer.sha256}))
 
 

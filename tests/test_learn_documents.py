@@ -185,6 +185,7 @@ def _loop(model, row, **options):
 
 
 def _run(loop, tokens):
+    """What a loop charges, in its order."""
     charged, ids = [], tokens.numpy()
     loop.run(lambda start, stop: ids[start:stop], len(ids) - 1, charged.append)
     return charged
@@ -207,6 +208,64 @@ def test_charges_come_in_the_streams_order_with_their_distributions(model, monke
         LENGTHS[:8]
     )  # of the two longest, which are the first group, the one that ends first
     assert sorted(part.start for part in longest) == [part.start for part in whole]
+
+
+# several ranks deal documents out
+
+
+def _ranks(model, row, tokens, world):
+    """Losses of the ranks, one after the other, in the stream's order; and by rank and phase the weights it left."""
+    parts, left, ids = [], [], tokens.numpy()
+    for rank in range(world):
+        loop, by_phase = _loop(model, row, rank=rank, world=world), {}
+
+        def note(loop=loop, by_phase=by_phase):
+            state = loop.state_dict()
+            if state["at"]["phase"] not in by_phase:
+                by_phase[state["at"]["phase"]] = copy.deepcopy(state["trained"])
+
+        loop.run(lambda start, stop: ids[start:stop], len(ids) - 1, parts.append, note)
+        left.append(by_phase)
+    parts.sort(key=lambda part: part.start)
+    assert [part.start for part in parts[1:]] == [part.start + len(part.nll) for part in parts[:-1]]  # each once
+    return torch.cat([part.nll for part in parts]), left
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("text", [REPLICAS[1].replace("slots=3", "slots=2"), REPLICAS[2].replace("slots=4", "slots=2")])
+def test_ranks_give_the_numbers_of_published_ones_that_take_turns(looped, text, world):
+    """One whose last turn has no group for it, too; and all have the same weights, though none asks another."""
+    row, tokens = parse_row(text), _tokens((*LENGTHS, 7, 20), seed=1)
+    found, left = _ranks(looped, text, tokens, world)
+    expected = published_lora.run(looped, tokens, row, WINDOW, BOS, published_lora.drawing(looped, row), world)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    alone = learn(looped, tokens, row, window=WINDOW, bos_id=BOS).nll
+    assert float((found - alone).abs().max()) > 1e-3  # a rank's A comes from its own documents
+    before = looped.state_dict()
+    for phase in set(left[0]) & set(left[1]):
+        moved = any(not torch.equal(weights, before[name]) for name, weights in left[0][phase].items())
+        assert moved == (phase > 0)
+        for other in left[1:]:
+            assert all(torch.equal(weights, left[0][phase][name]) for name, weights in other.get(phase, {}).items())
+    assert 1 in left[0] and 1 in left[1]
+
+
+@pytest.mark.parametrize(("start", "world"), [("cold", 2), ("fresh", 3), ("cold", 13)])
+def test_phases_as_documents_come_are_the_same_on_any_number_of_ranks(model, start, world):
+    """Nothing but the weights goes from document to document, and phases train on the same ones."""
+    row, tokens = f"{DOC},phases=2,prefix=7,piece=12,start={start}", _tokens(LENGTHS)
+    alone = learn(model, tokens, row, window=WINDOW, bos_id=BOS).nll
+    torch.testing.assert_close(_ranks(model, row, tokens, world)[0], alone, rtol=0, atol=1e-9)
+    without = learn(model, tokens, f"{DOC},start={start}", window=WINDOW, bos_id=BOS).nll
+    assert float((alone - without)[sum(LENGTHS[:7]) :].abs().min()) > 1e-6
+
+
+def test_longest_first_one_turn_of_two_ranks_is_two_of_one(model):
+    """Where a phase is due behind a whole turn, and A begins alike."""
+    row = "lora-1855:chunk=4,rank=2,slots=2,lr=0.02,phases=2,prefix=8,piece=20,start=cold"
+    tokens = _tokens((17, 5, 40, 9, 23, 2, 11, 30, 4, 6, 8, 14))
+    alone = learn(model, tokens, row, window=WINDOW, bos_id=BOS).nll
+    torch.testing.assert_close(_ranks(model, row, tokens, 2)[0], alone, rtol=0, atol=1e-9)
 
 
 def test_only_a_chunks_rows_go_through_head_and_last_layer(model):

@@ -1,6 +1,7 @@
 """Published rows that learn, and ours made of them: in a run, and under the auditor measured as computed."""
 
 import json
+from dataclasses import replace
 from importlib import resources
 
 import numpy as np
@@ -12,7 +13,8 @@ from slotfast.audit.streams import Stream, synthetic
 from slotfast.data import ByteTable
 from slotfast.errors import InputError
 from slotfast.eval.__main__ import main
-from slotfast.learn import LEARNING, parse_row
+from slotfast.learn import LEARNING, make_loop, parse_row
+from slotfast.learn.schedule import Round
 from slotfast.slot import Calibration
 from tests.json_schema import faults
 from tests.models import write_tiny
@@ -53,6 +55,41 @@ def test_every_row_is_measured_as_it_is_computed(tiny_model):
         assert report.clean == computed.causal, str(report)
         if not computed.causal:
             assert "C4" in report.failed and "documents in another order" in str(report)
+
+
+class Ranks:
+    """Two ranks of a row with phases, one after the other; what they charge comes in the stream's order."""
+
+    def __init__(self, *arguments, **options):
+        self.loops = [make_loop(*arguments, **options, rank=rank, world=2) for rank in range(2)]
+
+    def run(self, read, predictions, on_charged):
+        parts = []
+        for loop in self.loops:
+            loop.run(read, predictions, parts.append)
+        for part in sorted(parts, key=lambda part: part.start):
+            on_charged(part)
+
+
+def _contiguous(row, found, rank, world):
+    """Each rank has a half of the documents, and both train behind their first one."""
+    every = list(found)
+    half = len(every) // 2
+    own = every[half:] if rank else every[:half]
+    own = [replace(each, number=rank + world * number) for number, each in enumerate(own)]
+    yield Round(iter(own[:1]), [every[0], every[half]])
+    yield Round(iter(own[1:]))
+
+
+def test_ranks_that_deal_documents_out_are_causal_and_halves_are_not(tiny_model, monkeypatch):
+    """As documents come: a phase may train on none that is behind what any rank charges after it."""
+    monkeypatch.setattr("slotfast.audit.own.make_loop", Ranks)
+    row = f"lora-doc:{SMALL},start=warm,phases=1,prefix=2,piece=8"
+    (honest,) = _audit(tiny_model, {"dealt": parse_row(row).model_copy(update={"name": "dealt"})})
+    assert honest.clean, str(honest)
+    monkeypatch.setattr("slotfast.learn.documents.rounds", _contiguous)
+    (broken,) = _audit(tiny_model, {"halves": parse_row(row).model_copy(update={"name": "halves"})})
+    assert broken.failed & {"C1", "C3"}, str(broken)
 
 
 @pytest.fixture

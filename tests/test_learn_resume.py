@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench import published_lora
 from slotfast.artifact import load_artifact
 from slotfast.command import checkpoint
 from slotfast.config import EvalSettings
@@ -21,10 +22,11 @@ from slotfast.eval.learning import LearningPass, piece
 from slotfast.eval.loop import PIECES
 from slotfast.eval.setup import choose_learning
 from slotfast.foreign.models import language_model
-from slotfast.learn import FrozenLoop, OnTop, make_loop, parse_row
+from slotfast.learn import FrozenLoop, OnTop, learn, make_loop, parse_row
 from slotfast.shipped import TOKENIZER
 
-from .models import random_model
+from .arguments import changed
+from .models import random_model, write_tiny
 from .test_foreign_stream import LONGEST, build
 from .test_learn import BOS, WINDOW, _tokens
 from .test_learn_eval import _args, small  # noqa: F401
@@ -267,10 +269,46 @@ def test_longest_first_each_rank_orders_its_own_documents():
     assert np.concatenate(order, 1).shape == whole.shape and not np.allclose(np.concatenate(order, 1), whole)
 
 
-def test_rows_that_need_all_of_the_stream_are_refused_on_several_ranks():
-    with pytest.raises(InputError, match="phases train on documents of all"):
-        choose_learning(EvalSettings(), [parse_row("lora-1855")], 2)
-    for row in ("lora-1530", *AGAIN):
+DEALT = (
+    f"lora-1855:{SLOTS.replace('slots=2', 'slots=1')},phases=2,prefix=2,piece=8",
+    f"lora-doc:{SLOTS},phases=1,prefix=2,piece=8,start=warm+causal",
+)
+
+
+def _dealt(model, row, rank):
+    row = parse_row(row)
+    top = OnTop.of([row], WINDOW, bos_id=BOS)
+    loop = make_loop(model, row, WINDOW, 2, BOS, on_top=top, rank=rank, world=2)
+    return LearningPass(loop, [row], _text(), True, rank, 2)
+
+
+@pytest.mark.parametrize("row", DEALT)
+def test_ranks_with_phases_go_on_each_from_where_it_was(tmp_path, row):
+    """One before a phase, one behind it, or both within their documents: none of them waits for another."""
+    model = random_model(layers=2, value_layers=(1,))
+    for rank in range(2):
+        whole, places = _dealt(model, row, rank), []
+        whole.run(on_chunk=lambda whole=whole, places=places: places.append(whole.loop.state_dict()["at"]["phase"]))
+        assert set(places) >= {0, 1}
+        for sweeps in (1, places.index(1) + 1, len(places)):
+            killed, left = _dealt(model, row, rank), iter(range(sweeps - 1))
+
+            def kill(killed=killed, left=left):
+                if next(left, None) is None:
+                    checkpoint.save(tmp_path / "c", "slotfast.eval", {}, killed.state_dict())
+                    raise _Killed
+
+            with pytest.raises(_Killed):
+                killed.run(on_chunk=kill)
+            going = _dealt(model, row, rank)
+            going.load_state_dict(checkpoint.load(tmp_path / "c", "slotfast.eval", {}))
+            _same(going.run(), whole)
+
+
+def test_rows_that_need_the_stream_in_order_are_refused_on_several_ranks():
+    with pytest.raises(InputError, match="on 2 processes: what is on top needs the stream in order"):
+        choose_learning(EvalSettings(), [parse_row("ttt-549+causal")], 2)
+    for row in ("lora-1530", "lora-1855", "ttt-549", "ttt-549+causal-window", *AGAIN):
         assert choose_learning(EvalSettings(), [parse_row(row)], 2)[1] == [parse_row(row)]
 
 
@@ -306,3 +344,37 @@ def test_two_ranks_are_two_pieces(small, tmp_path, capsys):  # noqa: F811
         np.testing.assert_allclose(losses[key], nll, rtol=1e-6)  # kept in float32
         assert result["adapted"]["nats"] == pytest.approx(nll.sum(), rel=1e-9)
         assert result["unlearned"]["gain_bpb"] > 0 and 1.8 < result["cost"]["forwards"] < 2
+
+
+def test_two_ranks_deal_documents_out_and_train_in_phases_alike(small, tmp_path):  # noqa: F811
+    """As published ones that take turns; without phases, and with A drawn alike, as one process."""
+    rows = ["lora-1855:chunk=16,lr=0.01,rank=2,slots=1,prefix=2,phases=1,piece=16,phase_lr=0.1"]
+    rows.append("lora-1855:chunk=16,lr=0.01,rank=2,slots=1,phases=0,start=cold")
+    tokenizer = Tokenizer(TOKENIZER)
+    write_tiny(tmp_path / "m", bos_id=tokenizer.bos_id)  # as published, documents of a phase see nothing of each other
+    args = _args(small, "--preset", *rows, "--allow-noncausal", "--dtype", "float64", "--json", "j")
+    args = changed([*args, "--per-token", "t.npz", "--resume", "c"], ["--artifact", "m"])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+
+    def run():
+        command = [*launcher, "-m", "slotfast.eval", *args]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return _result(tmp_path / "j"), dict(np.load(tmp_path / "t.npz"))
+
+    result, losses = run()
+    model = load_artifact(tmp_path / "m").model().double()
+    ids, _ = tokenizer.encode_documents(read_documents(str(small / "t.jsonl")))
+    phased, alone = (parse_row(row) for row in rows)
+    tokens, draw = torch.from_numpy(ids.astype(np.int64)), published_lora.drawing(model, phased)
+    turns, one = (published_lora.run(model, tokens, phased, 64, tokenizer.bos_id, draw, world) for world in (2, 1))
+    assert float((turns - one).abs().max()) > 1e-3
+    cold = learn(model, tokens, alone, window=64, bos_id=tokenizer.bos_id).nll
+    expected = {"adapted_nll": turns, f"adapted_nll:{rows[1]}": cold}
+    for (name, nll), row in zip(expected.items(), result["presets"][1:], strict=True):
+        np.testing.assert_allclose(losses[name], nll.numpy(), rtol=1e-6)  # kept in float32
+        assert row["adapted"]["nats"] == pytest.approx(float(nll.sum()), rel=1e-9)
+    (tmp_path / "c.rank1").unlink()  # that rank starts again, its phase too, and the other has nothing left to do
+    again, found = run()
+    assert again == result and all(np.array_equal(found[name], losses[name]) for name in losses)

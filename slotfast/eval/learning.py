@@ -32,6 +32,7 @@ class LearningPass:
     Attributes:
         meter, along: sums by document and by piece of the stream; row 0 is the same forward unlearned, and empty until
             `compare` where the loop does not charge that too.
+        share: about how many tokens it will charge, for who waits.
         together: whether the ranks train one model; what is saved must then be behind the same chunk on all of them.
         charged: tokens so far.
         spent: float [PIECES], seconds of learning and of the rows on top, by where in the stream they went.
@@ -49,6 +50,7 @@ class LearningPass:
     ):
         self.loop, self.rows, self.text = loop, rows, text
         self.span = piece(rows[0], text, rank, world)
+        self.share = len(self.span) // (world if rows[0].phases else 1)
         self.together = world > 1 and isinstance(loop, WindowsLoop)
         names = ["unlearned", *(row.name for row in rows)]
         self.meter, self.along = Meter(names, text.documents), Meter(names, PIECES)
@@ -192,8 +194,11 @@ class LearningPass:
 
 def piece(row: Learning, text: Text, rank: int, world: int) -> range:
     """The predictions that one of several ranks charges: contiguous, of whole chunks, or of whole documents where
-    learning starts afresh at each; a rank may have none."""
+    learning starts afresh at each; a rank may have none. Of rows with phases it is all: their loop deals documents
+    out."""
     predictions = len(text.stream) - 1
+    if row.phases:
+        return range(predictions)
     ideal = [number * predictions // world for number in (rank, rank + 1)]
     if row.scope == "document":
         starts = np.append(text.starts, predictions)

@@ -111,7 +111,8 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
             )
         else:
             on_top = OnTop.of(same, plan.seq_len, calibration, bos_id)
-            loop = make_loop(model, same[0], plan.seq_len, sinks, bos_id, worker.dtype, on_top=on_top)
+            dealt = {"rank": rank, "world": world} if same[0].phases else {}
+            loop = make_loop(model, same[0], plan.seq_len, sinks, bos_id, worker.dtype, on_top=on_top, **dealt)
         learners.append(LearningPass(loop, same, inputs.text, per_token, rank, world))
     charging = list(learners)
     missing = [learner for learner in learners if "unlearned" not in learner.loop.seconds]
@@ -138,7 +139,7 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
             )
         for each in charging:
             names = ", ".join(row.name for row in each.rows)
-            with Progress(len(each.span), each.charged, f"tokens of {names}", silent=rank > 0) as progress:
+            with Progress(each.share, each.charged, f"tokens of {names}", silent=rank > 0) as progress:
                 each.run(progress, partial(saver.save_when_due, each) if saver else None)
         if saver:
             saver.save()  # all of it, should writing the result fail

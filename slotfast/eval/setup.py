@@ -228,8 +228,6 @@ def choose_learning(
         # Processes train one model together, each on its share of a chunk
         if world > 1 and row.keys == "windows" and row.top is not None and row.top.scope == "prefix":
             raise InputError(f"{where}on {world} processes: what is on top needs the stream in order; run one")
-        if world > 1 and row.phases:
-            raise InputError(f"{where}on {world} processes is not built: phases train on documents of all; run one")
         if settings.weights == "int6":
             raise InputError(f"{where}with --weights int6: packed weights pass no gradients on; leave out --weights")
     return [row for row in rows if isinstance(row, Adaptation)], learning

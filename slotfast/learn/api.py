@@ -124,11 +124,15 @@ def make_loop(
     keep_logprobs: bool = False,
     unlearned: bool = True,
     on_top: OnTop | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> LearningLoop | DocumentLoop:
     """The loop that a row asks for; see the loops. Documents with windows of their own have no sinks.
 
     Args:
         unlearned: of documents with windows of their own, run the same forwards without learning too.
+        rank, world: of ranks that all read the whole stream, which this is: of rows with phases, which deal documents
+            out.
 
     Raises:
         InputError: see the loops; or the row needs the windows of a run, which `slotfast.eval.WindowsLoop` has.
@@ -136,5 +140,5 @@ def make_loop(
     if row.keys == "windows":
         raise InputError(f"preset {row.name!r}: keys 'windows' are those of a run: slotfast eval has them")
     if row.apart:
-        return DocumentLoop(model, row, window, bos_id, dtype, keep_logprobs, unlearned, on_top)
+        return DocumentLoop(model, row, window, bos_id, dtype, keep_logprobs, unlearned, on_top, rank, world)
     return LearningLoop(model, row, window, sinks, bos_id, dtype, keep_logprobs, on_top)

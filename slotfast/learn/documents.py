@@ -29,7 +29,7 @@ from .keys import LOOK_BACK, SlotKeys
 from .loop import check
 from .phases import train_phase
 from .row import Learning
-from .schedule import Document, Progress, Read, boundaries, chunk_of, documents, rounds
+from .schedule import Document, Progress, Read, boundaries, chunk_of, documents, prefix, rounds
 from .slots import SlotLora
 from .top import OnTop
 
@@ -50,6 +50,8 @@ class DocumentLoop:
         keep_logprobs: give the distributions too.
         unlearned: also run the same forwards without learning.
         on_top: rows that adapt what the chunks are charged with; each document has its own.
+        rank, world: of ranks that deal the documents out, which this is: it charges its own, and trains in phases on
+            what all of them charge, each by itself and all alike.
 
     Attributes:
         seconds: of forwarding and learning, of the same forwards without learning, and of the rows on top.
@@ -69,13 +71,15 @@ class DocumentLoop:
         keep_logprobs: bool = False,
         unlearned: bool = True,
         on_top: OnTop | None = None,
+        rank: int = 0,
+        world: int = 1,
     ):
         check(row, model, window, bos_id)
         if not isinstance(model, GPT):
             raise InputError(f"preset {row.name!r}: slots and keys {row.keys!r} are for models of this package")
         self.model, self.row, self.window, self.keep_logprobs = model, row, window, keep_logprobs
         self.unlearned, self.dtype = unlearned, dtype or model.tok_emb.weight.dtype
-        self.on_top = on_top
+        self.on_top, self.rank, self.world = on_top, rank, world
         self.bos_id = bos_id if row.scope == "document" else None
         self.lora = SlotLora(model, row, row.slots or 1)
         self.ledger = dict.fromkeys(("forward", "backward", "rows", "phases", "charged"), 0)
@@ -86,7 +90,7 @@ class DocumentLoop:
         kept = () if row.keys == "recompute" else (True, False) if self.unlearned else (True,)
         self._keys = {learned: SlotKeys(model, row.slots or 1, window, row.chunk) for learned in kept}
         self._watch = Stopwatch(model.tok_emb.weight.device)
-        self._front = 0  # the document whose charges are handed out
+        self._front = rank  # the document whose charges are handed out
         self._waiting: dict[int, list[Charged | None]] = defaultdict(list)  # those of later ones
         self._held = 0
         self._progress = Progress()
@@ -183,28 +187,36 @@ class DocumentLoop:
     def _run(self, predictions: int | range) -> None:
         at, borders = self._progress, boundaries(self.row)
         found = documents(self._read, predictions, self.bos_id, self.window)
-        for number, group in enumerate(rounds(self.row, found)):
-            if number < at.round:
-                deque(group, maxlen=0)  # charged before
-                continue
-            chunk, places = self.row.chunk, len(self._slots)
-            if self.row.order == "longest":
-                together = list(group)
-                chunk, places = chunk_of(self.row, together[-1].targets + 1), len(together)
-                group = iter(together)
-            if not at.count:
-                if self.row.start == "warm" and (at.redraw or places < len(self._slots)):
-                    self._draw_anew(at.phase, places)
-                at.redraw = places < len(self._slots)  # its factors were its own
-            self._run_round(islice(group, at.count, None), chunk)
-            if self.row.order == "longest" and self.row.start == "warm":
-                self._shrink_to_the_end(at.taken, chunk)
+        charged: list[Document] = []  # by all ranks, which a phase may train on
+        for number, each in enumerate(rounds(self.row, found, self.rank, self.world)):
+            before = number < at.round  # over in an earlier run
+            if before:
+                deque(each.own, maxlen=0)
+            else:
+                self._run_round(each.own)
             if at.phase < len(borders):
-                at.charged += at.taken
-                if len(at.charged) >= borders[at.phase]:
-                    self._train(at.charged, borders[at.phase])
+                charged += each.everybody
+                if not before and len(charged) >= borders[at.phase]:
+                    self._train(prefix(self.row, charged, borders[at.phase]))
                     at.phase, at.redraw = at.phase + 1, True
-            at.round, at.count, at.taken = number + 1, 0, []
+            if not before:
+                at.round, at.count = number + 1, 0
+
+    def _run_round(self, own: Iterator[Document]) -> None:
+        at, chunk, places = self._progress, self.row.chunk, len(self._slots)
+        group: list[Document] = []
+        if self.row.order == "longest":
+            group = list(own)
+            if not group:  # there are fewer of them than ranks
+                return
+            chunk, places, own = chunk_of(self.row, group[-1].targets + 1), len(group), iter(group)
+        if not at.count:
+            if self.row.start == "warm" and (at.redraw or places < len(self._slots)):
+                self._draw_anew(at.phase, places)
+            at.redraw = places < len(self._slots)  # its factors were its own
+        self._fill_slots(islice(own, at.count, None), chunk)
+        if group and self.row.start == "warm":
+            self._shrink_to_the_end(group, chunk)
 
     def _draw_anew(self, phase: int, places: int) -> None:
         """Factors that no document has moved yet; a group with fewer documents than slots has some of its own."""
@@ -218,10 +230,7 @@ class DocumentLoop:
         for slot, count in enumerate(counts):
             self.lora.shrink(slot, self.row.steps * (max(counts) - count))
 
-    def _train(self, charged: list[Document], border: int) -> None:
-        first = charged[:border]
-        if self.row.order == "longest":  # of the documents charged, the shorter ones
-            first = sorted(charged, key=lambda document: document.targets)[:border]
+    def _train(self, first: Sequence[Document]) -> None:
         pieces = [self._read(document.start, document.start + document.targets + 1) for document in first]
         tokens = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
         with self._watch("learned"), torch.enable_grad():
@@ -229,7 +238,7 @@ class DocumentLoop:
 
     # -- a round
 
-    def _run_round(self, queue: Iterator[Document], chunk: int) -> None:
+    def _fill_slots(self, queue: Iterator[Document], chunk: int) -> None:
         """Charge documents, each in the first slot that is free."""
         left = True
         while True:
@@ -242,8 +251,6 @@ class DocumentLoop:
                     break
                 self._begin(slot, document, chunk)
                 self._progress.count += 1
-                if self.row.phases or self.row.order == "longest":
-                    self._progress.taken.append(document)
             live = [slot for slot, under_way in enumerate(self._slots) if under_way is not None]
             if not live:
                 return
@@ -375,7 +382,7 @@ class DocumentLoop:
             self._deliver(self._front)
             if not ended:
                 return
-            self._front += 1
+            self._front += self.world
 
     def _deliver(self, number: int) -> None:
         for charged in filter(None, self._waiting.pop(number)):

@@ -1,8 +1,8 @@
 """Which documents are side by side: those of a stream as they come, or in groups of about one length, longest first."""
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any, Self
 
 import numpy as np
@@ -37,28 +37,36 @@ class Progress:
     Args:
         round: number of the one under way, or of the next.
         count: documents taken in it.
-        taken, charged: those that are still needed: of this round, and of all rounds before it.
         phase: how many phases are over.
         redraw: whether A is to be drawn anew.
     """
 
     round: int = 0
     count: int = 0
-    taken: list[Document] = field(default_factory=list)
-    charged: list[Document] = field(default_factory=list)
     phase: int = 0
     redraw: bool = True
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, in plain types."""
-        kept = {name: [astuple(each) for each in getattr(self, name)] for name in ("taken", "charged")}
-        return vars(self) | kept
+        return dict(vars(self))
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> Self:
         """What `state_dict` gave."""
-        kept = {name: [Document(*each) for each in state[name]] for name in ("taken", "charged")}
-        return cls(**{**state, **kept})
+        return cls(**state)
+
+
+@dataclass
+class Round:
+    """Documents that are all charged before those of the next round begin.
+
+    Args:
+        own: this rank's, in the order in which they begin.
+        everybody: those of all ranks, where a phase may train on them; complete once `own` is at its end.
+    """
+
+    own: Iterator[Document]
+    everybody: list[Document] = field(default_factory=list)
 
 
 def documents(read: Read, predictions: int | range, bos_id: int | None, window: int = 0) -> Iterator[Document]:
@@ -99,26 +107,46 @@ def boundaries(row: Learning) -> list[int]:
     return [row.prefix * (phase + 1) // row.phases for phase in range(row.phases)]
 
 
-def rounds(row: Learning, found: Iterator[Document]) -> Iterator[Iterator[Document]]:
-    """Documents that are all charged before the next ones begin.
+def rounds(row: Learning, found: Iterator[Document], rank: int = 0, world: int = 1) -> Iterator[Round]:
+    """The rounds of one of several ranks that deal the documents out: which are whose follows from the text alone.
 
-    In the stream's order, what lies between two phases, and slots take one document after the other. Longest first, a
-    group with a document for each slot, the shortest in the first one: documents sorted by length, cut into groups from
-    the shortest on, and the last group, which may be short of documents, is the first to be charged.
+    In the stream's order, a round is what lies between two phases, and each rank takes every `world`-th document, for
+    its slots one after the other. Longest first, it is a group for each rank, and a group has a document for each slot,
+    the shortest in the first one: documents sorted by length, cut into groups from the shortest on, and the last group,
+    which may be short of documents, is the first to be charged.
     """
     if row.order == "longest":
         ordered, size = sorted(found, key=lambda document: document.targets), row.slots or 1
-        for first in reversed(range(0, len(ordered), size)):
-            yield iter(ordered[first : first + size])
+        groups = [ordered[first : first + size] for first in reversed(range(0, len(ordered), size))]
+        for first in range(0, len(groups), world):
+            together = groups[first : first + world]
+            yield Round(iter(together[rank] if rank < len(together) else ()), list(chain(*together)))
         return
+
+    def deal(part: Iterator[Document], everybody: list[Document] | None = None) -> Iterator[Document]:
+        for document in part:
+            if everybody is not None:
+                everybody.append(document)
+            if document.number % world == rank:
+                yield document
+
     done = 0
     for boundary in boundaries(row):
-        yield islice(found, boundary - done)
+        each = Round(iter(()))
+        each.own = deal(islice(found, boundary - done), each.everybody)
+        yield each
         done = boundary
-    yield found
+    yield Round(deal(found))
 
 
 def chunk_of(row: Learning, tokens: int) -> int:
     """Tokens of a chunk where the longest document of the group has so many tokens, its start and end included."""
     fitting = [(most, chunk) for most, chunk in row.short if tokens <= most]
     return min(fitting)[1] if fitting else row.chunk
+
+
+def prefix(row: Learning, charged: Sequence[Document], boundary: int) -> list[Document]:
+    """The documents that a phase trains on: the first ones charged; longest first, the shorter ones of them."""
+    if row.order == "longest":
+        charged = sorted(charged, key=lambda document: document.targets)
+    return list(charged[:boundary])

@@ -1,0 +1,133 @@
+"""What learning gains with a model that was trained on with learning in view, beside one that was trained on as long without.
+
+    python -m bench.learnable --artifact m.slotfast --tokenizer m.model --text train.jsonl.xz --val val.jsonl.xz \
+        --how reptile --seconds 1500 --out learnable.jsonl
+
+`reptile` (arXiv 1803.02999): learning runs over a training document from the model's weights on, and the weights move a
+share of the way to where it ended; `plain`: they move that share behind every chunk, so that nothing is ever learned
+from a document before the next chunk is; `none`: the model as it is. The share rises over the first minute and falls
+to nothing by the end. Then the rows are charged on the validation text, which no training sees. A line a run.
+"""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from slotfast.data import Tokenizer, read_documents
+from slotfast.errors import InputError
+from slotfast.eval.inputs import Sources, read_inputs
+from slotfast.eval.learning import UNLEARNED, LearningPass, grouped
+from slotfast.learn import FrozenLoop, Learning, LearningLoop, OnTop, parse_row
+from slotfast.model import GPT
+from slotfast.slot import Calibration
+
+from .common import append_json, provenance
+
+_LONGEST = 6000  # tokens of a document that are trained on: longer ones would be few steps of the share
+_INNER = "learn:what=all,lr=4e-4,betas=0+0.999,eps=1e-5,chunk=64"
+_ROW = "learn:what=all,lr=2e-4,betas=0+0.999,eps=1e-5,chunk=32,forget=0.9"
+
+
+def main() -> None:
+    """Train a model on, charge the rows, print and append a line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--artifact", required=True, help="as of slotfast eval")
+    parser.add_argument("--tokenizer", required=True, help="as of slotfast eval")
+    parser.add_argument("--text", required=True, help="documents to train on")
+    parser.add_argument("--val", required=True, help="documents to charge")
+    parser.add_argument("--how", choices=("reptile", "plain", "none"), default="reptile")
+    parser.add_argument("--seconds", type=float, default=1500.0, help="of training")
+    parser.add_argument("--share", type=float, default=0.5, help="of the way that the weights move")
+    parser.add_argument("--inner", default=_INNER, help="row that learns while it is trained")
+    parser.add_argument("--row", default=_ROW, help="row that is charged, alone and below counts")
+    parser.add_argument("--out", required=True, help="file of a line a run; it is appended to")
+    options = parser.parse_args()
+    try:
+        run(options)
+    except InputError as error:
+        sys.exit(f"learnable: {error}")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Train, charge, print and append; raises InputError on bad input."""
+    inputs = read_inputs(Sources(artifact=options.artifact, tokenizer=options.tokenizer, text=options.val))
+    model, trained = inputs.artifact.model(), {}
+    if options.how != "none":
+        documents = list(read_documents(options.text))
+        trained = train(model, inputs.tokenizer, documents, parse_row(options.inner), options)
+    calibration = Calibration.stored(inputs.artifact.unigram, inputs.artifact.metadata)
+    line = {"how": options.how, **trained, **charge(model, inputs, calibration, options.row)}
+    print(line, flush=True)
+    append_json(options.out, line | provenance("cpu"))
+
+
+def train(
+    model: GPT, tokenizer: Tokenizer, documents: list[str], row: Learning, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Move a model's weights, document by document in a random order, for some seconds; what was done."""
+    begun, window, seen, count = time.monotonic(), model.config.seq_len, 0, 0
+    order = np.random.default_rng(0).permutation(len(documents))
+    memory = None
+    while (at := time.monotonic() - begun) < options.seconds:
+        ids = np.asarray(tokenizer.encode_documents([documents[order[count % len(order)]]])[0], np.int64)[:_LONGEST]
+        count += 1
+        if len(ids) < 2 * row.chunk:
+            continue
+        share = options.share * min(1.0, at / 60, 1 - at / options.seconds)
+        loop = LearningLoop(model, row, window, bos_id=tokenizer.bos_id)
+        if memory is not None:
+            loop._optimizer.load_state_dict(memory)
+
+        def move(loop: LearningLoop = loop, share: float = share) -> None:
+            with torch.no_grad():
+                for start, learned in zip(loop._learner._start, loop._learner.values, strict=True):
+                    start.lerp_(learned, share)
+                    learned.copy_(start)
+
+        loop.run(lambda a, b, ids=ids: ids[a:b], len(ids) - 1, _ignore, move if options.how == "plain" else None)
+        if options.how == "reptile":
+            move()
+        memory = loop._optimizer.state_dict()
+        seen += len(ids) - 1
+        if count % 100 == 0:
+            print(f"{at:.0f} s, {count} documents, {seen} tokens", file=sys.stderr, flush=True)
+    return {"inner": options.inner, "share": options.share, "trained_tokens": seen, "seconds": options.seconds}
+
+
+def _ignore(_charged: Any) -> None:
+    pass
+
+
+def charge(model: GPT, inputs: Any, calibration: Calibration, name: str) -> dict[str, Any]:
+    """Bits per byte of a text unlearned, with counts, with learning, and with both; the last over the second paired."""
+    text, window = inputs.text, model.config.seq_len
+    unlearned = LearningPass(FrozenLoop(model, window), [UNLEARNED], text).run().meter.nats[1]
+    found = {"row": name, "documents": text.documents, "tokens": len(text.stream)}
+    nats = {"none": unlearned}
+    for base, learns in (("learn:steps=0", False), (name, True)):
+        rows = [parse_row(base), parse_row(f"{base}+causal")]
+        rows = grouped(rows, calibration)[0]
+        on_top = OnTop.of(rows, window, calibration, text.bos_id)
+        loop = LearningLoop(model, rows[0], window, bos_id=text.bos_id, on_top=on_top)
+        meter = LearningPass(loop, rows, text).run().meter
+        if learns:
+            nats["learn"] = meter.nats[1]
+        nats["learn+causal" if learns else "causal"] = meter.nats[2]
+        n_bytes = meter.bytes
+    bits = {key: value / np.log(2) for key, value in nats.items()}
+    found["bpb"] = {key: float(value.sum() / n_bytes.sum()) for key, value in bits.items()}
+    for over, under in (("none", "causal"), ("none", "learn"), ("causal", "learn+causal")):
+        gained = bits[over] - bits[under]
+        mean = gained.sum() / n_bytes.sum()
+        spread = gained - mean * n_bytes
+        error = np.sqrt((spread**2).sum() * len(spread) / (len(spread) - 1)) / n_bytes.sum()
+        found[f"{under} over {over}"] = [float(mean), float(error)]
+    return found
+
+
+if __name__ == "__main__":
+    main()

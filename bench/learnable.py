@@ -1,4 +1,4 @@
-"""What learning gains with a model that was trained on with learning in view, beside one that was trained on as long without.
+"""What learning gains with a model that was trained on for it, beside one that was trained on as long without.
 
     python -m bench.learnable --artifact m.slotfast --tokenizer m.model --text train.jsonl.xz --val val.jsonl.xz \
         --how reptile --seconds 1500 --out learnable.jsonl
@@ -19,9 +19,9 @@ import torch
 
 from slotfast.data import Tokenizer, read_documents
 from slotfast.errors import InputError
-from slotfast.eval.inputs import Sources, read_inputs
-from slotfast.eval.learning import UNLEARNED, LearningPass, grouped
-from slotfast.learn import FrozenLoop, Learning, LearningLoop, OnTop, parse_row
+from slotfast.eval.inputs import Inputs, Sources, read_inputs
+from slotfast.eval.learning import LearningPass, grouped
+from slotfast.learn import Learning, LearningLoop, OnTop, parse_row
 from slotfast.model import GPT
 from slotfast.slot import Calibration
 
@@ -80,52 +80,45 @@ def train(
         share = options.share * min(1.0, at / 60, 1 - at / options.seconds)
         loop = LearningLoop(model, row, window, bos_id=tokenizer.bos_id)
         if memory is not None:
-            loop._optimizer.load_state_dict(memory)
+            loop.load_state_dict({**loop.state_dict(), "optimizer": memory}, _nothing)
 
         def move(loop: LearningLoop = loop, share: float = share) -> None:
             with torch.no_grad():
-                for start, learned in zip(loop._learner._start, loop._learner.values, strict=True):
-                    start.lerp_(learned, share)
-                    learned.copy_(start)
+                for weight, learned in zip(model.parameters(), loop.state_dict()["learned"], strict=True):
+                    weight.lerp_(learned, share)
+                    learned.copy_(weight)
 
-        loop.run(lambda a, b, ids=ids: ids[a:b], len(ids) - 1, _ignore, move if options.how == "plain" else None)
+        loop.run(lambda a, b, ids=ids: ids[a:b], len(ids) - 1, _nothing, move if options.how == "plain" else None)
         if options.how == "reptile":
             move()
-        memory = loop._optimizer.state_dict()
+        memory = loop.state_dict()["optimizer"]
         seen += len(ids) - 1
         if count % 100 == 0:
             print(f"{at:.0f} s, {count} documents, {seen} tokens", file=sys.stderr, flush=True)
     return {"inner": options.inner, "share": options.share, "trained_tokens": seen, "seconds": options.seconds}
 
 
-def _ignore(_charged: Any) -> None:
-    pass
+def _nothing(*_: Any) -> None:
+    """What is charged, or read, is not wanted."""
 
 
-def charge(model: GPT, inputs: Any, calibration: Calibration, name: str) -> dict[str, Any]:
+def charge(model: GPT, inputs: Inputs, calibration: Calibration, name: str) -> dict[str, Any]:
     """Bits per byte of a text unlearned, with counts, with learning, and with both; the last over the second paired."""
     text, window = inputs.text, model.config.seq_len
-    unlearned = LearningPass(FrozenLoop(model, window), [UNLEARNED], text).run().meter.nats[1]
-    found = {"row": name, "documents": text.documents, "tokens": len(text.stream)}
-    nats = {"none": unlearned}
-    for base, learns in (("learn:steps=0", False), (name, True)):
-        rows = [parse_row(base), parse_row(f"{base}+causal")]
-        rows = grouped(rows, calibration)[0]
+    found: dict[str, Any] = {"row": name, "documents": text.documents, "tokens": len(text.stream)}
+    nats = {}
+    for base, names in (("learn:steps=0", ("none", "causal")), (name, ("learn", "learn+causal"))):
+        rows = grouped([parse_row(base), parse_row(f"{base}+causal")], calibration)[0]
         on_top = OnTop.of(rows, window, calibration, text.bos_id)
         loop = LearningLoop(model, rows[0], window, bos_id=text.bos_id, on_top=on_top)
         meter = LearningPass(loop, rows, text).run().meter
-        if learns:
-            nats["learn"] = meter.nats[1]
-        nats["learn+causal" if learns else "causal"] = meter.nats[2]
-        n_bytes = meter.bytes
-    bits = {key: value / np.log(2) for key, value in nats.items()}
-    found["bpb"] = {key: float(value.sum() / n_bytes.sum()) for key, value in bits.items()}
+        nats |= dict(zip(names, meter.nats[1:], strict=True))
+    meter.nats = np.stack(list(nats.values()))
+    found["bpb"] = {each: meter.score(number).bpb for number, each in enumerate(nats)}
     for over, under in (("none", "causal"), ("none", "learn"), ("causal", "learn+causal")):
-        gained = bits[over] - bits[under]
-        mean = gained.sum() / n_bytes.sum()
-        spread = gained - mean * n_bytes
-        error = np.sqrt((spread**2).sum() * len(spread) / (len(spread) - 1)) / n_bytes.sum()
-        found[f"{under} over {over}"] = [float(mean), float(error)]
+        meter.nats = np.stack([nats[over], nats[under]])
+        score = meter.score(1)
+        found[f"{under} over {over}"] = {"gain_bpb": score.gain_bpb, "gain_se": score.gain_se}
     return found
 
 

@@ -65,7 +65,7 @@ def test_a_document_starts_afresh():
     assert torch.equal(found.nll[starts], found.unlearned[starts])
     assert bool((found.nll != found.unlearned)[[22, 25, 26, 41]].all())
     apart = learn(model, tokens[40:], "learn:chunk=1,lr=0.05,projections=up", window=1)
-    assert torch.equal(apart.nll, found.nll[40:])
+    torch.testing.assert_close(apart.nll, found.nll[40:], rtol=0, atol=1e-12)  # some CPUs round by where data lie
 
 
 @pytest.mark.parametrize("what", ["what=all", "what=norms", "rank=2"])

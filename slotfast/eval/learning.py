@@ -50,8 +50,8 @@ class LearningPass:
     ):
         self.loop, self.rows, self.text = loop, rows, text
         self.span = piece(rows[0], text, rank, world)
-        self.share = len(self.span) // (world if rows[0].phases else 1)
         self.together = world > 1 and isinstance(loop, WindowsLoop)
+        self.share = len(self.span) // (world if rows[0].phases or self.together else 1)
         names = ["unlearned", *(row.name for row in rows)]
         self.meter, self.along = Meter(names, text.documents), Meter(names, PIECES)
         self.charged, self.forwards, self.seconds = 0, 0.0, dict(loop.seconds)
@@ -194,10 +194,10 @@ class LearningPass:
 
 def piece(row: Learning, text: Text, rank: int, world: int) -> range:
     """The predictions that one of several ranks charges: contiguous, of whole chunks, or of whole documents where
-    learning starts afresh at each; a rank may have none. Of rows with phases it is all: their loop deals documents
-    out."""
+    learning starts afresh at each; a rank may have none. Of rows whose ranks take turns through all of it, it
+    is all: those with phases, which deal documents out, and those that share chunks of windows."""
     predictions = len(text.stream) - 1
-    if row.phases:
+    if row.phases or row.keys == "windows":
         return range(predictions)
     ideal = [number * predictions // world for number in (rank, rank + 1)]
     if row.scope == "document":

@@ -12,6 +12,7 @@ from ..compiled import Compiled
 from ..data import Text
 from ..errors import InputError
 from ..model import CausalModel
+from ..saved import whole
 from ..score import Meter
 from ..slot import Adapter, Adjusted
 from ..ttt import ScoreFirst
@@ -170,7 +171,8 @@ class SlidingPass:
         owned, done = self._owned, state["done"]
         if done is not None and not owned.start < done <= owned.stop:
             raise ValueError(f"{done} windows are done: expected more than {owned.start}, at most {owned.stop}")
-        self._done, self.windows, self.chunks = done, state["windows"], state["chunks"]
+        self._done, self.windows = done, state["windows"]
+        self.chunks = whole(state["chunks"], 0, len(self.training.chunks(self.plan)) if self.training else 0)
         self.seconds.update(state["seconds"])
         self.row_seconds = list(state["row_seconds"])
         self.meter.load_state_dict(state["meter"])

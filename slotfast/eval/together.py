@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .. import saved
 from ..command import checkpoint
 from ..errors import InputError
 from ..words import counted
@@ -48,12 +49,12 @@ class Together:
             for path in (Path(self.path), self._next):
                 state = checkpoint.load(path, self.command, self.run)
                 if state is not None:
-                    states[tuple(state["chunks"])] = path, state
+                    states[tuple(saved.whole(chunks, 0, 1 << 62) for chunks in state["chunks"])] = path, state
                 elif path != self._next:
                     states[tuple(start)] = path, None
         except InputError as error:
             fault = str(error)
-        except (KeyError, TypeError):
+        except (KeyError, TypeError, ValueError):
             fault = f"{path}: its state does not fit this evaluation: damaged"
         found: list[Any] = [None] * self.worker.world
         dist.all_gather_object(found, (fault, self.path, list(states)))

@@ -197,7 +197,7 @@ class DocumentLoop:
             if at.phase < len(borders):
                 charged += each.everybody
                 if not before and len(charged) >= borders[at.phase]:
-                    self._train(prefix(self.row, charged, borders[at.phase]))
+                    self._train(charged, borders[at.phase])
                     at.phase, at.redraw = at.phase + 1, True
             if not before:
                 at.round, at.count = number + 1, 0
@@ -230,8 +230,8 @@ class DocumentLoop:
         for slot, count in enumerate(counts):
             self.lora.shrink(slot, self.row.steps * (max(counts) - count))
 
-    def _train(self, first: Sequence[Document]) -> None:
-        pieces = [self._read(document.start, document.start + document.targets + 1) for document in first]
+    def _train(self, charged: Sequence[Document], border: int) -> None:
+        pieces = [self._read(each.start, each.start + each.targets + 1) for each in prefix(self.row, charged, border)]
         tokens = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
         with self._watch("learned"), torch.enable_grad():
             self.ledger["phases"] += train_phase(self._base, self.row, tokens, self.window, self.bos_id, self.dtype)

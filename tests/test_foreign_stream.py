@@ -182,7 +182,7 @@ def test_a_module_with_a_stream_of_its_own(project, capsys):
 
 def test_what_a_module_s_own_stream_cannot_do_is_refused(project):
     common = ["--text", str(project / "t.txt"), "--stride", "8", "--forward", "stream", "--preset", "none"]
-    with pytest.raises(InputError, match=r"--model's own stream\(tokens, state\) decides what it keeps"):
+    with pytest.raises(InputError, match=r"sinks 2: the model's own stream\(tokens, state\) decides what it keeps"):
         main([*common, "--model", "streaming:Means", "--sinks", "2"])
     with pytest.raises(InputError, match=r"streaming:Plain has no stream\(tokens, state\)"):
         main([*common, "--model", "streaming:Plain"])

@@ -65,6 +65,8 @@ def test_a_model_runs_as_in_evaluation_and_is_left_as_it_was():
         ({"window": 0}, "window 0: expected at least 1"),
         ({"window": -3}, "window -3: expected at least 1"),
         ({"sinks": -1}, "sinks -1: expected at least 0"),
+        ({"sinks": 2}, "sinks 2: the model has no keys that could stay"),
+        ({"row": 3}, "row of type int: expected NAME"),
         ({"row": "causal"}, "'causal' learns nothing: slotfast.adapt runs it"),
         ({"row": "learn:betas=0.9"}, "betas=0.9: expected two numbers, as 0.9"),
         ({"row": "learn:betas=a+b"}, "expected two numbers, as 0.9"),

@@ -161,7 +161,7 @@ class OwnStream:
 
     def __init__(self, stream: Callable[[Tensor, Any], tuple[Tensor, Any]], sinks: int = 0):
         if sinks:
-            raise InputError(f"--sinks {sinks}: --model's own stream(tokens, state) decides what it keeps")
+            raise InputError(f"sinks {sinks}: the model's own stream(tokens, state) decides what it keeps")
         self.stream, self.position, self._state = stream, 0, None
 
     def __call__(self, tokens: Tensor, first: int = 0) -> Tensor:
@@ -199,7 +199,7 @@ class WindowStream:
 
     def __init__(self, states: Callable[[Tensor], Tensor], window: int, sinks: int = 0, block: int = 0):
         if sinks:
-            raise InputError(f"--sinks {sinks}: the model has no keys that could stay")
+            raise InputError(f"sinks {sinks}: the model has no keys that could stay")
         self.states, self.window, self.block, self.position = states, window, block, 0
         self.sinks, self.reach = 0, window
         self._recent: Tensor | None = None

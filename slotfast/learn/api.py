@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..foreign.models import LanguageModel, language_model
 from ..model import GPT
+from ..slot import Adaptation
 from .charged import Charged, FrozenLoop
 from .documents import DocumentLoop
 from .loop import LearningLoop
@@ -63,7 +64,7 @@ def learn(
         InputError: a row that does not exist or does not fit, tokens, a window or sinks out of range, or losses that
             are no numbers.
     """
-    _check(model, tokens, window, sinks)
+    _check(model, tokens, row, window, sinks)
     parsed = parse_row(row) if isinstance(row, str) else row
     if not isinstance(parsed, Learning):
         raise InputError(f"preset {parsed.name!r} learns nothing: slotfast.adapt runs it")
@@ -86,7 +87,11 @@ def learn(
     return Learned(nll, torch.cat([part.nll for part in plain]), loop.forwards, seconds | frozen.seconds)
 
 
-def _check(model: nn.Module, tokens: Tensor, window: int | None, sinks: int) -> None:
+def _check(model: nn.Module, tokens: Tensor, row: str | Learning, window: int | None, sinks: int) -> None:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model of type {type(model).__name__}: expected a torch module")
+    if not isinstance(row, str | Learning | Adaptation):
+        raise InputError(f"row of type {type(row).__name__}: expected NAME, NAME:key=value or a row that learns")
     if not isinstance(tokens, Tensor):
         raise InputError(f"tokens of type {type(tokens).__name__}: expected a tensor, int [N]")
     if tokens.dim() != 1 or len(tokens) < 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:

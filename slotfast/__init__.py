@@ -68,12 +68,12 @@ __all__ = [
 __getattr__, __dir__ = exports(
     __name__,
     {
+        ".": ["learn"],
         ".artifact": ["Artifact", "load_artifact", "read_artifact", "write_artifact"],
         ".data": ["ByteTable", "Text", "Tokenizer", "TokenStream", "open_shards", "read_documents"],
         ".errors": ["InputError"],
         ".eval": ["Scored", "SlidingPass", "Streaming"],
         ".foreign": ["read_calibration"],
-        ".learn": ["learn"],
         ".model": ["GPT", "GPTConfig"],
         ".quantize": ["quantize_model"],
         ".score": ["Meter", "Score"],

@@ -11,7 +11,8 @@ def exports(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable[
 
     Args:
         package: its `__name__`.
-        names: those that it takes from each of its modules: {".loop": ["Scored"]}; a module's own name is the module.
+        names: those that it takes from each of its modules: {".loop": ["Scored"]}, and modules themselves:
+            {".": ["loop"]}.
 
     Returns:
         The two functions. A name is set on the package once it has been imported.
@@ -21,8 +22,10 @@ def exports(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable[
     def get(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(modules[name], package)
-        value = module if modules[name] == f".{name}" else getattr(module, name)
+        if modules[name] == ".":
+            value: Any = importlib.import_module(f".{name}", package)
+        else:
+            value = getattr(importlib.import_module(modules[name], package), name)
         setattr(sys.modules[package], name, value)
         return value
 

@@ -125,7 +125,7 @@ def test_rows_that_learn_alike_share_a_pass(small, tmp_path, capsys, monkeypatch
         ("learn+pr1217-window", "'pr1217-window' on top: expected a row that counts"),
         ("learn+cuasal", "'cuasal': no such preset; the nearest is causal"),
         ("learn+causal:rank=3", "'rank' does nothing here"),
-        ("learn:top=causal", "top=causal: "),
+        ("learn:top=causal", "'top' does nothing here"),
     ],
 )
 def test_rows_that_do_not_go_on_top_end_with_one_line(row, words):

@@ -246,8 +246,8 @@ class _Memory:
             for recent, kept in zip(self.recent, (keys, saved.alike(values, keys)), strict=True):
                 recent.extend(kept.to(device))
         if first := min(self.sinks, of.position):
-            of_first = (saved.tensor(kept, of.dtype, batch, first, *heads) for kept in state["first"])
-            self.first = tuple(kept.to(device) for _, kept in zip(range(2), of_first, strict=True))
+            keys, values = (saved.tensor(kept, of.dtype, batch, first, *heads) for kept in state["first"])
+            self.first = keys.to(device), values.to(device)
         else:
             self.first = None
 

@@ -152,7 +152,7 @@ class LearningLoop:
         load_cached(self._cached, state["cached"])
         pairs = zip(state["learned"], self._learner.values, strict=True)
         restore(self._learner.values, [saved.alike(value, own) for value, own in pairs])
-        self._optimizer.load_state_dict(saved.optimizer(state["optimizer"], self._optimizer))
+        self._optimizer.load_state_dict(dict(saved.optimizer(state["optimizer"], self._optimizer)))
         if self.on_top and self._done is not None:
             device = next(self.model.parameters()).device
             self.on_top.load_state_dict(state["on_top"], read(self._since + 1, self._done + 1), device)

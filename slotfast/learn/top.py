@@ -82,8 +82,8 @@ class OnTop:
         if self._past is not None:
             logits, targets = (torch.cat(pair) for pair in zip(self._past, (logits, targets), strict=True))
         run = range(len(targets) - count, len(targets))
-        ends = (torch.full((1,), x, device=logits.device) for x in (run.start, run.stop))
-        batch = WindowBatch(logits[None], targets[None], *ends, run=run)
+        context, end = (torch.full((1,), x, device=logits.device) for x in (run.start, run.stop))
+        batch = WindowBatch(logits[None], targets[None], context, end, run=run)
         adjusted = [adapter.step(batch, keep_logprobs) for adapter in self._adapters]
         if self._context:
             self._past = logits[-self._context :].clone(), targets[-self._context :]

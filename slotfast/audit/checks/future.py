@@ -61,7 +61,7 @@ class Future(Check):
             return None
         score = 1 + int(difference(pair.base.nll[1 : probe.at], pair.other.nll[1 : probe.at]).argmax())
         moved, last = self._moves_each_time(pair, probe.tokens, score), int((base != probe.tokens).nonzero()[-1])
-        return moved and Leak.of("future", last, moved, probe, pair.base, last == probe.at, pair.of)
+        return Leak.of("future", last, moved, probe, pair.base, last == probe.at, pair.of) if moved else None
 
     def _moves_each_time(self, pair: Pair, other: Tensor, score: int) -> Moved | None:
         """How far a score lies apart on average where it does so, beyond reruns and in one direction, every time.

@@ -44,6 +44,22 @@ class _Killed(Exception):
     pass
 
 
+def _killed_and_gone_on(path, fresh, chunks):
+    """A pass that is killed behind so many chunks, and one that ran to its end from what the first had saved."""
+    killed, left = fresh(), iter(range(chunks - 1))
+
+    def kill():
+        if next(left, None) is None:
+            checkpoint.save(path, "slotfast.eval", {}, killed.state_dict())
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        killed.run(on_chunk=kill)
+    going = fresh()
+    going.load_state_dict(checkpoint.load(path, "slotfast.eval", {}))
+    return killed, going.run()
+
+
 def _text():
     return Text(TokenStream([_tokens().numpy()]), BYTES, BOS)
 
@@ -73,19 +89,8 @@ def test_a_pass_that_goes_on_ends_with_the_same_bits(tmp_path, of, row):
         assert LONGEST == 64 > len(_tokens()) > LONGEST - WINDOW  # it starts again from position 0 within
     whole = _pass(model, row).run()
     for chunks in (1, 5):
-        killed, seen = _pass(model, row), []
-
-        def kill(killed=killed, seen=seen, chunks=chunks):
-            seen.append(1)
-            if len(seen) == chunks:
-                checkpoint.save(tmp_path / "c", "slotfast.eval", {}, killed.state_dict())
-                raise _Killed
-
-        with pytest.raises(_Killed):
-            killed.run(on_chunk=kill)
-        going = _pass(model, row)
-        going.load_state_dict(checkpoint.load(tmp_path / "c", "slotfast.eval", {}))
-        _same(going.run(), whole)
+        _, going = _killed_and_gone_on(tmp_path / "c", lambda: _pass(model, row), chunks)
+        _same(going, whole)
     fresh = _pass(model, row)
     fresh.load_state_dict(_pass(model, row).state_dict())  # saved before it began
     _same(fresh.run(), whole)
@@ -115,20 +120,9 @@ def test_documents_in_slots_that_go_on_end_with_the_same_bits(tmp_path, row):
     model = random_model(layers=2, value_layers=(1,))
     whole = _pass(model, row).run()
     for sweeps in (1, 4, 6, 8):  # within documents, between them, behind phases
-        killed, seen = _pass(model, row), []
-
-        def kill(killed=killed, seen=seen, sweeps=sweeps):
-            seen.append(1)
-            if len(seen) == sweeps:
-                checkpoint.save(tmp_path / "c", "slotfast.eval", {}, killed.state_dict())
-                raise _Killed
-
-        with pytest.raises(_Killed):
-            killed.run(on_chunk=kill)
+        killed, going = _killed_and_gone_on(tmp_path / "c", lambda: _pass(model, row), sweeps)
         assert 0 < killed.loop.ledger["charged"] < 57
-        going = _pass(model, row)
-        going.load_state_dict(checkpoint.load(tmp_path / "c", "slotfast.eval", {}))
-        _same(going.run(), whole)
+        _same(going, whole)
     ended, again = _pass(model, row), _pass(model, row)
     ended.run()
     again.load_state_dict(ended.state_dict())
@@ -240,18 +234,8 @@ def test_a_piece_that_goes_on_ends_with_the_same_bits(tmp_path, row):
     whole = _pass(model, row, 1, 2).run()
     assert whole.span.start > WINDOW
     for chunks in (1, 2, 3):
-        killed, left = _pass(model, row, 1, 2), iter(range(chunks - 1))
-
-        def kill(killed=killed, left=left):
-            if next(left, None) is None:
-                checkpoint.save(tmp_path / "c", "slotfast.eval", {}, killed.state_dict())
-                raise _Killed
-
-        with pytest.raises(_Killed):
-            killed.run(on_chunk=kill)
-        going = _pass(model, row, 1, 2)
-        going.load_state_dict(checkpoint.load(tmp_path / "c", "slotfast.eval", {}))
-        _same(going.run(), whole)
+        _, going = _killed_and_gone_on(tmp_path / "c", lambda: _pass(model, row, 1, 2), chunks)
+        _same(going, whole)
 
 
 def test_longest_first_each_rank_orders_its_own_documents():
@@ -291,18 +275,8 @@ def test_ranks_with_phases_go_on_each_from_where_it_was(tmp_path, row):
         whole.run(on_chunk=lambda whole=whole, places=places: places.append(whole.loop.state_dict()["at"]["phase"]))
         assert set(places) >= {0, 1}
         for sweeps in (1, places.index(1) + 1, len(places)):
-            killed, left = _dealt(model, row, rank), iter(range(sweeps - 1))
-
-            def kill(killed=killed, left=left):
-                if next(left, None) is None:
-                    checkpoint.save(tmp_path / "c", "slotfast.eval", {}, killed.state_dict())
-                    raise _Killed
-
-            with pytest.raises(_Killed):
-                killed.run(on_chunk=kill)
-            going = _dealt(model, row, rank)
-            going.load_state_dict(checkpoint.load(tmp_path / "c", "slotfast.eval", {}))
-            _same(going.run(), whole)
+            _, going = _killed_and_gone_on(tmp_path / "c", lambda rank=rank: _dealt(model, row, rank), sweeps)
+            _same(going, whole)
 
 
 def test_rows_that_need_the_stream_in_order_are_refused_on_several_ranks():

@@ -107,6 +107,15 @@ def test_the_command_writes_the_same_model_calibrated(files, capsys, monkeypatch
         assert torch.equal(tensor, after.model().state_dict()[name])
 
 
+def test_numbers_of_learn_are_chosen_for_the_row_that_is_asked_for(files, capsys):
+    main([*_arguments(files, out="l"), "--forward", "stream", "--learn-trials", "2", "--learn-row", "learn+causal"])
+    found = read_artifact(files / "l").metadata["calibration"]["learn"]
+    assert (found["row"], found["trials"]) == ("learn+causal", 2)
+    assert "bpb for learn+causal here; 2 trials" in capsys.readouterr().out
+    with pytest.raises(InputError, match="learn_row.*'learn' or 'learn\\+causal'|--learn-row.*'learn\\+causal'"):
+        main([*_arguments(files, out="never"), "--learn-row", "learn+none"])
+
+
 def test_what_cannot_work_is_one_line(files, tmp_path):
     for changes, message in (
         ({"text": "one.txt"}, "1 document, 2 tokens; calibration needs 2 and 1,000"),

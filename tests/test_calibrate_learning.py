@@ -9,7 +9,9 @@ import torch
 from slotfast.calibrate import calibrate_learning
 from slotfast.data import ByteTable, Text, TokenStream
 from slotfast.errors import InputError
-from slotfast.learn import calibrated_row, learn, parse_row
+from slotfast.eval.learning import LearningPass, grouped
+from slotfast.learn import OnTop, calibrated_row, learn, make_loop, parse_row
+from slotfast.slot import Calibration
 
 from .models import random_model
 
@@ -54,6 +56,21 @@ def test_all_that_was_chosen_is_used_from_json_too(model):
     bare = Text(text.stream, text.byte_table, None)
     assert not calibrate_learning(model, bare, trials=2, window=16)["forget"]
     assert {"betas", "eps", "forget"} <= calibrate_learning(model, text, trials=1, window=16).keys()
+
+
+def test_below_counts_the_gain_is_what_learning_adds_to_them(model):
+    """A phrase that comes back is soon counted, which leaves less of it to learn."""
+    text, calibration = _text(True), Calibration()
+    alone = calibrate_learning(model, text, trials=1, window=16)
+    below = calibrate_learning(model, text, trials=1, window=16, row="learn+causal", calibration=calibration)
+    assert (alone["row"], below["row"], below["lr"]) == ("learn", "learn+causal", alone["lr"])
+    nats = []
+    for name in ("learn:chunk=16,steps=0+causal", "learn:chunk=16+causal"):
+        (rows,) = grouped([parse_row(name)], calibration)
+        loop = make_loop(model, rows[0], 16, bos_id=BOS, on_top=OnTop.of(rows, 16, calibration, BOS))
+        nats.append(LearningPass(loop, rows, text).run().meter.nats[1].sum())
+    gain = (nats[0] - nats[1]) / np.log(2) / text.bytes_of(text.stream.read(0, len(text.stream))).sum()
+    assert below["gain_bpb"] == pytest.approx(gain, rel=1e-6) and below["gain_bpb"] < alone["gain_bpb"]
 
 
 def test_what_gains_nothing_is_off(model):

@@ -70,6 +70,7 @@ def found(folder):
     """The file of the command."""
     path = folder / "found.json"
     arguments = ["--model", "rows_of_theirs:padded", "--text", str(folder / "like.jsonl"), "--out", str(path)]
+    arguments += ["--learn-trials", "2", "--learn-row", "learn+causal"]
     calibrate([*arguments, "--max-tokens", "1500", "--forward", "stream", "--stride", "16"])
     return path
 
@@ -86,6 +87,8 @@ def test_a_calibration_is_as_its_schema_says(folder, found):
     assert set(SCHEMA["required"]) == set(SCHEMA["properties"]) and document["schema"] == 1
     assert document["vocab_size"] == 1088 and str(folder) not in found.read_text()
     assert StoredCalibration.read(found).model_dump(by_alias=True) == document
+    learn = document["calibration"]["learn"]
+    assert (learn["row"], learn["trials"], learn["what"]) == ("learn+causal", 2, "all")  # it has no linear layers
 
 
 def test_it_gains_on_text_that_did_not_choose_it(folder, found, capsys):

@@ -8,11 +8,12 @@ from ..command.progress import Progress
 from ..data import Text
 from ..errors import InputError
 from ..eval.forward import block_that_fits
-from ..eval.learning import UNLEARNED, LearningPass
+from ..eval.learning import UNLEARNED, LearningPass, grouped
 from ..foreign import LanguageModel
-from ..learn import CALIBRATED, LEARNING, FrozenLoop, Learning, make_loop
+from ..learn import CALIBRATED, LEARNING, FrozenLoop, Learning, OnTop, make_loop, parse_row
 from ..model import GPT
 from ..score import Score
+from ..slot import Adaptation, Calibration
 from ..worker import ALONE, Worker
 
 # Where the search begins: what learns, and rates that suit it.
@@ -30,6 +31,8 @@ def calibrate_learning(
     *,
     trials: int,
     window: int,
+    row: str = "learn",
+    calibration: Calibration | None = None,
     sinks: int = 0,
     worker: Worker = ALONE,
     shown: bool = False,
@@ -37,52 +40,52 @@ def calibrate_learning(
     """What learns, rate, chunk, rank and decay of `learn`, by one pass over the text for each trial, or nothing.
 
     What learns, and what of it is forgotten where documents begin, is tried first, then one number after the other is
-    doubled or halved as long as that helps.
+    doubled or halved as long as that helps. What gains most alone is often not what adds most below counts, which find
+    some of it for themselves.
 
     Args:
         model: as it will be evaluated, on the worker's device; left as it was.
         text: documents held out from training; never the text to be scored.
         trials: passes at most, >= 1, besides the unlearned one.
         window, sinks, worker: of the passes.
+        row: that the numbers are to serve, `learn` or `learn+ROW`; its gain is over the same without learning.
+        calibration: of what is on top.
         shown: say on standard error how far it is.
 
     Returns:
         The numbers by their keys, with `steps` 0, nothing is learned, unless the best row gains more than two standard
         errors, clustered by document; what that gained on these very documents, and its error; trials and seconds.
     """
-    begun, vocab_size = time.perf_counter(), len(text.byte_table.base)
-    block = block_that_fits(vocab_size, worker.on_gpu)
-    frozen = LearningPass(FrozenLoop(model, window, sinks, worker.dtype, block), [UNLEARNED], text)
-    with Progress(len(frozen.span), 0, "tokens unlearned", silent=not shown) as progress:
-        frozen.run(progress)
-    start = LEARNING["learn"]
-    if window < start.chunk:
-        start = start.model_copy(update={"chunk": window})
+    begun = time.perf_counter()
+    start = LEARNING["learn"].model_copy(update={"chunk": min(LEARNING["learn"].chunk, window)})
+    trial = _Trial(model, text, parse_row(row).top, calibration, start, window, sinks, worker, shown)
     tried: dict[Learning, Score | None] = {}
 
-    def gain(row: Learning) -> float:
+    def gain(numbers: Learning) -> float:
         """Of a row that is tried now, or was; a row that comes to no numbers has lost everything."""
-        if row not in tried:
-            tried[row] = _score(model, row, text, window, sinks, worker, frozen, shown)
-        score = tried[row]
+        if numbers not in tried:
+            tried[numbers] = trial(numbers)
+        score = tried[numbers]
         return float("-inf") if score is None else score.gain_bpb
 
     best = start
     for changes in _BEGINNINGS:
-        row = start.model_copy(update=changes | ({"forget": 0.0} if text.bos_id is None else {}))
-        if len(tried) < trials and gain(row) > gain(best):
-            best = row
+        other = start.model_copy(update=changes | ({"forget": 0.0} if text.bos_id is None else {}))
+        if len(tried) < trials and gain(other) > gain(best):
+            best = other
     improved = True
     while improved and len(tried) < trials:
         improved = False
-        for row in _neighbours(best, window):
-            if row not in tried and len(tried) < trials and gain(row) > gain(best):
-                best, improved = row, True
+        for other in _neighbours(best, window):
+            if other not in tried and len(tried) < trials and gain(other) > gain(best):
+                best, improved = other, True
                 break
     score = tried[best]
+    chosen = {key: getattr(best, key) for key in CALIBRATED if key in best.options}
     worth = score is not None and score.gain_se is not None and score.gain_bpb > 2 * score.gain_se
     return {
-        **{key: getattr(best, key) for key in CALIBRATED if key in best.options},
+        "row": row,
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()},
         "steps": best.steps if worth else 0,
         "gain_bpb": None if score is None else score.gain_bpb,
         "gain_se": None if score is None else score.gain_se,
@@ -105,27 +108,49 @@ def _neighbours(row: Learning, window: int) -> Iterator[Learning]:
         yield row.model_copy(update=changes)
 
 
-def _score(
-    model: GPT | LanguageModel,
-    row: Learning,
-    text: Text,
-    window: int,
-    sinks: int,
-    worker: Worker,
-    frozen: LearningPass,
-    shown: bool,
-) -> Score | None:
-    """A row's score beside the unlearned forward; None where its losses are no numbers."""
-    loop = make_loop(model, row, window, sinks, text.bos_id, worker.dtype)
-    passed = LearningPass(loop, [row], text)
-    what = f"tokens of what={row.what}, lr={row.lr:g}, chunk={row.chunk}"
-    try:
-        with Progress(len(passed.span), 0, what, silent=not shown) as progress:
+class _Trial:
+    """Passes over a text, each by the numbers that it is given, beside one without learning, which comes first."""
+
+    def __init__(
+        self,
+        model: GPT | LanguageModel,
+        text: Text,
+        top: Adaptation | None,
+        calibration: Calibration | None,
+        start: Learning,
+        window: int,
+        sinks: int,
+        worker: Worker,
+        shown: bool,
+    ):
+        self.model, self.text, self.worker, self.shown = model, text, worker, shown
+        self.top, self.calibration, self.where = top, calibration or Calibration(), (window, sinks)
+        self.unlearned = self._run(UNLEARNED if top is None else start.model_copy(update={"what": "all", "steps": 0}))
+
+    def __call__(self, numbers: Learning) -> Score | None:
+        """A row's score beside the same without learning; None where its losses are no numbers."""
+        try:
+            passed = self._run(numbers)
+        except InputError:  # the rate is too high, or the model has no layers of those that would learn
+            return None
+        passed.compare(self.unlearned.meter.nats[1], 0.0)
+        return passed.meter.score(1)
+
+    def _run(self, numbers: Learning) -> LearningPass:
+        (window, sinks), worker, text = self.where, self.worker, self.text
+        (rows,) = grouped([numbers.model_copy(update={"top": self.top})], self.calibration)
+        if numbers is UNLEARNED:
+            block = block_that_fits(len(text.byte_table.base), worker.on_gpu)
+            loop: Any = FrozenLoop(self.model, window, sinks, worker.dtype, block)
+            what = "tokens unlearned"
+        else:
+            on_top = OnTop.of(rows, window, self.calibration, text.bos_id)
+            loop = make_loop(self.model, numbers, window, sinks, text.bos_id, worker.dtype, on_top=on_top)
+            what = f"tokens of what={numbers.what}, lr={numbers.lr:g}, chunk={numbers.chunk}"
+        passed = LearningPass(loop, rows, text)
+        with Progress(len(passed.span), 0, what, silent=not self.shown) as progress:
             passed.run(progress)
-    except InputError:  # the rate is too high
-        return None
-    passed.compare(frozen.meter.nats[1], frozen.seconds["unlearned"])
-    return passed.meter.score(1)
+        return passed
 
 
 def learning_summary(found: dict[str, Any]) -> str:
@@ -134,6 +159,6 @@ def learning_summary(found: dict[str, Any]) -> str:
     if found["gain_bpb"] is None:
         return f"learning: off, no trial came to numbers; {cost}"
     spread = "n/a" if found["gain_se"] is None else f"{found['gain_se']:.4f}"
-    gained = f"{found['gain_bpb']:+.4f} ± {spread} bpb here"
+    gained = f"{found['gain_bpb']:+.4f} ± {spread} bpb for {found['row']} here"
     numbers = ", ".join(f"{key} {value}" for key, value in found.items() if key in CALIBRATED and key != "steps")
     return f"learning: {'on' if found['steps'] else 'off'}, {numbers}: {gained}; {cost}"

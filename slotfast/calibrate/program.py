@@ -19,6 +19,7 @@ from ..eval.inputs import check_tokenizer
 from ..foreign import ForeignModel, StoredCalibration, read_foreign
 from ..foreign.calibration import Counts, Found
 from ..overlap import MAX_OVERLAP, seen, sketch
+from ..slot import Calibration
 from ..words import counted
 from .fit import calibrate, calibrated, summary
 from .learning import calibrate_learning, learning_summary
@@ -136,6 +137,7 @@ def _fit(
         if settings.learn_trials:
             sinks = (found["forward"] or {"sinks": 0})["sinks"]
             where: dict[str, Any] = {"window": min(length, len(text.stream) - 1), "sinks": sinks, "worker": worker}
+            where |= {"row": settings.learn_row, "calibration": Calibration.stored(frequency, {"calibration": found})}
             found["learn"] = calibrate_learning(model, text, trials=settings.learn_trials, **where, shown=True)
     if length != stored.config.seq_len:
         found["forward"] = None  # what was found at another length says nothing of the model's own

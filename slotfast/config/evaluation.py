@@ -217,6 +217,9 @@ class CalibrateSettings(Settings):
     learn_trials: int = setting(
         0, "choose the numbers of `learn` too, by so many passes that learn at most; 0: they stay uncalibrated", ge=0
     )
+    learn_row: Literal["learn", "learn+causal"] = setting(
+        "learn", "row that these numbers are to serve: what learns best alone may add little below counts"
+    )
     device: str = setting("cpu", "auto, cpu, cuda, cuda:1, ...")
     out: str | None = setting(
         None, "what to write: the artifact with its calibration, or that of --model as JSON", writes=CALIBRATED

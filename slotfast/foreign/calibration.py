@@ -19,7 +19,7 @@ from ..slot import Calibration
 from ..words import counted
 from .models import ForeignModel
 
-_Gate = Annotated[list[float], Field(min_length=2, max_length=2)]
+_Pair = Annotated[list[float], Field(min_length=2, max_length=2)]  # a tuple is none in JSON, and so not read back
 
 
 class _Strict(BaseModel):
@@ -38,12 +38,13 @@ class ComparedForwards(_Strict):
 class FoundLearning(_Strict):
     """The numbers of `learn`; see `slotfast.calibrate.calibrate_learning`."""
 
+    row: Literal["learn", "learn+causal"] = "learn"
     what: Literal["all", "lora", "norms"]
     rank: int | None = Field(None, ge=1)
     chunk: int = Field(ge=1)
     optimizer: Literal["sgd", "adamw"]
     lr: float = Field(gt=0)
-    betas: tuple[float, float] | None = None
+    betas: _Pair | None = None
     eps: float | None = Field(None, gt=0)
     decay: float = Field(ge=0)
     forget: float | None = Field(None, ge=0, le=1)
@@ -60,7 +61,7 @@ class Found(_Strict):
     forward: ComparedForwards | None
     scale: float = Field(ge=0, le=2)
     decay: float = Field(gt=0, le=1)
-    gates: list[_Gate] = Field(min_length=6, max_length=6)
+    gates: list[_Pair] = Field(min_length=6, max_length=6)
     tokens: int = Field(ge=1)
     rates_gain_bpb: float
     repeats_gain_bpb: float

@@ -7,11 +7,18 @@
 share of the way to where it ended; `plain`: they move that share behind every chunk, so that nothing is ever learned
 from a document before the next chunk is; `none`: the model as it is. The share rises over the first minute and falls
 to nothing by the end. Then the rows are charged on the validation text, which no training sees. A line a run.
+
+    python -m bench.learnable --model FOLDER --calibration its.json --seq-len 1024 --sinks 4 --val val.jsonl.xz \
+        --row learn --out learnable.jsonl
+
+charges a Hugging Face model as it is; `python -m bench.finetune` trains one on.
 """
 
 import argparse
+import json
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +28,8 @@ from slotfast.data import Tokenizer, read_documents
 from slotfast.errors import InputError
 from slotfast.eval.inputs import Inputs, Sources, read_inputs
 from slotfast.eval.learning import LearningPass, grouped
-from slotfast.learn import Learning, LearningLoop, OnTop, parse_row
+from slotfast.foreign.models import LanguageModel, language_model
+from slotfast.learn import Learning, LearningLoop, OnTop, make_loop, parse_row
 from slotfast.model import GPT
 from slotfast.slot import Calibration
 
@@ -35,11 +43,16 @@ _ROW = "learn:what=all,lr=2e-4,betas=0+0.999,eps=1e-5,chunk=32,forget=0.9"
 def main() -> None:
     """Train a model on, charge the rows, print and append a line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--artifact", required=True, help="as of slotfast eval")
-    parser.add_argument("--tokenizer", required=True, help="as of slotfast eval")
-    parser.add_argument("--text", required=True, help="documents to train on")
+    parser.add_argument("--artifact", help="as of slotfast eval")
+    parser.add_argument("--tokenizer", help="as of slotfast eval")
+    parser.add_argument("--model", help="as of slotfast eval; --how trains artifacts alone")
+    parser.add_argument("--calibration", help="as of slotfast eval")
+    parser.add_argument("--seq-len", type=int, help="as of slotfast eval")
+    parser.add_argument("--sinks", type=int, default=0, help="as of slotfast eval")
+    parser.add_argument("--max-tokens", type=int, help="as of slotfast eval")
+    parser.add_argument("--text", help="documents to train on, with --how")
     parser.add_argument("--val", required=True, help="documents to charge")
-    parser.add_argument("--how", choices=("reptile", "plain", "none"), default="reptile")
+    parser.add_argument("--how", choices=("reptile", "plain", "none"), default="none")
     parser.add_argument("--seconds", type=float, default=1500.0, help="of training")
     parser.add_argument("--share", type=float, default=0.5, help="of the way that the weights move")
     parser.add_argument("--inner", default=_INNER, help="row that learns while it is trained")
@@ -54,13 +67,18 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Train, charge, print and append; raises InputError on bad input."""
-    inputs = read_inputs(Sources(artifact=options.artifact, tokenizer=options.tokenizer, text=options.val))
-    model, trained = inputs.artifact.model(), {}
+    given = ("artifact", "tokenizer", "model", "calibration", "seq_len", "max_tokens")
+    inputs = read_inputs(Sources(text=options.val, **{name: getattr(options, name) for name in given}))
+    model, trained = language_model(inputs.artifact.model())[0], {}
     if options.how != "none":
+        if options.model or not options.text:
+            raise InputError(f"--how {options.how}: takes --artifact and --text")
         documents = list(read_documents(options.text))
         trained = train(model, inputs.tokenizer, documents, parse_row(options.inner), options)
-    calibration = Calibration.stored(inputs.artifact.unigram, inputs.artifact.metadata)
-    line = {"how": options.how, **trained, **charge(model, inputs, calibration, options.row)}
+    elif options.model and (made := Path(options.model, "finetune.json")).exists():
+        trained = {"finetune": json.loads(made.read_text())}
+    where = (options.seq_len or inputs.artifact.config.seq_len, options.sinks)
+    line = {"how": options.how, **trained, **charge(model, inputs, options.row, *where)}
     print(line, flush=True)
     append_json(options.out, line | provenance("cpu"))
 
@@ -102,15 +120,16 @@ def _nothing(*_: Any) -> None:
     """What is charged, or read, is not wanted."""
 
 
-def charge(model: GPT, inputs: Inputs, calibration: Calibration, name: str) -> dict[str, Any]:
+def charge(model: GPT | LanguageModel, inputs: Inputs, name: str, window: int, sinks: int) -> dict[str, Any]:
     """Bits per byte of a text unlearned, with counts, with learning, and with both; the last over the second paired."""
-    text, window = inputs.text, model.config.seq_len
-    found: dict[str, Any] = {"row": name, "documents": text.documents, "tokens": len(text.stream)}
+    text, calibration = inputs.text, Calibration.stored(inputs.artifact.unigram, inputs.artifact.metadata)
+    found: dict[str, Any] = {"row": name, "seq_len": window, "sinks": sinks}
+    found |= {"documents": text.documents, "tokens": len(text.stream)}
     nats = {}
     for base, names in (("learn:steps=0", ("none", "causal")), (name, ("learn", "learn+causal"))):
         rows = grouped([parse_row(base), parse_row(f"{base}+causal")], calibration)[0]
         on_top = OnTop.of(rows, window, calibration, text.bos_id)
-        loop = LearningLoop(model, rows[0], window, bos_id=text.bos_id, on_top=on_top)
+        loop = make_loop(model, rows[0], window, sinks, text.bos_id, on_top=on_top)
         meter = LearningPass(loop, rows, text).run().meter
         nats |= dict(zip(names, meter.nats[1:], strict=True))
     meter.nats = np.stack(list(nats.values()))

@@ -139,14 +139,15 @@ class _Trial:
     def _run(self, numbers: Learning) -> LearningPass:
         (window, sinks), worker, text = self.where, self.worker, self.text
         (rows,) = grouped([numbers.model_copy(update={"top": self.top})], self.calibration)
+        what = "tokens unlearned"
         if numbers is UNLEARNED:
             block = block_that_fits(len(text.byte_table.base), worker.on_gpu)
             loop: Any = FrozenLoop(self.model, window, sinks, worker.dtype, block)
-            what = "tokens unlearned"
         else:
             on_top = OnTop.of(rows, window, self.calibration, text.bos_id)
             loop = make_loop(self.model, numbers, window, sinks, text.bos_id, worker.dtype, on_top=on_top)
-            what = f"tokens of what={numbers.what}, lr={numbers.lr:g}, chunk={numbers.chunk}"
+            if numbers.steps:
+                what = f"tokens of what={numbers.what}, lr={numbers.lr:g}, chunk={numbers.chunk}"
         passed = LearningPass(loop, rows, text)
         with Progress(len(passed.span), 0, what, silent=not self.shown) as progress:
             passed.run(progress)

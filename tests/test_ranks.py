@@ -1,6 +1,7 @@
-"""Several processes: they leave nothing behind."""
+"""Several processes: they leave nothing behind, and one that ends is not the others' fault."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,22 @@ with join_ranks("cpu") as worker:
 names = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
 assert total == worker.world == 2 and not [name for name in names if "gloo" in name], names
 """
+LEAVING = """
+import torch
+import torch.distributed as dist
+from slotfast.command.ranks import join_ranks
+from slotfast.command.run import run_command
+from slotfast.errors import InputError
+
+def main():
+    with join_ranks("cpu") as worker:
+        dist.barrier()
+        if worker.rank:
+            raise InputError("mine.txt: this one cannot go on")
+        dist.all_reduce(torch.ones(1))
+
+run_command(main)
+"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads the names of threads from /proc")
@@ -32,3 +49,26 @@ def test_a_group_ends_with_its_threads(tmp_path):
     command = [*launcher, str(tmp_path / "program.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_process_that_waits_for_one_that_ended_says_so_in_a_line(tmp_path):
+    """Whose own line is not buried under the traceback of a connection that broke off."""
+    (tmp_path / "program.py").write_text(LEAVING)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "program.py")],
+            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    waiting, leaving = (rank.communicate(timeout=120)[1] for rank in ranks)
+    assert "error: mine.txt: this one cannot go on\n" in leaving
+    assert waiting.endswith("error: rank 0: another process, which it waited for, has ended; that one says why\n")
+    assert "Traceback" not in waiting and [rank.returncode for rank in ranks] == [2, 2]

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,10 +12,20 @@ import torch.distributed as dist
 from ..errors import InputError
 from ..worker import Worker
 
+_LOST = re.compile(r"Connection (closed|reset) by peer|remote process exited")  # as gloo and NCCL say it
+
 
 @contextmanager
 def join_ranks(name: str) -> Iterator[Worker]:
-    """This process, joined with the others under torchrun; `name` is the device, or auto."""
+    """This process, joined with the others under torchrun.
+
+    Args:
+        name: of the device, or auto.
+
+    Raises:
+        InputError: no such device, some of torchrun's variables are missing, or another process ended while this one
+            waited for it.
+    """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
@@ -45,6 +56,10 @@ def join_ranks(name: str) -> Iterator[Worker]:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Worker(f"cuda:{local}" if device.type == "cuda" else "cpu", rank=rank, world=world)
+    except RuntimeError as error:
+        if world == 1 or not _LOST.search(str(error)):
+            raise
+        raise InputError(f"rank {rank}: another process, which it waited for, has ended; that one says why") from None
     finally:
         if world > 1:
             dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """Score first, then learn: no charge knows a later token, and what learns is what the row says."""
 
+import contextlib
 import copy
 
 import pytest
@@ -166,6 +167,42 @@ def test_it_learns_what_repeats_and_leaves_the_model_as_it_was(model):
         assert found.nll[160:].mean() < found.unlearned[160:].mean() - 0.3, row
         assert all(torch.equal(a, b) for a, b in zip(own.parameters(), kept, strict=True))
         assert all(parameter.requires_grad and parameter.grad is None for parameter in own.parameters())
+
+
+@pytest.mark.parametrize(
+    "row", ["learn:chunk=8", "learn:chunk=8,what=all", "learn:chunk=4,scope=document,slots=2,phases=1,prefix=1,piece=9"]
+)
+@pytest.mark.parametrize("ends", ["no numbers", "an interrupt", "well"])
+def test_a_model_in_training_is_what_it_was_however_a_run_ends(model, monkeypatch, row, ends):
+    """Its gradients, and what learns of it, too; also where losses that are no numbers show at the very end alone."""
+    monkeypatch.setattr("slotfast.learn.charged._SECONDS", float("inf"))
+    own, tokens = copy.deepcopy(model).train().requires_grad_(True), _tokens()
+    own.blocks[1].eval().requires_grad_(False)
+    for parameter in own.blocks[0].parameters():
+        parameter.grad = torch.ones_like(parameter)
+    if ends == "no numbers":
+        own.tok_emb.weight.data[int(tokens[57])] = float("nan")
+    runs = iter(range(7))
+
+    def interrupt(*_):
+        if ends == "an interrupt" and next(runs, None) is None:
+            raise KeyboardInterrupt
+
+    own.blocks[1].attn.register_forward_hook(interrupt)
+
+    def state():
+        parameters = [(x.data_ptr(), x.grad, x.requires_grad) for x in own.parameters()]
+        return parameters, [(x.training, len(x._forward_hooks), len(x._forward_pre_hooks)) for x in own.modules()]
+
+    before, values = state(), copy.deepcopy(own.state_dict())
+    with {"no numbers": pytest.raises(InputError), "an interrupt": pytest.raises(KeyboardInterrupt)}.get(
+        ends, contextlib.nullcontext()
+    ):
+        learn(own, tokens, row, window=WINDOW, bos_id=BOS)
+    torch.testing.assert_close(own.state_dict(), values, rtol=0, atol=0, equal_nan=True)
+    for (place, gradient, learns), (*now, learns_now) in zip(before[0], state()[0], strict=True):
+        assert now[0] == place and now[1] is gradient and learns == learns_now
+    assert state()[1] == before[1]
 
 
 @pytest.mark.parametrize(

@@ -130,11 +130,11 @@ class DocumentLoop:
         self._read, self._on_charged, self._on_chunk = read, on_charged, on_chunk
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.model.requires_grad_(False)
-        if self.row.phases:
-            self._base = copy.deepcopy(self.model)
-            if self._trained:
-                self._base.load_state_dict(self._trained)
         try:
+            if self.row.phases:
+                self._base = copy.deepcopy(self.model)
+                if self._trained:
+                    self._base.load_state_dict(self._trained)
             with self.lora.hooked(self._base):
                 self._run(predictions)
         finally:

@@ -118,9 +118,9 @@ class LearningLoop:
                 if on_chunk:
                     on_chunk()
         finally:
-            self._hand_out()
             for parameter in trained:
                 parameter.requires_grad_(True)
+            self._hand_out()  # which raises at losses that are no numbers
 
     def state_dict(self) -> dict[str, Any]:
         """All that a loop with the same arguments needs to continue from here; what is charged is handed out first."""

@@ -140,17 +140,17 @@ class Weights:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """See `Learner`."""
-        self._put(self._learned, True)
+        gradients = [parameter.grad for parameter in self.parameters]  # of a training that is under way
         try:
+            self._put(self._learned, [None] * len(gradients), True)
             yield
         finally:
-            self._put(self._start, False)
+            self._put(self._start, gradients, False)
 
-    def _put(self, values: Sequence[Tensor], learns: bool) -> None:
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.data = value
+    def _put(self, values: Sequence[Tensor], gradients: Sequence[Tensor | None], learns: bool) -> None:
+        for parameter, value, gradient in zip(self.parameters, values, gradients, strict=True):
+            parameter.data, parameter.grad = value, gradient
             parameter.requires_grad_(learns)
-            parameter.grad = None
 
     def head(self, model: CausalModel, hidden: Tensor) -> Tensor:
         """See `Learner`."""

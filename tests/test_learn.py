@@ -205,6 +205,23 @@ def test_a_model_in_training_is_what_it_was_however_a_run_ends(model, monkeypatc
     assert state()[1] == before[1]
 
 
+def test_an_interrupt_while_weights_are_put_back_puts_all_of_them_back_however_it_comes(model, monkeypatch):
+    own, plain = copy.deepcopy(model), torch.Tensor.requires_grad_
+    values, calls = copy.deepcopy(own.state_dict()), []
+
+    def interrupted(tensor, learns=True):
+        calls.extend([] if learns else [tensor])
+        if not learns and len(calls) == len(values) + 3:  # behind those of the run's beginning
+            raise KeyboardInterrupt
+        return plain(tensor, learns)
+
+    monkeypatch.setattr(torch.Tensor, "requires_grad_", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        learn(own, _tokens(), "learn:what=all,optimizer=sgd,lr=0.1,chunk=8", window=WINDOW)
+    torch.testing.assert_close(own.state_dict(), values, rtol=0, atol=0)
+    assert not any(parameter.requires_grad for parameter in own.parameters())
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [

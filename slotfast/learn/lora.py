@@ -145,7 +145,11 @@ class Weights:
             self._put(self._learned, [None] * len(gradients), True)
             yield
         finally:
-            self._put(self._start, gradients, False)
+            try:
+                self._put(self._start, gradients, False)
+            except KeyboardInterrupt:  # within it: the model must keep none of what was learned
+                self._put(self._start, gradients, False)
+                raise
 
     def _put(self, values: Sequence[Tensor], gradients: Sequence[Tensor | None], learns: bool) -> None:
         for parameter, value, gradient in zip(self.parameters, values, gradients, strict=True):

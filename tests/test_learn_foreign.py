@@ -1,5 +1,6 @@
 """Learning with other people's models: transformers through their own cache, and any module with linear layers."""
 
+import collections
 import copy
 import json
 
@@ -17,6 +18,7 @@ from .models import random_model
 from .test_foreign_stream import LONGEST, OWN, WINDOW, V, build
 
 ROW = "learn:chunk=8,lr=0.01,rank=2"
+ALL = "learn:chunk=8,lr=1e-3,what=all"
 EVERY = ("q", "k", "v", "o", "up", "down", "head")
 
 
@@ -92,7 +94,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("row", [ROW, "learn:chunk=8,lr=0.01,steps=2,what=norms", "learn:chunk=8,lr=1e-3,what=all"])
+@pytest.mark.parametrize("row", [ROW, "learn:chunk=8,lr=0.01,steps=2,what=norms", ALL])
 def test_no_charge_moves_when_a_later_token_changes(transformers, name, row):
     """The stream starts again from position 0 within it, and it is charged unlearned until the first chunk ends."""
     make, sinks = MODELS[name]
@@ -224,3 +226,73 @@ def test_layers_that_no_forward_calls_end_with_one_line():
 
     with pytest.raises(InputError, match="preset 'learn': the model calls none of the layers that would learn"):
         learn(ByHand(), _tokens(20), "learn:chunk=8", window=16)
+
+
+class Streaming(InPlace):
+    """Somebody's stream, and what it makes of the states and the state that it should give."""
+
+    def __init__(self, change):
+        super().__init__(False)
+        self.change = change
+
+    def stream(self, tokens, state):
+        states, state = super().stream(tokens, state and state["of"])
+        return self.change(states, collections.defaultdict(list, of=state))
+
+
+class Held:
+    def __init__(self, state):
+        self.state = state
+
+    def __getitem__(self, name):
+        return self.state[name]
+
+
+def test_a_state_of_a_kind_that_is_not_made_of_what_it_holds_learns_like_any_other():
+    tokens = _tokens(60)
+    found, plain = learn(Streaming(lambda *pair: pair), tokens, ROW), learn(InPlace(False), tokens, ROW)
+    assert torch.equal(found.nll, plain.nll)
+
+
+@pytest.mark.parametrize(
+    ("change", "row", "said"),
+    [
+        (
+            lambda states, state: (states[:, -1:], state),
+            ROW,
+            rf"gives \[1, 1, {V}\] for a stream's tokens \[1, 8\], exp",
+        ),
+        (lambda states, state: (states[0], state), ROW, rf"gives \[8, {V}\] for a stream's tokens \[1, 8\], expected"),
+        (
+            lambda states, state: states,
+            ROW,
+            r"fails on a stream's tokens int64 \[1, 8\]: ValueError: not enough values",
+        ),
+        (lambda states, state: (states, Held(state)), ALL, "fails at the pass back: RuntimeError: Trying to backward"),
+        (
+            lambda states, state: (states, Held(state)),
+            f"{ROW},steps=2",
+            "state of --model holds Held, of which no copy",
+        ),
+    ],
+)
+def test_a_stream_that_does_not_do_what_it_should_ends_with_one_line(change, row, said):
+    with pytest.raises(InputError, match=said) as raised:
+        learn(Streaming(change), _tokens(60), row)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "what", "said"),
+    [
+        (
+            nn.Embedding(V, V),
+            "norms",
+            "what=norms: the model has no parameters besides those of linear layers and tables",
+        ),
+        (nn.Identity(), "all", "what=all: the model has no parameters"),
+    ],
+)
+def test_where_nothing_could_learn_one_line_says_so(model, what, said):
+    with pytest.raises(InputError, match=f"^preset 'learn': {said}$"):
+        learn(model, _tokens(20), f"learn:chunk=8,what={what}", window=16)

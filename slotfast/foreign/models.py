@@ -139,8 +139,23 @@ class _Autocast:
         self._model, self._stream, self._dtype = model, stream, dtype
 
     def __call__(self, tokens: Tensor, first: int = 0) -> Tensor:
+        """States, or logits, of a block; InputError where the module fails, or gives those of other positions."""
+        shape = list(tokens.shape)
         with _autocast(tokens.device, self._dtype):
-            return self._model._as_hidden(self._stream(tokens, first), self._dtype)
+            try:
+                states = self._model._as_hidden(self._stream(tokens, first), self._dtype)
+            except (InputError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # whatever somebody else's code raises
+                what = f"--model: fails on a stream's tokens int64 {shape}"
+                raise InputError(f"{what}: {first_line(error)}") from error
+        if states.ndim < 3 or states.shape[:2] != (1, tokens.size(1) - first):
+            found = [*states.shape[:1], states.shape[1] + first, *states.shape[2:]] if states.ndim > 1 else states.shape
+            raise InputError(
+                f"--model: gives {list(found)} for a stream's tokens {shape}, expected states or logits "
+                f"[1, {tokens.size(1)}, ...]"
+            )
+        return states
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -5,9 +5,10 @@ its positions end somewhere, so a stream of transformers starts again from posit
 the last `window - 1` tokens are forwarded once more, unscored.
 """
 
+import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -271,8 +272,11 @@ def transformers_stream(
 
 def _detached(state: Any) -> Any:
     """A state without its history: what is learned reaches no earlier block."""
-    if isinstance(state, Mapping):
-        return type(state)((key, _detached(value)) for key, value in state.items())
+    if isinstance(state, MutableMapping):
+        again = copy.copy(state)  # a defaultdict is made of more than what it holds
+        for key, value in state.items():
+            again[key] = _detached(value)
+        return again
     if isinstance(state, (list, tuple)):
         parts = map(_detached, state)
         return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
@@ -290,6 +294,6 @@ def _plain(state: Any) -> Any:
     if state is None or isinstance(state, (bool, int, float, str)):
         return state
     raise InputError(
-        f"--resume: the stream's state of --model holds {type(state).__name__}; expected tensors, numbers, text, None, "
-        "and lists, tuples and dictionaries of them"
+        f"the stream's state of --model holds {type(state).__name__}, of which no copy can be kept, for --resume or to "
+        "go back to; expected tensors, numbers, text, None, and lists, tuples and dictionaries of them"
     )

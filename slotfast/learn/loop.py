@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops, saved
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..foreign.models import LanguageModel, cached_forward
 from ..model import GPT, PackedLinear
 from ..timing import Stopwatch
@@ -217,7 +217,7 @@ class LearningLoop:
             if step:
                 self._cached.load_state_dict(before)
                 losses, _ = self._forward(tokens)
-            losses.mean().backward()
+            self._go_back(losses.mean())
             self._work += self._forwarded * (2 if self.row.what == "all" else 1)
             if self.row.clip:
                 nn.utils.clip_grad_norm_(self._learner.parameters, self.row.clip)
@@ -225,6 +225,18 @@ class LearningLoop:
             self._optimizer.zero_grad()
         if after:
             self._cached.load_state_dict(after)
+
+    def _go_back(self, loss: Tensor) -> None:
+        try:
+            loss.backward()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # whatever somebody else's code makes of a gradient
+            if isinstance(self.model, GPT):
+                raise
+            raise InputError(
+                f"preset {self.row.name!r}: --model: fails at the pass back: {first_line(error)}"
+            ) from error
 
     @torch.enable_grad()
     def _forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..errors import InputError
 from ..model import GPT, CausalModel
 from ..model.lean import LowRank
 from .layers import is_linear, linear_layers, widths
@@ -123,12 +124,18 @@ class Weights:
     Args:
         model: where the weights are.
         gains_only: only those of neither a linear layer nor a table.
+
+    Raises:
+        InputError: a model that has none.
     """
 
     def __init__(self, model: nn.Module, gains_only: bool = False):
         matrices = [x for x in model.modules() if is_linear(x) or isinstance(x, nn.Embedding)]
         held = {id(module.weight) for module in matrices} if gains_only else set()
         self.parameters = [parameter for parameter in model.parameters() if id(parameter) not in held]
+        if not self.parameters:
+            missing = "parameters besides those of linear layers and tables" if held else "parameters"
+            raise InputError(f"what={'norms' if gains_only else 'all'}: the model has no {missing}")
         self._start = [parameter.data for parameter in self.parameters]
         self._learned = [value.clone() for value in self._start]
 

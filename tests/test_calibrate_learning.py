@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from slotfast.calibrate import calibrate_learning
+from slotfast.calibrate.learning import _Trial
 from slotfast.data import ByteTable, Text, TokenStream
 from slotfast.errors import InputError
 from slotfast.eval.learning import LearningPass, grouped
 from slotfast.learn import OnTop, calibrated_row, learn, make_loop, parse_row
 from slotfast.slot import Calibration
+from slotfast.worker import ALONE
 
 from .models import random_model
 
@@ -71,6 +73,15 @@ def test_below_counts_the_gain_is_what_learning_adds_to_them(model):
         nats.append(LearningPass(loop, rows, text).run().meter.nats[1].sum())
     gain = (nats[0] - nats[1]) / np.log(2) / text.bytes_of(text.stream.read(0, len(text.stream))).sum()
     assert below["gain_bpb"] == pytest.approx(gain, rel=1e-6) and below["gain_bpb"] < alone["gain_bpb"]
+
+
+def test_what_shorter_chunks_do_to_counts_is_no_gain_of_learning(model):
+    """Learning at next to no rate: all that shorter chunks gain or lose, counts do."""
+    trial = _Trial(
+        model, _text(True), parse_row("learn+causal").top, None, parse_row("learn:chunk=16"), 16, 0, ALONE, False
+    )
+    numbers = parse_row("learn:chunk=2,what=all,optimizer=sgd,lr=1e-12")
+    assert abs(trial(numbers).gain_bpb) > 0.01 and abs(trial.beside_its_chunks(numbers).gain_bpb) < 1e-6
 
 
 def test_what_gains_nothing_is_off(model):

@@ -382,3 +382,11 @@ def test_losses_that_are_no_numbers_end_with_one_line(model):
     broken.tok_emb.weight[30] = float("nan")
     with pytest.raises(InputError, match=r"a loss of nan for the token at position \d+: broken weights, or lr=0.02"):
         learn(broken, _tokens(LENGTHS), DOC, window=WINDOW, bos_id=BOS)
+
+
+def test_of_old_keys_in_another_order_nothing_looks_ahead_but_the_order():
+    """No window begins anew there, so that no document's length sets where."""
+    old, anew = (parse_row(f"lora-1530:keys={keys}").compliance for keys in ("stale", "recompute"))
+    assert (old.c1, old.c2, old.c3, old.c4) == (True, True, True, False) and "how long" not in old.why
+    assert (anew.c1, anew.c2, anew.c3, anew.c4) == (False, False, True, False) and "windows' start" in anew.why
+    assert not parse_row("lora-1855:keys=stale").compliance.c1  # phases

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 from ..command.progress import Progress
 from ..data import Text
 from ..errors import InputError
@@ -48,7 +50,8 @@ def calibrate_learning(
         text: documents held out from training; never the text to be scored.
         trials: passes at most, >= 1, besides the unlearned one.
         window, sinks, worker: of the passes.
-        row: that the numbers are to serve, `learn` or `learn+ROW`; its gain is over the same without learning.
+        row: that the numbers are to serve, `learn` or `learn+ROW`; its gain is over the same without learning, chunks
+            as long, at whose ends counts are renewed.
         calibration: of what is on top.
         shown: say on standard error how far it is.
 
@@ -80,7 +83,7 @@ def calibrate_learning(
             if other not in tried and len(tried) < trials and gain(other) > gain(best):
                 best, improved = other, True
                 break
-    score = tried[best]
+    score = tried[best] if tried[best] is None else trial.beside_its_chunks(best)
     chosen = {key: getattr(best, key) for key in CALIBRATED if key in best.options}
     worth = score is not None and score.gain_se is not None and score.gain_bpb > 2 * score.gain_se
     return {
@@ -101,15 +104,21 @@ def _neighbours(row: Learning, window: int) -> Iterator[Learning]:
         {"lr": row.lr / 2},
         {"chunk": max(1, row.chunk // 2)},
         {"chunk": min(window, 2 * row.chunk)},
-        {"decay": 2 * row.decay or 0.5},
+        {"decay": min(100.0, 2 * row.decay or 0.5)},
         *([{"forget": 0.0}] if row.forget else []),
-        *([{"rank": 2 * row.rank}, {"rank": max(1, row.rank // 2)}] if row.what == "lora" else []),
+        *([{"rank": min(1024, 2 * row.rank)}, {"rank": max(1, row.rank // 2)}] if row.what == "lora" else []),
     ):
         yield row.model_copy(update=changes)
 
 
 class _Trial:
-    """Passes over a text, each by the numbers that it is given, beside one without learning, which comes first."""
+    """Passes over a text, each by the numbers that it is given, beside one without learning, which comes first.
+
+    Args:
+        top: the row on top, its numbers out of `calibration`.
+        start: where the search begins; the pass without learning has its chunks.
+        text, window, sinks, worker, shown: of every pass.
+    """
 
     def __init__(
         self,
@@ -125,7 +134,8 @@ class _Trial:
     ):
         self.model, self.text, self.worker, self.shown = model, text, worker, shown
         self.top, self.calibration, self.where = top, calibration or Calibration(), (window, sinks)
-        self.unlearned = self._run(UNLEARNED if top is None else start.model_copy(update={"what": "all", "steps": 0}))
+        self.start, self.passed = start, dict[Learning, LearningPass]()
+        self.nats = self._unlearned(start.chunk)
 
     def __call__(self, numbers: Learning) -> Score | None:
         """A row's score beside the same without learning; None where its losses are no numbers."""
@@ -133,8 +143,21 @@ class _Trial:
             passed = self._run(numbers)
         except InputError:  # the rate is too high, or the model has no layers of those that would learn
             return None
-        passed.compare(self.unlearned.meter.nats[1], 0.0)
+        passed.compare(self.nats, 0.0)
+        self.passed[numbers] = passed
         return passed.meter.score(1)
+
+    def beside_its_chunks(self, numbers: Learning) -> Score:
+        """The score of numbers that were tried, beside chunks as long without learning."""
+        passed = self.passed[numbers]
+        if self.top is not None and numbers.chunk != self.start.chunk:
+            passed.compare(self._unlearned(numbers.chunk), 0.0)
+        return passed.meter.score(1)
+
+    def _unlearned(self, chunk: int) -> np.ndarray:
+        """Sums by document."""
+        numbers = self.start.model_copy(update={"what": "all", "steps": 0, "chunk": chunk})
+        return self._run(UNLEARNED if self.top is None else numbers).meter.nats[1]
 
     def _run(self, numbers: Learning) -> LearningPass:
         (window, sinks), worker, text = self.where, self.worker, self.text

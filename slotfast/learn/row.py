@@ -197,12 +197,15 @@ class Learning(BaseModel):
         charged = f"each chunk of {self.chunk} tokens is charged before anything learns from it"
         if self.order == "longest":
             # As published, a document's last window ends with it, and so begins where its length says
-            moved = "the length of chunks and " if self.short else ""
+            starts = "their last windows' start" if self.keys != "stale" else ""
+            moved = " and ".join(filter(None, ("the length of chunks" if self.short else "", starts)))
             learned = "A" if self.start == "warm" else ""
             learned += f"{' and ' if learned else ''}all weights" if self.phases else ""
-            why = f"documents in another order, longest first; how long they are sets {moved}their last windows' start"
+            why = "documents in another order, longest first"
+            why += f"; how long they are sets {moved}" if moved else ""
             why += f"; {learned} learned from documents that come later" if learned else ""
-            return Compliance(c1=False, c2=False, c3=not learned, c4=False, why=why)
+            ahead = bool(moved or learned)
+            return Compliance(c1=not ahead, c2=not ahead, c3=not learned, c4=False, why=why)
         if self.schedule == "cosine":
             charged += "; its rate follows from how long the stream is, which the contest has made known"
         if self.scope == "stream":

@@ -228,6 +228,63 @@ def test_layers_that_no_forward_calls_end_with_one_line():
         learn(ByHand(), _tokens(20), "learn:chunk=8", window=16)
 
 
+NO_CACHE = """
+import torch
+from torch import nn
+
+class Sums(nn.Module):
+    seq_len = 16
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.out = nn.Embedding(1024, 8), nn.Linear(8, 1024)
+
+    def forward(self, tokens):
+        return self.out(self.table(tokens).cumsum(1))
+"""
+
+
+def test_without_a_cache_what_learns_nothing_gains_nothing(tmp_path, monkeypatch, capsys):
+    """What a token sees there follows from the row's chunks, so that each row is compared with its own forward."""
+    (tmp_path / "no_cache.py").write_text(NO_CACHE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    text = tmp_path / "t.jsonl"
+    text.write_text("\n".join('{"text": "The quick brown fox jumps over the lazy dog."}' for _ in range(5)))
+    off = [f"learn:{how},steps=0" for how in ("chunk=4", "chunk=16", "chunk=16,scope=document")]
+    main(["--model", "no_cache:Sums", "--text", str(text), "--preset", *off, "learn:chunk=4,lr=0.01", "--json", "-"])
+    *rows, learning = json.loads(capsys.readouterr().out)["presets"][1:]
+    assert [row["unlearned"]["gain_bpb"] for row in rows] == [0, 0, 0]
+    assert len({row["unlearned"]["bpb"] for row in rows}) == 3
+    assert learning["unlearned"]["bpb"] == rows[0]["unlearned"]["bpb"] and learning["unlearned"]["gain_bpb"] > 0.01
+
+
+class Conditioned(Recurrent):
+    """Layers that are called by name, and on a vector."""
+
+    def __init__(self):
+        super().__init__()
+        self.condition = nn.Linear(3, 12)
+
+    def forward(self, tokens):
+        states = self.mix(self.table(tokens))[0] + self.condition(torch.ones(3))
+        return self.dense(input=torch.tanh(self.attention(input=states)))
+
+
+def test_factors_stand_beside_layers_however_they_are_called():
+    model, merged = Conditioned(), Conditioned()
+    lora, tokens = Lora(language_model(model)[0], 2, EVERY, alpha=6), _tokens(9)[None]
+    with torch.no_grad():
+        for layer, a, b in zip(linear_layers(merged, EVERY), lora.values[::2], lora.values[1::2], strict=True):
+            b.normal_()
+            layer.weight += 3 * b @ a
+        with lora.attached():
+            torch.testing.assert_close(model(tokens), merged(tokens), rtol=1e-4, atol=1e-4)
+    found = learn(model, tokens[0].repeat(9), ROW, window=12)
+    assert found.nll[40:].mean() < found.unlearned[40:].mean()
+
+
 class Streaming(InPlace):
     """Somebody's stream, and what it makes of the states and the state that it should give."""
 

@@ -112,7 +112,7 @@ def _neighbours(row: Learning, window: int) -> Iterator[Learning]:
 
 
 class _Trial:
-    """Passes over a text, each by the numbers that it is given, beside one without learning, which comes first.
+    """Passes over a text, each by the numbers that it is given, beside one without learning.
 
     Args:
         top: the row on top, its numbers out of `calibration`.
@@ -135,7 +135,7 @@ class _Trial:
         self.model, self.text, self.worker, self.shown = model, text, worker, shown
         self.top, self.calibration, self.where = top, calibration or Calibration(), (window, sinks)
         self.start, self.passed = start, dict[Learning, LearningPass]()
-        self.nats = self._unlearned(start.chunk)
+        self.unlearned: dict[int, np.ndarray] = {}  # sums by document, by the tokens of a chunk
 
     def __call__(self, numbers: Learning) -> Score | None:
         """A row's score beside the same without learning; None where its losses are no numbers."""
@@ -143,21 +143,20 @@ class _Trial:
             passed = self._run(numbers)
         except InputError:  # the rate is too high, or the model has no layers of those that would learn
             return None
-        passed.compare(self.nats, 0.0)
         self.passed[numbers] = passed
-        return passed.meter.score(1)
+        return self._beside(passed, self.start.chunk)
 
     def beside_its_chunks(self, numbers: Learning) -> Score:
         """The score of numbers that were tried, beside chunks as long without learning."""
-        passed = self.passed[numbers]
-        if self.top is not None and numbers.chunk != self.start.chunk:
-            passed.compare(self._unlearned(numbers.chunk), 0.0)
-        return passed.meter.score(1)
+        return self._beside(self.passed[numbers], self.start.chunk if self.top is None else numbers.chunk)
 
-    def _unlearned(self, chunk: int) -> np.ndarray:
-        """Sums by document."""
-        numbers = self.start.model_copy(update={"what": "all", "steps": 0, "chunk": chunk})
-        return self._run(UNLEARNED if self.top is None else numbers).meter.nats[1]
+    def _beside(self, passed: LearningPass, chunk: int) -> Score:
+        if self.top is not None or "unlearned" not in passed.seconds:  # else it ran the same forwards unlearned too
+            if chunk not in self.unlearned:
+                numbers = self.start.model_copy(update={"what": "all", "steps": 0, "chunk": chunk})
+                self.unlearned[chunk] = self._run(UNLEARNED if self.top is None else numbers).meter.nats[1]
+            passed.compare(self.unlearned[chunk], 0.0)
+        return passed.meter.score(1)
 
     def _run(self, numbers: Learning) -> LearningPass:
         (window, sinks), worker, text = self.where, self.worker, self.text

@@ -20,7 +20,7 @@ from ..model import GPT
 from ..slot import Adaptation, Adapter, Calibration
 from ..words import counted
 from .chunked import WindowsLoop
-from .forward import block_that_fits, streams
+from .forward import block_that_fits
 from .inputs import Inputs, choose_rows
 from .learning import UNLEARNED, LearningPass, grouped
 from .loop import SlidingPass
@@ -119,9 +119,7 @@ def _evaluate(inputs: Inputs, setup: Setup, saved: str | None, per_token: bool, 
     frozen = None
     if streaming is None and any(learner.loop.row.forward == "stream" for learner in missing):
         # one for all of them: the weights that they start from are the same
-        # a model that remembers nothing sees the more of its window, the less is asked at once
-        chunk = min(row.chunk for row in setup.learning)
-        block = block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu) if streams(model) else chunk
+        block = block_that_fits(inputs.artifact.config.vocab_size, worker.on_gpu)
         loop = FrozenLoop(model, plan.seq_len, sinks, worker.dtype, block)
         frozen = LearningPass(loop, [UNLEARNED], inputs.text, False, rank, world)
         charging.insert(0, frozen)

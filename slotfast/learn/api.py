@@ -135,7 +135,8 @@ def make_loop(
     """The loop that a row asks for; see the loops. Documents with windows of their own have no sinks.
 
     Args:
-        unlearned: of documents with windows of their own, run the same forwards without learning too.
+        unlearned: of documents with windows of their own, and of a model that keeps nothing, run the same forwards
+            without learning too.
         rank, world: of ranks that all read the whole stream, which this is: of rows with phases, which deal documents
             out.
 
@@ -146,4 +147,4 @@ def make_loop(
         raise InputError(f"preset {row.name!r}: keys 'windows' are those of a run: slotfast eval has them")
     if row.apart:
         return DocumentLoop(model, row, window, bos_id, dtype, keep_logprobs, unlearned, on_top, rank, world)
-    return LearningLoop(model, row, window, sinks, bos_id, dtype, keep_logprobs, on_top)
+    return LearningLoop(model, row, window, sinks, bos_id, dtype, keep_logprobs, on_top, unlearned)

@@ -71,7 +71,10 @@ class Outbox:
             nll = torch.cat([part.nll for part in parts]).cpu().split(counts)
             top = [part.on_top for part in parts if part.on_top is not None]
             on_top = torch.cat(top, 1).cpu().split(counts, 1) if top else [None] * len(parts)
-            parts = [replace(part, nll=a, on_top=b) for part, a, b in zip(parts, nll, on_top, strict=True)]
+            own = [part.unlearned for part in parts if part.unlearned is not None]
+            unlearned = torch.cat(own).cpu().split(counts) if own else [None] * len(parts)
+            fetched = zip(parts, nll, on_top, unlearned, strict=True)
+            parts = [replace(part, nll=a, on_top=b, unlearned=c) for part, a, b, c in fetched]
         self._due = time.perf_counter() + self._wait
         return parts
 

@@ -40,9 +40,11 @@ class LearningLoop:
         dtype: of the forward; the embedding's where None.
         keep_logprobs: give the distributions too.
         on_top: rows that adapt what the chunks are charged with, fresh; they begin anew where learning does.
+        unlearned: with a model that keeps nothing, also run the same forwards without learning: what a token sees there
+            follows from the chunks, so that no other forward is the same.
 
     Attributes:
-        seconds: of forwarding and learning, and of the rows on top.
+        seconds: of forwarding and learning, of the same forwards without learning, and of the rows on top.
 
     Raises:
         InputError: a chunk longer than the window, documents that nothing starts, weights that cannot learn.
@@ -58,10 +60,12 @@ class LearningLoop:
         dtype: torch.dtype | None = None,
         keep_logprobs: bool = False,
         on_top: OnTop | None = None,
+        unlearned: bool = True,
     ):
         check(row, model, window, bos_id)
         self.model, self.row, self.sinks, self.bos_id, self.keep_logprobs = model, row, sinks, bos_id, keep_logprobs
         self.on_top = on_top
+        self.unlearned = unlearned and isinstance(model, LanguageModel) and model.stream is None
         try:
             self._cached = cached_forward(model, window, sinks, dtype, row.chunk)
             self._learner = _learner(row, model)
@@ -74,7 +78,8 @@ class LearningLoop:
 
     @property
     def seconds(self) -> dict[str, float]:
-        return {"learned": 0.0, "on top": 0.0} | self._watch.seconds
+        phases = ("learned", "on top", *(["unlearned"] if self.unlearned else []))
+        return dict.fromkeys(phases, 0.0) | self._watch.seconds
 
     @property
     def forwards(self) -> float:
@@ -172,7 +177,12 @@ class LearningLoop:
             count = next((at for at in starts if at), count)
         cut = count < len(tokens) - 1
         again = cut or self.row.steps > 1
-        before: dict[str, Any] = self._cached.state_dict() if again else {}
+        before: dict[str, Any] = self._cached.state_dict() if again or self.unlearned else {}
+        plain: Tensor | None = None
+        if self.unlearned:
+            with self._watch("unlearned"), torch.no_grad():
+                plain = self.model.losses(self._cached(tokens[None, :-1]), tokens[None, 1:])[0, :count]
+            self._cached.load_state_dict(before)
         with self._learner.attached():
             with self._watch("learned"):
                 losses, logits = self._forward(tokens)
@@ -184,7 +194,7 @@ class LearningLoop:
                     # All of the chunk, for the same reason as below; what it takes in after a BOS is forgotten there.
                     top, top_rows = self.on_top.charge(logits.detach(), tokens[1:], self.keep_logprobs)
                     top, top_rows = top[:, :count], [part[:count] for part in top_rows]
-            self._outbox.put(Charged(start, losses.detach()[:count], None, rows, top, top_rows))
+            self._outbox.put(Charged(start, losses.detach()[:count], plain, rows, top, top_rows))
             self._tokens += count
             with self._watch("learned"):
                 if not cut and start + count < predictions and self.row.steps:  # else nothing that is learned is used

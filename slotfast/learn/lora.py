@@ -90,13 +90,13 @@ class Lora:
         with contextlib.ExitStack() as stack:
             for layer, a, b in self._layers:
 
-                def add(_layer: nn.Module, args: tuple[Tensor], y: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
-                    x = args[0]
-                    if x.dtype != y.dtype:  # under autocast
+                def add(_layer: nn.Module, args: tuple, named: dict, y: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
+                    x = (*args, *named.values())[0]
+                    if x.dtype != y.dtype or x.dim() < 2:  # under autocast; of a vector, a condition say
                         return y + self._product(x, a, b)
                     return LowRank.apply(y, x, a.to(x.dtype), b.to(x.dtype), self._scale)
 
-                stack.enter_context(_removed(layer.register_forward_hook(add)))
+                stack.enter_context(_removed(layer.register_forward_hook(add, with_kwargs=True)))
             yield
 
     def head(self, model: CausalModel, hidden: Tensor) -> Tensor:

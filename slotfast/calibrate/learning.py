@@ -14,7 +14,7 @@ from ..eval.learning import UNLEARNED, LearningPass, grouped
 from ..foreign import LanguageModel
 from ..learn import CALIBRATED, LEARNING, FrozenLoop, Learning, OnTop, make_loop, parse_row
 from ..model import GPT
-from ..score import Score
+from ..score import Meter, Score
 from ..slot import Adaptation, Calibration
 from ..worker import ALONE, Worker
 
@@ -134,7 +134,8 @@ class _Trial:
     ):
         self.model, self.text, self.worker, self.shown = model, text, worker, shown
         self.top, self.calibration, self.where = top, calibration or Calibration(), (window, sinks)
-        self.start, self.passed = start, dict[Learning, LearningPass]()
+        self.start, self.meters = start, dict[Learning, Meter]()  # no passes: each holds what it has learned
+        self.own = False  # whether passes run the same forwards unlearned too, as with a model that keeps nothing
         self.unlearned: dict[int, np.ndarray] = {}  # sums by document, by the tokens of a chunk
 
     def __call__(self, numbers: Learning) -> Score | None:
@@ -143,20 +144,20 @@ class _Trial:
             passed = self._run(numbers)
         except InputError:  # the rate is too high, or the model has no layers of those that would learn
             return None
-        self.passed[numbers] = passed
-        return self._beside(passed, self.start.chunk)
+        self.meters[numbers], self.own = passed.meter, "unlearned" in passed.seconds
+        return self._beside(passed.meter, self.start.chunk)
 
     def beside_its_chunks(self, numbers: Learning) -> Score:
         """The score of numbers that were tried, beside chunks as long without learning."""
-        return self._beside(self.passed[numbers], self.start.chunk if self.top is None else numbers.chunk)
+        return self._beside(self.meters[numbers], self.start.chunk if self.top is None else numbers.chunk)
 
-    def _beside(self, passed: LearningPass, chunk: int) -> Score:
-        if self.top is not None or "unlearned" not in passed.seconds:  # else it ran the same forwards unlearned too
+    def _beside(self, meter: Meter, chunk: int) -> Score:
+        if self.top is not None or not self.own:
             if chunk not in self.unlearned:
                 numbers = self.start.model_copy(update={"what": "all", "steps": 0, "chunk": chunk})
                 self.unlearned[chunk] = self._run(UNLEARNED if self.top is None else numbers).meter.nats[1]
-            passed.compare(self.unlearned[chunk], 0.0)
-        return passed.meter.score(1)
+            meter.nats[0] = self.unlearned[chunk]
+        return meter.score(1)
 
     def _run(self, numbers: Learning) -> LearningPass:
         (window, sinks), worker, text = self.where, self.worker, self.text

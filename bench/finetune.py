@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from slotfast.command.run import run_command
 from slotfast.data import read_documents
 from slotfast.errors import InputError
 from slotfast.eval.inputs import Sources, read_inputs
@@ -34,29 +35,25 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="windows of a step")
     parser.add_argument("--lr", type=float, default=1e-4, help="highest rate")
     parser.add_argument("--out", required=True, help="folder that must not exist yet")
-    options = parser.parse_args()
-    try:
-        run(options)
-    except InputError as error:
-        sys.exit(f"finetune: {error}")
+    run(parser.parse_args())
 
 
 def run(options: argparse.Namespace) -> None:
     """Train and write; raises InputError on bad input."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if Path(options.out).exists():
         raise InputError(f"--out {options.out}: it exists")
-    tokenizer = read_inputs(Sources(model=options.model, text=options.text, max_tokens=64)).tokenizer
+    inputs = read_inputs(Sources(model=options.model, text=options.text, max_tokens=64))
+    model = inputs.artifact.model().module.requires_grad_(True).train()
     documents = list(read_documents(options.text))
     order = np.random.default_rng(0).permutation(len(documents))
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).train()
     step = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.98), weight_decay=0.0)
     taken = options.batch * options.seq_len
     begun, count, seen, losses, ids = time.monotonic(), 0, 0, [], np.empty(0, np.int64)
     while (share := (time.monotonic() - begun) / options.seconds) < 1:
         while len(ids) < taken + 1:
-            found = tokenizer.encode_documents([documents[order[count % len(order)]]])[0]
+            found = inputs.tokenizer.encode_documents([documents[order[count % len(order)]]])[0]
             ids, count = np.concatenate([ids, np.asarray(found, np.int64)]), count + 1
         stream, ids = torch.from_numpy(ids[: taken + 1]), ids[taken:]
         for group in step.param_groups:
@@ -81,4 +78,4 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -7,6 +7,7 @@ import torch
 
 from bench import finetune, learnable
 from slotfast import shipped
+from slotfast.errors import InputError
 
 from .folders import V, write_folder
 
@@ -40,7 +41,7 @@ def test_a_model_of_transformers_is_trained_on_and_charged(tmp_path, monkeypatch
     how = ["--seconds", "1", "--seq-len", "32", "--batch", "2", "--lr", "0.01", "--out", str(tuned)]
     monkeypatch.setattr("sys.argv", ["finetune", "--model", str(tmp_path / "m"), "--text", str(text), *how])
     finetune.main()
-    with pytest.raises(SystemExit, match="tuned: it exists"):
+    with pytest.raises(InputError, match="tuned: it exists"):
         finetune.main()
     for folder in (tmp_path / "m", tuned):
         given = ["--model", str(folder), "--val", str(text), "--seq-len", "64", "--row", "learn:chunk=16"]

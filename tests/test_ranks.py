@@ -1,14 +1,14 @@
 """Several processes: they leave nothing behind, and one that ends is not the others' fault."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from .two_ranks import ROOT, free_port, start_two
+
 PROGRAM = """
 import os
 import torch
@@ -53,21 +53,7 @@ def test_a_group_ends_with_its_threads(tmp_path):
 
 def test_a_process_that_waits_for_one_that_ended_says_so_in_a_line(tmp_path):
     """Whose own line is not buried under the traceback of a connection that broke off."""
-    (tmp_path / "program.py").write_text(LEAVING)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "program.py")],
-            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
+    ranks = start_two(["-c", LEAVING], tmp_path, MASTER_PORT=free_port())
     waiting, leaving = (rank.communicate(timeout=120)[1] for rank in ranks)
     assert "error: mine.txt: this one cannot go on\n" in leaving
     assert waiting.endswith("error: rank 0: another process, which it waited for, has ended; that one says why\n")

@@ -1,13 +1,8 @@
 """--resume of ranks that train a model together: killed anywhere, they go on behind one chunk, with the same bits."""
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,9 +13,8 @@ from slotfast.windows import Plan
 from .kills import TIMES
 from .models import write_tiny
 from .test_learn_resume import _result
+from .two_ranks import free_port, start_two
 
-ROOT = Path(__file__).parents[1]
-ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2"}
 # Chunks of four windows, two on each rank; and of one window, so that rank 0 has none
 ROWS = (
     "causal",
@@ -93,31 +87,16 @@ for case in json.loads(sys.argv[1]):
 """
 
 
-def _port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return str(taken.getsockname()[1])
-
-
-def _start(command, cwd, **more):
-    ranks = []
-    for rank in ("0", "1"):
-        environment = {**ENV, "RANK": rank, "LOCAL_RANK": rank, **more}
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        ranks.append(subprocess.Popen([sys.executable, *command], env=environment, cwd=cwd, **pipes))
-    return ranks
-
-
 def _run(cases, folder):
     """Every case in both ranks of one pair of processes."""
-    ranks = _start(["-c", PROGRAM, json.dumps(cases)], folder)
+    ranks = start_two(["-c", PROGRAM, json.dumps(cases)], folder)
     errors = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], "".join(errors)[-4000:]
 
 
 def _case(folder, args, name, at=None):
     folder.mkdir(exist_ok=True)
-    return {"folder": str(folder), "args": [*args], "name": name, "at": at or {}, "port": _port()}
+    return {"folder": str(folder), "args": [*args], "name": name, "at": at or {}, "port": free_port()}
 
 
 def _ends(folder, name):
@@ -219,14 +198,14 @@ def test_killed_at_any_moment_and_started_again_they_give_the_same_result(whole,
     program = "import sys; from slotfast.eval import resume, __main__; resume._SECONDS = resume._SHARE = 0; "
     command, random = ["-c", program + "__main__.main(sys.argv[1:])", *args, "--resume", "c"], np.random.default_rng()
     for _ in range(TIMES):
-        begun, ranks = time.time(), _start(command, tmp_path, MASTER_PORT=_port())
+        begun, ranks = time.time(), start_two(command, tmp_path, MASTER_PORT=free_port())
         while ranks[0].poll() is None and not all(_saved_since(begun, tmp_path / name) for name in ("c", "c.rank1")):
             time.sleep(0.002)
         time.sleep(random.uniform(0, 2))
         for rank in ranks:
             rank.send_signal(signal.SIGKILL)
             rank.communicate(timeout=60)
-    ranks = _start(command, tmp_path, MASTER_PORT=_port())
+    ranks = start_two(command, tmp_path, MASTER_PORT=free_port())
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0] and all("going on behind" in error for error in errors)
     _same(tmp_path, folder)

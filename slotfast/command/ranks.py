@@ -12,7 +12,8 @@ import torch.distributed as dist
 from ..errors import InputError
 from ..worker import Worker
 
-_LOST = re.compile(r"Connection (closed|reset) by peer|remote process exited")  # as gloo and NCCL say it
+# As gloo and NCCL say it
+_LOST = re.compile(r"Connection (closed|reset) by (remote )?peer|remote process exit(ed|ing)")
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """Models of other projects: a factory's torch module, or a Hugging Face folder, behind the interface of ours."""
 
+import contextlib
 import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,8 @@ class LanguageModel(nn.Module):
         In `dtype` where that is a narrow one. The `length` of windows that are longer than T is not told to the module.
         """
         with _autocast(tokens.device, dtype):
-            try:
+            with _in_a_line(f"tokens int64 {list(tokens.shape)}"):
                 states = (self._hidden or self._states)(tokens)
-            except (MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # whatever somebody else's code raises
-                shape = list(tokens.shape)
-                raise InputError(f"--model: fails on tokens int64 {shape}: {first_line(error)}") from error
             return self._as_hidden(states, dtype)[:, first:]
 
     def cached_forward(self, window: int, sinks: int, dtype: torch.dtype | None, block: int = 0) -> "_Autocast":
@@ -132,6 +128,17 @@ def _first(states: Any) -> Any:
     return getattr(states, "logits", states)
 
 
+@contextlib.contextmanager
+def _in_a_line(given: str) -> Iterator[None]:
+    """What somebody else's code raises, whatever it is, as InputError that says on what it fails."""
+    try:
+        yield
+    except (InputError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(f"--model: fails on {given}: {first_line(error)}") from error
+
+
 class _Autocast:
     """A stream whose blocks run as `LanguageModel.hidden` runs its windows."""
 
@@ -141,14 +148,8 @@ class _Autocast:
     def __call__(self, tokens: Tensor, first: int = 0) -> Tensor:
         """States, or logits, of a block; InputError where the module fails, or gives those of other positions."""
         shape = list(tokens.shape)
-        with _autocast(tokens.device, self._dtype):
-            try:
-                states = self._model._as_hidden(self._stream(tokens, first), self._dtype)
-            except (InputError, MemoryError, torch.OutOfMemoryError):
-                raise
-            except Exception as error:  # whatever somebody else's code raises
-                what = f"--model: fails on a stream's tokens int64 {shape}"
-                raise InputError(f"{what}: {first_line(error)}") from error
+        with _autocast(tokens.device, self._dtype), _in_a_line(f"a stream's tokens int64 {shape}"):
+            states = self._model._as_hidden(self._stream(tokens, first), self._dtype)
         if states.ndim < 3 or states.shape[:2] != (1, tokens.size(1) - first):
             found = [*states.shape[:1], states.shape[1] + first, *states.shape[2:]] if states.ndim > 1 else states.shape
             raise InputError(
